@@ -1,0 +1,751 @@
+"""Turn raw data sets into split files, and split files into batches.
+
+    python data_utils.py --data_path /home/data                     # every known raw set that is there
+    python data_utils.py --data_path /home/data --data_name cub car
+    python data_utils.py --data_path data --data_name glyph         # made here, no download
+    python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/*.jpg
+
+Under {data_path}/{data_name} this writes the images to `uncropped/` (hard links where the file system has them) and,
+where there are bounding boxes, to `cropped/`, and the split files `uncropped_data_dicts.pth` and
+`cropped_data_dicts.pth`: {'train': {label: [path, ...]}, 'test': {...}, 'class_names': {label: name}}, for In-shop
+`train`, `query` and `gallery`; paths relative to {data_path}/{data_name}. `conversion.json` remembers what was decoded,
+so that a second run reads only what is new.
+
+PyTorch is imported where it is used, so that a run with nothing to do ends at once.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+from utils import DATA_NAMES, Parser, UserError, canonical_data_name, load, nearest, run_script, save, write_atomically
+
+# Classes and images of the complete data sets: {subset: (classes, images)}, from the papers that introduced the splits.
+COUNTS = {
+    'car': {'train': (98, 8054), 'test': (98, 8131)},
+    'cub': {'train': (100, 5864), 'test': (100, 5924)},
+    'sop': {'train': (11318, 59551), 'test': (11316, 60502)},
+    'isc': {'train': (3997, 25882), 'query': (3985, 14218), 'gallery': (3985, 12612)},
+}
+OTHER_CAR_SPLIT = (8144, 8041)  # Stanford's classification split: all 196 classes in both halves
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
+SUBSETS = ('train', 'test', 'query', 'gallery')
+FAILURES_SHOWN = 20
+
+
+class Item(NamedTuple):
+    """One image of a raw data set."""
+
+    source: str  # path below the data set's folder
+    subset: str  # train, test, query or gallery
+    label: str
+    stem: str  # file name below uncropped/, without its ending
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels
+
+
+# ---------------------------------------------------- raw data sets --------------------------------------------------
+def find_root(data_path: str | Path, data_name: str) -> Path | None:
+    """Return the folder of a data set below `data_path`, under its short name or its archive's own, or None."""
+    data_path = Path(data_path)
+    if (data_path / data_name).is_dir():
+        return data_path / data_name
+    names = DATA_NAMES.get(data_name, (data_name.lower(),))
+    found = [path for path in data_path.iterdir() if path.is_dir()] if data_path.is_dir() else []
+    found = sorted((path for path in found if path.name.lower() in names), key=lambda path: path.name)
+    return found[0] if found else None
+
+
+def read_table(path: Path, columns: int, header_lines: int = 0, last_is_path: bool = False) -> Iterator[list[str]]:
+    """Yield the fields of a text table, line by line.
+
+    Raises:
+        UserError: with file and line number where a line does not have `columns` fields.
+    """
+    try:
+        lines = path.read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is no text file in UTF-8; unpack the archive again') from None
+    for number, line in enumerate(lines[header_lines:], start=header_lines + 1):
+        if not line.strip():
+            continue
+        fields = line.split(maxsplit=columns - 1 if last_is_path else -1)
+        if len(fields) != columns:
+            raise UserError(f'{path}:{number}: {len(fields)} fields instead of {columns} in {line[:60]!r}; '
+                            'unpack the archive again')
+        yield fields
+
+
+def as_int(text: str, path: Path, what: str) -> int:
+    """Parse a whole number of an annotation file."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f'{path}: {what} {text[:40]!r} is no whole number; unpack the archive again') from None
+
+
+def read_car(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read CARS196 (Krause et al., 2013): classes 1-98 train, 99-196 test, whatever its own `test` field says."""
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    file = root / 'cars_annos.mat'
+    try:
+        contents = loadmat(file)
+        annotations = contents['annotations'].reshape(-1)
+        rows = [(str(row['relative_im_path'].item()), int(row['class'].item()),
+                 *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))) for row in annotations]
+    except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError, NotImplementedError) as error:
+        raise UserError(f'{file} is not the annotation file of CARS196 ({str(error)[:80]}); download it again') from None
+    names = [str(name.item()) for name in contents['class_names'].reshape(-1)] if 'class_names' in contents else []
+    items = [Item(path, 'train' if label <= 98 else 'test', str(label), Path(path).stem, (x1 - 1, y1 - 1, x2, y2))
+             for path, label, x1, y1, x2, y2 in rows]  # MATLAB counts pixels from 1, both ends included
+    return items, {str(number): name for number, name in enumerate(names, start=1)}
+
+
+def read_cub(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read CUB-200-2011 (Wah et al., 2011): classes 1-100 train, 101-200 test."""
+    labels = dict(read_table(root / 'image_class_labels.txt', 2))
+    boxes = {}
+    for image_id, *numbers in read_table(root / 'bounding_boxes.txt', 5):
+        try:
+            x, y, width, height = (float(number) for number in numbers)
+        except ValueError:
+            raise UserError(f'{root / "bounding_boxes.txt"}: the box of image {image_id} is not made of numbers; '
+                            'unpack the archive again') from None
+        boxes[image_id] = (math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height))
+    items = []
+    for image_id, path in read_table(root / 'images.txt', 2, last_is_path=True):
+        if image_id not in labels or image_id not in boxes:
+            raise UserError(f'{root / "images.txt"}: image {image_id} has no label or no box in the other files; '
+                            'unpack the archive again')
+        label = as_int(labels[image_id], root / 'image_class_labels.txt', 'class')
+        items.append(Item(f'images/{path}', 'train' if label <= 100 else 'test', str(label), Path(path).stem,
+                          boxes[image_id]))
+    return items, {item.label: Path(item.source).parent.name for item in items}
+
+
+def read_sop(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read Stanford Online Products (Oh Song et al., CVPR 2016): the two lists are the split."""
+    items = []
+    for subset in ('train', 'test'):
+        for _, label, _, path in read_table(root / f'Ebay_{subset}.txt', 4, header_lines=1, last_is_path=True):
+            items.append(Item(path, subset, label, Path(path).with_suffix('').as_posix().replace('/', '_')))
+    return items, {item.label: f'{item.source.split("_final")[0]} {item.label}' for item in items}
+
+
+def read_isc(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read In-shop Clothes Retrieval (Liu et al., CVPR 2016): train, query and gallery as its list says."""
+    file = root / 'Eval/list_eval_partition.txt'
+    items = []
+    for path, label, subset in read_table(file, 3, header_lines=2):
+        if subset not in ('train', 'query', 'gallery'):
+            raise UserError(f'{file}: evaluation status {subset[:40]!r} of {path} is not train, query or gallery; '
+                            'unpack the archive again')
+        stem = Path(path).with_suffix('').as_posix().removeprefix('img/').replace('/', '_')
+        items.append(Item(f'Img/{path}', subset, label, stem))
+    return items, {item.label: item.label for item in items}
+
+
+def read_folder(root: Path, test_ratio: float, seed: int) -> tuple[list[Item], dict[str, str]]:
+    """Read a folder of one's own: `train/CLASS/*` and `test/CLASS/*` (or `query`, `gallery`), or one folder a class.
+
+    With one folder a class, `test_ratio` of the classes, drawn from `seed`, become the test classes.
+    """
+    def images(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                      and not any(part.startswith('.') for part in path.relative_to(folder).parts))
+
+    def classes(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
+                      and path.name not in ('uncropped', 'cropped'))
+
+    subsets = [subset for subset in SUBSETS if (root / subset).is_dir()]
+    if subsets in (['train', 'test'], ['train', 'query', 'gallery']):
+        folders = [(folder, subset) for subset in subsets for folder in classes(root / subset)]
+    elif subsets:
+        raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '
+                        'each with one folder per class, or just one folder per class')
+    else:
+        folders = classes(root)
+        if not 0 < test_ratio < 1:
+            raise UserError(f'--test_ratio {test_ratio} must lie between 0 and 1')
+        order = random.Random(seed).sample(range(len(folders)), len(folders))
+        num_test = max(1, round(test_ratio * len(folders)))
+        folders = [(folder, 'test' if order[i] < num_test else 'train') for i, folder in enumerate(folders)]
+    items = [Item(path.relative_to(root).as_posix(), subset, folder.name,
+                  path.relative_to(root).with_suffix('').as_posix().replace('/', '_'))
+             for folder, subset in folders for path in images(folder)]
+    return items, {item.label: item.label for item in items}
+
+
+class RawSet(NamedTuple):
+    """A known raw data set: the files that tell it, and its reader."""
+
+    files: tuple[str, ...]
+    read: object
+
+
+RAW_SETS = {
+    'car': RawSet(('cars_annos.mat',), read_car),
+    'cub': RawSet(('images.txt', 'image_class_labels.txt', 'bounding_boxes.txt'), read_cub),
+    'sop': RawSet(('Ebay_train.txt', 'Ebay_test.txt'), read_sop),
+    'isc': RawSet(('Eval/list_eval_partition.txt',), read_isc),
+}
+
+
+# ---------------------------------------------------- glyph: made, not downloaded -------------------------------------
+TYPEFACES = (  # of those that matplotlib ships, the ones with many alphabets
+    'DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSans-Oblique', 'DejaVuSansMono', 'DejaVuSansMono-Bold',
+    'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic',
+)
+GLYPH_SIZE = 48  # px, side of an image
+GLYPH_LIKENESS = 0.85  # two characters whose outlines correlate more than this count as one
+
+
+def typeface(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a typeface that matplotlib ships, at a size in pixels."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / 'fonts/ttf' / f'{name}.ttf', size)
+
+
+def mask_of(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
+    """Draw a character white on black, cut to its outline; None if it leaves no ink."""
+    left, top, right, bottom = font.getbbox(character)
+    mask = Image.new('L', (right - left + 4, bottom - top + 4))
+    ImageDraw.Draw(mask).text((2 - left, 2 - top), character, fill=255, font=font)
+    return mask.crop(mask.getbbox()) if mask.getbbox() else None
+
+
+def drawable_characters(count: int) -> list[tuple[str, list[str]]]:
+    """Return `count` characters that look different, each with the typefaces that have it, simple letters first.
+
+    Alphabets share shapes (A, Alpha and the Cyrillic A; o and O), and a class must be one shape: a character whose
+    outline, scaled to a square, correlates with an earlier one's is left out.
+    """
+    from matplotlib.ft2font import FT2Font
+
+    charmaps = {name: set(FT2Font(typeface(name, 8).path).get_charmap()) for name in TYPEFACES}
+    shared = charmaps['DejaVuSans']
+    letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)) in ('Lu', 'Ll', 'Lo', 'Nd', 'Sm', 'So', 'Po', 'Sc')]
+    faces = {letter: [name for name in TYPEFACES if ord(letter) in charmaps[name]] for letter in letters}
+    letters = [letter for letter in letters if len(faces[letter]) >= 3]
+    letters.sort(key=lambda letter: (bool(unicodedata.decomposition(letter)),
+                                     unicodedata.category(letter)[0] != 'L', ord(letter)))
+    font, outlines, chosen = typeface('DejaVuSans', 64), np.zeros((0, 400), np.float32), []
+    for letter in letters:
+        mask = mask_of(letter, font)
+        if mask is None:
+            continue
+        outline = np.asarray(mask.resize((20, 20), Image.Resampling.BILINEAR), np.float32).reshape(-1)
+        outline -= outline.mean()
+        outline /= max(float(np.linalg.norm(outline)), 1e-6)
+        if len(outlines) and float((outlines @ outline).max()) > GLYPH_LIKENESS:
+            continue
+        outlines = np.vstack([outlines, outline])
+        chosen.append((letter, faces[letter]))
+        if len(chosen) == count:
+            return chosen
+    raise UserError(f'--glyph_classes {count} is more than the typefaces hold; they have {len(chosen)} different ones')
+
+
+def draw_glyph(character: str, faces: list[str], rng: random.Random) -> Image.Image:
+    """Draw one image: the character under random typeface, size, rotation, shear, place and colours, over clutter."""
+    size = GLYPH_SIZE
+    background, ink = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
+    while sum(abs(a - b) for a, b in zip(background, ink)) < 200:  # of 765: still legible
+        ink = tuple(rng.randrange(256) for _ in range(3))
+    image = Image.new('RGB', (size, size), background)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randrange(3, 7)):  # clutter: strokes and blots
+        colour = tuple(rng.randrange(256) for _ in range(3))
+        ends = [rng.randrange(-8, size + 8) for _ in range(4)]
+        if rng.random() < 0.5:
+            draw.line(ends, fill=colour, width=rng.randrange(1, 3))
+        else:
+            radius = rng.randrange(2, 6)
+            draw.ellipse((ends[0] - radius, ends[1] - radius, ends[0] + radius, ends[1] + radius), fill=colour)
+    mask = mask_of(character, typeface(rng.choice(faces), 64))
+    mask = ImageOps.expand(mask, border=max(mask.size) // 2)
+    shear = rng.uniform(-0.3, 0.3)
+    mask = mask.transform(mask.size, Image.Transform.AFFINE, (1, shear, -shear * mask.height / 2, 0, 1, 0),
+                          Image.Resampling.BILINEAR)
+    mask = mask.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR)
+    mask = mask.crop(mask.getbbox())
+    scale = rng.uniform(0.5, 0.85) * size / max(mask.size)
+    mask = mask.resize([max(2, round(side * scale)) for side in mask.size], Image.Resampling.LANCZOS)
+    place = [rng.randint(0, size - side) for side in mask.size]
+    image.paste(Image.new('RGB', mask.size, ink), place, mask)
+    noise = np.random.RandomState(rng.getrandbits(32)).randint(-16, 17, (size, size, 3))
+    return Image.fromarray(np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8))
+
+
+def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None:
+    """Draw the data set `glyph` in the layout of a folder of one's own: two thirds of the characters train.
+
+    The same settings give the same bytes; a folder made with them already is left as it is.
+
+    Raises:
+        UserError: if the settings are out of range or the typefaces do not hold so many characters.
+    """
+    if num_classes < 3 or num_images < 2:
+        raise UserError(f'--glyph_classes {num_classes} and --glyph_images {num_images} must be at least 3 and 2')
+    recipe = {'classes': num_classes, 'images': num_images, 'seed': seed, 'size': GLYPH_SIZE}
+    stamp = root / 'glyph.json'
+    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+        return
+    characters = drawable_characters(num_classes)
+    random.Random(seed).shuffle(characters)
+    if stamp.is_file():  # ours, but made otherwise
+        for folder in ('train', 'test'):
+            shutil.rmtree(root / folder, ignore_errors=True)
+        stamp.unlink()
+    elif any((root / folder).exists() for folder in ('train', 'test')):
+        raise UserError(f'{root} holds train or test, but was not made by this script; move it away')
+    num_train = round(num_classes * 2 / 3)
+    for number, (character, faces) in enumerate(tqdm(characters, desc='glyph', unit='class', dynamic_ncols=True)):
+        folder = root / ('train' if number < num_train else 'test') / f'U+{ord(character):04X}'
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(num_images):
+            image = draw_glyph(character, faces, random.Random(f'{seed} {ord(character)} {index}'))
+            image.save(folder / f'{index:04d}.png')
+    write_atomically(stamp, lambda file: file.write(json.dumps(recipe).encode()))
+
+
+# ---------------------------------------------------- conversion ----------------------------------------------------
+def load_image(path: Path) -> Image.Image:
+    """Read an image as RGB, upright as its EXIF orientation says.
+
+    Raises:
+        OSError: if the file is missing, no image, or truncated; ValueError or SyntaxError from some broken files.
+    """
+    with Image.open(path) as image:
+        image.load()
+        return ImageOps.exif_transpose(image).convert('RGB')
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it where the file system cannot."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def convert_item(root: Path, item: Item, stem: str) -> str | None:
+    """Decode one image, put it into `uncropped/` and, with a box, into `cropped/`.
+
+    Returns:
+        the file name in `uncropped/`, or raises OSError, ValueError or SyntaxError if the image is broken.
+    """
+    source = root / item.source
+    with Image.open(source) as image:
+        image.load()
+        is_rgb = image.mode == 'RGB'
+        suffix = source.suffix if is_rgb else '.jpg'
+        rgb = image.convert('RGB')
+        exif = image.getexif() if not is_rgb else None
+    target = root / 'uncropped' / f'{stem}{suffix}'
+    if is_rgb:
+        link_or_copy(source, target)
+    else:
+        rgb.save(target, quality=95, subsampling=0, exif=exif)
+    if item.box:
+        left, top, right, bottom = item.box
+        left, top = max(0, min(left, rgb.width - 1)), max(0, min(top, rgb.height - 1))
+        right, bottom = max(left + 1, min(right, rgb.width)), max(top + 1, min(bottom, rgb.height))
+        rgb.crop((left, top, right, bottom)).save(root / 'cropped' / f'{stem}.jpg', quality=95, subsampling=0)
+    return target.name
+
+
+def unique_stems(items: list[Item]) -> list[str]:
+    """Return one file name (without its ending) for each item; a name met twice, in any case, gets a number."""
+    stems, taken = [], set()
+    for item in items:
+        stem, number = item.stem, 2
+        while stem.lower() in taken:
+            stem, number = f'{item.stem}_{number}', number + 1
+        taken.add(stem.lower())
+        stems.append(stem)
+    return stems
+
+
+def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False) -> dict:
+    """Decode every image that is new or changed, in parallel, and write the split files.
+
+    Args:
+        root: the data set's folder.
+        items: the images, as a `read_*` gives them.
+        class_names: {label: name}.
+        skip_bad: leave broken and missing images out instead of failing.
+
+    Returns:
+        {'decoded': number of images decoded, 'skipped': number left out, 'split': the split of `uncropped/`}.
+
+    Raises:
+        UserError: if images are broken or missing (all of them are counted, the first twenty named).
+    """
+    manifest_file = root / 'conversion.json'
+    try:
+        manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
+    except ValueError:
+        manifest = {}  # cut off by a crash of the disk: decode again
+    boxed = any(item.box for item in items)
+    folders = ['uncropped', 'cropped'] if boxed else ['uncropped']
+    present = {}
+    for folder in folders:
+        (root / folder).mkdir(exist_ok=True)
+        present[folder] = set(os.listdir(root / folder))
+
+    done, failures, todo = {}, {}, []
+    for item, stem in zip(items, unique_stems(items)):
+        try:
+            status = os.stat(root / item.source)
+        except OSError as error:
+            failures[item.source] = error.strerror
+            continue
+        key = [stem, list(item.box) if item.box else None, status.st_size, status.st_mtime_ns]
+        name, *known = manifest.get(item.source, [None])
+        if known == key and name in present['uncropped'] and (not boxed or f'{stem}.jpg' in present['cropped']):
+            done[item.source] = [name, *key]
+        else:
+            todo.append((item, key))
+
+    def decode(job: tuple[Item, list]):
+        try:
+            return convert_item(root, job[0], job[1][0])
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(decode, todo), total=len(todo), desc=root.name, unit='img', dynamic_ncols=True,
+                   disable=not todo)
+        for (item, key), result in zip(todo, bar):
+            if isinstance(result, Exception):
+                failures[item.source] = str(result) or type(result).__name__
+            else:
+                done[item.source] = [result, *key]
+    if done != manifest:
+        write_atomically(manifest_file, lambda file: file.write(json.dumps(done).encode()))
+    if failures and not skip_bad:
+        shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
+        more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
+        raise UserError(f'{root}: {len(failures)} of {len(items)} images are broken or missing: {shown}{more}. '
+                        'Unpack them again, or leave them out with --skip_bad')
+    items = [item for item in items if item.source in done]
+    splits = {folder: make_split(items, done, class_names, folder) for folder in folders}
+    complete = all((root / f'{folder}_data_dicts.pth').is_file() for folder in folders)
+    if done != manifest or not complete:
+        for folder, split in splits.items():
+            save(split, root / f'{folder}_data_dicts.pth')
+    return {'decoded': len(todo), 'skipped': len(failures), 'split': splits['uncropped']}
+
+
+def make_split(items: list[Item], done: dict, class_names: dict[str, str], folder: str) -> dict:
+    """Gather converted items into {subset: {label: [path, ...]}, ..., 'class_names': {label: name}}."""
+    split = {subset: {} for subset in SUBSETS if any(item.subset == subset for item in items)}
+    for item in items:
+        name, stem = done[item.source][:2]
+        name = f'{stem}.jpg' if folder == 'cropped' else name
+        split[item.subset].setdefault(item.label, []).append(f'{folder}/{name}')
+    labels = {label for subset in split.values() for label in subset}
+    return {**split, 'class_names': {label: class_names.get(label, label) for label in sorted(labels)}}
+
+
+def count_split(split: dict) -> dict[str, tuple[int, int]]:
+    """Return {subset: (classes, images)}."""
+    return {subset: (len(split[subset]), sum(map(len, split[subset].values()))) for subset in SUBSETS if subset in split}
+
+
+def check_counts(data_name: str, counts: dict[str, tuple[int, int]]) -> str:
+    """Compare a conversion with the complete data set and return a sentence for the screen."""
+    if data_name not in COUNTS:
+        return ''
+    expected = COUNTS[data_name]
+    if counts == expected:
+        return 'the counts are those of the complete data set'
+    if data_name == 'car' and tuple(images for _, images in counts.values()) == OTHER_CAR_SPLIT:
+        return ('8,144 / 8,041 images are Stanford\'s classification split, with every class in both halves; retrieval '
+                'needs classes 1-98 / 99-196 (8,054 / 8,131)')
+    differ = [f'{subset} has {counts.get(subset, (0, 0))[0]:,} classes and {counts.get(subset, (0, 0))[1]:,} images '
+              f'instead of {classes:,} and {images:,}' for subset, (classes, images) in expected.items()
+              if counts.get(subset) != (classes, images)]
+    return f'not the complete data set: {"; ".join(differ)}. Numbers on it do not compare with published ones'
+
+
+def process(data_path: Path, data_name: str, args) -> None:
+    """Convert one data set and say what it holds.
+
+    Raises:
+        UserError: if it is not there, its files are broken, or a subset is empty.
+    """
+    root = find_root(data_path, data_name)
+    if data_name == 'glyph':
+        root = root or data_path / 'glyph'
+        root.mkdir(parents=True, exist_ok=True)
+        make_glyph(root, args.glyph_classes, args.glyph_images, args.seed)
+    if root is None:
+        looked = ' or '.join(DATA_NAMES.get(data_name, (data_name,)))
+        there = [path.name for path in data_path.iterdir() if path.is_dir()]
+        raise UserError(f'--data_name {data_name}: there is no folder {looked} in {data_path}'
+                        f'{nearest(data_name, there)}; extract the data set there')
+    if data_name in RAW_SETS:
+        raw = RAW_SETS[data_name]
+        missing = [file for file in raw.files if not (root / file).is_file()]
+        if missing:
+            other = ' (cars_train and cars_test are the other, classification split)' if (root / 'cars_train').is_dir() \
+                else ''
+            raise UserError(f'{root} lacks {", ".join(missing)}{other}; extract the data set\'s own archive there')
+        items, class_names = raw.read(root)
+    else:
+        items, class_names = read_folder(root, args.test_ratio, args.seed)
+    result = convert(root, items, class_names, args.skip_bad)
+    counts = count_split(result['split'])
+    needed = ('query', 'gallery') if 'query' in counts or data_name == 'isc' else ('test',)
+    for subset in ('train', *needed):
+        if not counts.get(subset, (0, 0))[1]:
+            raise UserError(f'{root}: no images in {subset}; see python data_utils.py --help for the layouts')
+    parts = ', '.join(f'{subset} {classes:,} classes {images:,} images' for subset, (classes, images) in counts.items())
+    left_out = f'; {result["skipped"]:,} broken or missing images left out' if result['skipped'] else ''
+    print(f'{data_name}: {parts}; {result["decoded"]:,} decoded now{left_out}')
+    note = check_counts(data_name, counts)
+    if note:
+        print(f'{data_name}: {note}')
+
+
+# ---------------------------------------------------- data set, transforms, batches -----------------------------------
+def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncropped') -> tuple[Path, dict]:
+    """Load a split file.
+
+    Returns:
+        the data set's folder, and {'train': {label: [path, ...]}, 'test' or 'query' and 'gallery', 'class_names'};
+        labels are strings.
+
+    Raises:
+        UserError: if the path or the split is not there (naming the command that makes it), or the split is empty.
+    """
+    data_path = Path(data_path)
+    if not data_path.is_dir():
+        raise UserError(f'--data_path {data_path} does not exist; name the folder that holds your data sets')
+    root = find_root(data_path, data_name)
+    command = f'python data_utils.py --data_path {data_path} --data_name {data_name}'
+    if root is None:
+        there = sorted(path.name for path in data_path.iterdir() if path.is_dir())
+        if data_name == 'glyph':
+            raise UserError(f'--data_name glyph is not in {data_path} yet; make it with: {command}')
+        raise UserError(f'--data_name {data_name}: no such data set in {data_path}{nearest(data_name, there)} '
+                        f'(there are: {", ".join(there) or "none"})')
+    file = root / f'{crop_type}_data_dicts.pth'
+    if not file.is_file():
+        if crop_type == 'cropped' and (root / 'uncropped_data_dicts.pth').is_file():
+            raise UserError(f'--crop_type cropped: {data_name} has no bounding boxes; leave it out')
+        raise UserError(f'--data_name {data_name} is not converted yet (no {file}); run: {command}')
+    split = load(file, 'split file', ('train',))
+    for subset in ('train', 'test') if 'test' in split else ('train', 'query', 'gallery'):
+        entries = split.get(subset)
+        if not isinstance(entries, dict) or not all(
+                isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in entries.values()):
+            raise UserError(f'{file}: {subset} is not {{label: [path, ...]}}; convert again: {command}')
+        split[subset] = {str(label): paths for label, paths in entries.items() if paths}
+        if not split[subset]:
+            raise UserError(f'{file}: no images in {subset}; convert again: {command}')
+    split['class_names'] = {str(label): str(name) for label, name in split.get('class_names', {}).items()}
+    return root, split
+
+
+class RetrievalDataset:
+    """The images of one subset of a split, with labels 0..C-1 in the order of the split.
+
+    What an image looks like in an epoch depends on (seed, epoch, index) alone, not on workers or on what was drawn
+    before.
+
+    Args:
+        root: the data set's folder.
+        classes: {label: [path, ...]}.
+        transform: a function from a PIL image to a uint8 tensor (3, H, W).
+        seed: of the augmentation.
+        class_names: {label: name}; a label without one is its own name.
+        labels: {label: number}; None numbers the classes as they come. Query and gallery share one.
+    """
+
+    def __init__(self, root: Path, classes: dict[str, list[str]], transform, seed: int = 0,
+                 class_names: dict[str, str] | None = None, labels: dict[str, int] | None = None):
+        import torch
+
+        self.root, self.transform, self.seed = Path(root), transform, seed
+        numbers = labels or {label: number for number, label in enumerate(classes)}
+        self.class_names = [(class_names or {}).get(label, label) for label in numbers]
+        self.images = [path for paths in classes.values() for path in paths]
+        self.labels = [numbers[label] for label, paths in classes.items() for _ in paths]
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of another epoch from now on."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int):
+        """Return the image, uint8 (3, H, W), and its label.
+
+        Raises:
+            UserError: naming the file, if it is missing or broken.
+        """
+        import torch
+
+        path = self.root / self.images[index]
+        try:
+            image = load_image(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
+                            'data_utils.py, --skip_bad leaves such images out') from None
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            torch.set_rng_state(state)
+
+
+def mix(*numbers: int) -> int:
+    """Hash whole numbers into one seed of 63 bits that differs wherever one of them differs."""
+    return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def resize_for(image_size: int) -> int:
+    """Return the side to which test images are resized before the centre crop: 224 -> 256, 256 -> 292."""
+    return image_size * 256 // 224
+
+
+def make_transform(training: bool, image_size: int, resize_size: int | None = None, interpolation: str = 'bilinear',
+                   min_crop: float = 0.08, flip: float = 0.5):
+    """Build the transform from a PIL image to a uint8 tensor (3, image_size, image_size).
+
+    Training crops a random part and flips it; testing resizes the short side to `resize_size` and takes the centre.
+    Scaling, channel order, mean and std belong to the trunk and happen on the device (`EmbeddingNet.preprocess`).
+
+    Args:
+        image_size: side of the crop in pixels.
+        resize_size: short side before the centre crop; None: image_size x 256/224.
+        interpolation: `bilinear` or `bicubic`, as the trunk was trained.
+        min_crop: smallest share of the image's area in a training crop.
+        flip: probability of a horizontal flip.
+    """
+    from torchvision import transforms
+
+    mode = transforms.InterpolationMode(interpolation)
+    if training:
+        steps = [transforms.RandomResizedCrop(image_size, scale=(min_crop, 1.0), interpolation=mode),
+                 transforms.RandomHorizontalFlip(flip)]
+    else:
+        steps = [transforms.Resize(resize_size or resize_for(image_size), interpolation=mode),
+                 transforms.CenterCrop(image_size)]
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+class BatchSampler:
+    """Yield the batches of an epoch as lists of indices; they depend on (seed, epoch) alone.
+
+    Args:
+        labels: the label of each image.
+        batch_size: N.
+        images_per_class: 0 shuffles all images; k draws N/k classes for a batch and k images of each, with replacement
+            only where a class has fewer than k (Proxy Anchor's balanced sampling, `--IPC`).
+        drop_last: leave a last, smaller batch out.
+        seed: of the order.
+
+    Raises:
+        UserError: if the batch does not fit the data.
+    """
+
+    def __init__(self, labels: list[int], batch_size: int, images_per_class: int = 0, drop_last: bool = False,
+                 seed: int = 0):
+        if not 1 <= batch_size <= len(labels):
+            raise UserError(f'--batch_size {batch_size} must lie between 1 and the {len(labels)} training images')
+        if images_per_class < 0 or images_per_class and batch_size % images_per_class:
+            raise UserError(f'--batch_size {batch_size} must be a multiple of --images_per_class {images_per_class}')
+        self.by_class = {}
+        for index, label in enumerate(labels):
+            self.by_class.setdefault(label, []).append(index)
+        if images_per_class and batch_size // images_per_class > len(self.by_class):
+            raise UserError(f'--batch_size {batch_size} with --images_per_class {images_per_class} needs '
+                            f'{batch_size // images_per_class} classes, but the data has {len(self.by_class)}')
+        self.length, self.batch_size, self.images_per_class = len(labels), batch_size, images_per_class
+        self.drop_last, self.seed, self.epoch = drop_last or images_per_class > 0, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of another epoch from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size if self.drop_last else math.ceil(self.length / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if not self.images_per_class:
+            order = rng.permutation(self.length).tolist()
+            yield from (order[start * self.batch_size:(start + 1) * self.batch_size] for start in range(len(self)))
+            return
+        for _ in range(len(self)):
+            classes = rng.choice(list(self.by_class), self.batch_size // self.images_per_class, replace=False)
+            yield [int(index) for label in classes for index in rng.choice(
+                self.by_class[label], self.images_per_class, replace=len(self.by_class[label]) < self.images_per_class)]
+
+
+# ---------------------------------------------------- command line --------------------------------------------------
+def get_args(argv: list[str] | None = None):
+    """Parse the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    parser.add_argument('--data_name', nargs='+', default=[], metavar='NAME',
+                        help='car, cub, sop, isc, glyph, or a folder of your own; without it, every known raw set')
+    parser.add_argument('--test_ratio', type=float, default=0.5,
+                        help='share of the classes that become test classes, for a folder of your own with one folder '
+                             'per class [%(default)s]')
+    parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out')
+    parser.add_argument('--glyph_classes', type=int, default=300, help='characters of glyph, 2/3 train [%(default)s]')
+    parser.add_argument('--glyph_images', type=int, default=20, help='images per character of glyph [%(default)s]')
+    parser.add_argument('--seed', type=int, default=0, help='of glyph and of --test_ratio [%(default)s]')
+    args = parser.parse_args(argv)
+    args.data_name = [canonical_data_name(name) for name in args.data_name]
+    return args
+
+
+def main() -> None:
+    """Convert the data sets that the command line names, or all that are there."""
+    args = get_args()
+    data_path = Path(args.data_path)
+    if not data_path.is_dir() and args.data_name != ['glyph']:
+        raise UserError(f'--data_path {data_path} does not exist; name the folder that holds your data sets')
+    if args.data_name:
+        for data_name in args.data_name:
+            process(data_path, data_name, args)
+        return
+    found = False
+    for data_name, raw in RAW_SETS.items():
+        root = find_root(data_path, data_name)
+        if root and all((root / file).is_file() for file in raw.files):
+            process(data_path, data_name, args)
+            found = True
+        else:
+            folders = ', '.join(DATA_NAMES[data_name])
+            print(f'{data_name}: not found; looked in {data_path} for a folder {folders} with {", ".join(raw.files)}')
+    if not found:
+        raise UserError(f'--data_path {data_path} holds no known raw data set; name your own with --data_name, or make '
+                        'one with --data_name glyph')
+
+
+if __name__ == '__main__':
+    run_script(main)

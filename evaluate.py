@@ -1,0 +1,346 @@
+"""Measure retrieval: Recall@K (dense and binary), MAP@R and R-precision, of a model, a data base, or a bare trunk.
+
+    python evaluate.py --data_base results/car_resnet50_balanced_proxy_512_data_base.pth
+    python evaluate.py --resume results/car_resnet50_balanced_proxy_512_model.pth --data_path /home/data
+    python evaluate.py --zero_shot --data_path /home/data --data_name cub --backbone_type resnet50
+
+`--data_base` measures the features that a training run saved; `--resume` embeds the test images again with a run's
+model; `--zero_shot` measures the pooled features of a pretrained trunk, the floor under every trained number.
+All numbers are per cent. This file is the only home of metrics.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data_utils import RetrievalDataset, make_transform, read_split
+from model import POOLINGS, EmbeddingNet, check_backbone
+from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, check_choice, gpu_id, int_list, load,
+                   run_script, select_device)
+
+BLOCK_ELEMENTS = 2**24  # similarities held at once: 128 MiB in float64
+
+
+# ---------------------------------------------------- metrics --------------------------------------------------------
+def cosine_similarity(query: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
+    """Return the products (Q, G) of unit rows (Q, D) and (G, D), float64, on a grid of 2^-33.
+
+    Equal rows must tie wherever they stand, but a product's last bits depend on where the row lies in a block. The
+    grid lies far above the rounding of float64 and far below that of the float32 features.
+    """
+    return (query.double() @ gallery.double().T).mul_(2.0**33).round_().mul_(2.0**-33)
+
+
+def pack_codes(features: torch.Tensor) -> np.ndarray:
+    """Pack sign(features) (N, D) into 64-bit words (N, ceil(D / 64)); a zero counts as +1."""
+    bits = np.packbits((features >= 0).cpu().numpy(), axis=1)
+    padded = np.zeros((len(bits), -(-bits.shape[1] // 8) * 8), np.uint8)
+    padded[:, :bits.shape[1]] = bits
+    return padded.view(np.uint64)
+
+
+def hamming_distance(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Return the number of different bits (Q, G), int16, of packed codes (Q, W) and (G, W)."""
+    distance = np.zeros((len(query), len(gallery)), np.int16)
+    for word in range(query.shape[1]):
+        distance += np.bitwise_count(query[:, word, None] ^ gallery[None, :, word])
+    return distance
+
+
+def best_positive_rank(similarity: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """Return the rank (Q,) of the best positive: negatives strictly nearer, plus half of those tied with it.
+
+    Args:
+        similarity: (Q, G), larger is nearer; -inf leaves an image out.
+        positive: (Q, G) bool, same class.
+    """
+    best = similarity.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    nearer = ((similarity > best) & ~positive).sum(1)
+    tied = ((similarity == best) & ~positive).sum(1)
+    return nearer + tied / 2
+
+
+def precision_at_r(similarity: torch.Tensor, positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return MAP@R and R-precision (Q,) in [0, 1]; R is the number of a query's positives.
+
+    MAP@R = 1/R sum_{j: rank_j <= R} j / rank_j over the positives in the order of their similarity. A negative tied with
+    a positive stands half before it.
+
+    Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020, arXiv 2003.08505, section 3.2.
+    """
+    num_positive = positive.sum(1, keepdim=True)
+    most = int(num_positive.max())
+    order = torch.arange(1, most + 1, device=similarity.device)
+    positives = similarity.masked_fill(~positive, -torch.inf).topk(most).values
+    # rank_j <= R needs at most R nearer or 2 R tied negatives, so no more have to be sorted.
+    negatives = similarity.masked_fill(positive, -torch.inf).topk(min(2 * most + 1, similarity.shape[1])).values
+    nearer = torch.searchsorted(-negatives, -positives)
+    not_farther = torch.searchsorted(-negatives, -positives, right=True)
+    rank = order + (nearer + not_farther) / 2
+    counts = (order <= num_positive) & (rank <= num_positive)
+    num_positive = num_positive[:, 0].clamp(min=1)
+    return (counts * order / rank).sum(1) / num_positive, counts.sum(1) / num_positive
+
+
+def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
+                      gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                      recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
+    """Compute Recall@K, MAP@R and R-precision exactly, block by block.
+
+    R@K is the share of queries with a positive among their K nearest, from the rank of the best positive; tied
+    negatives count as half. Without a gallery the queries are searched in each other, each left out of its own search
+    by its index. A query without any positive is left out. The result does not depend on the order of the gallery.
+
+    Args:
+        query_features: (Q, D) float32, unit rows.
+        query_labels: (Q,) int64.
+        gallery_features, gallery_labels: (G, D), (G,); None: the queries themselves.
+        recalls: the values of K, ascending.
+        binary: compare sign(features) by Hamming distance instead of features by cosine.
+
+    Returns:
+        {'R@1': per cent, ..., 'MAP@R': per cent, 'R-precision': per cent, 'queries': number measured,
+        'without_positive': number left out}.
+
+    Raises:
+        UserError: if a K is larger than the gallery, features are not finite, or no query has a positive.
+    """
+    itself = gallery_features is None
+    gallery_features = query_features if itself else gallery_features
+    gallery_labels = query_labels if itself else gallery_labels
+    for name, features in (('query', query_features), ('gallery', gallery_features)):
+        broken = int((~features.isfinite().all(1)).sum())
+        if broken:
+            raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
+                            'broken')
+    searched = len(gallery_features) - itself
+    if recalls[-1] > searched:
+        raise UserError(f'--recalls {recalls[-1]} is larger than the {searched} images that a query is searched in')
+    query_codes, gallery_codes = (pack_codes(query_features), pack_codes(gallery_features)) if binary else (None, None)
+
+    ranks, maps, precisions = [], [], []
+    block = max(1, BLOCK_ELEMENTS // len(gallery_features))
+    starts = range(0, len(query_features), block)
+    for start in tqdm(starts, desc='recall', leave=False, dynamic_ncols=True, disable=len(starts) < 20):
+        rows = slice(start, start + block)
+        if binary:
+            similarity = -torch.from_numpy(hamming_distance(query_codes[rows], gallery_codes)).float()
+            similarity = similarity.to(query_features.device)
+        else:
+            similarity = cosine_similarity(query_features[rows], gallery_features)
+        positive = query_labels[rows, None] == gallery_labels
+        if itself:
+            own = torch.arange(len(similarity), device=similarity.device)
+            similarity[own, start + own] = -torch.inf
+            positive[own, start + own] = False
+        found = positive.any(1)
+        similarity, positive = similarity[found], positive[found]
+        if len(similarity):
+            ranks.append(best_positive_rank(similarity, positive))
+            map_at_r, r_precision = precision_at_r(similarity, positive)
+            maps.append(map_at_r)
+            precisions.append(r_precision)
+    if not ranks:
+        raise UserError('no query has another image of its class to find; a test class needs at least two images')
+    rank = torch.cat(ranks)
+    metrics = {f'R@{k}': 100 * (rank < k).double().mean().item() for k in recalls}
+    metrics['MAP@R'] = 100 * torch.cat(maps).double().mean().item()
+    metrics['R-precision'] = 100 * torch.cat(precisions).double().mean().item()
+    return {**metrics, 'queries': len(rank), 'without_positive': len(query_features) - len(rank)}
+
+
+# ---------------------------------------------------- embeddings -----------------------------------------------------
+def use_amp(choice: str, device: torch.device, model: EmbeddingNet, training: bool) -> bool:
+    """Decide whether to compute in bfloat16: `on`, `off`, or `auto`: where the device is fast at it.
+
+    Depthwise convolutions are the exception: on a CPU their backward is slower in bfloat16 than in float32, their
+    forward is not.
+    """
+    check_choice('--amp', choice, ('auto', 'on', 'off'))
+    if choice != 'auto':
+        return choice == 'on'
+    depthwise = any(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in model.modules())
+    return bfloat16_is_fast(device) and not (training and depthwise and device.type == 'cpu')
+
+
+def make_loader(dataset: RetrievalDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
+    """Build a loader that goes through a data set in its order."""
+    return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == 'cuda',
+                      persistent_workers=num_workers > 0)
+
+
+@torch.inference_mode()
+def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.device, amp: bool = False) -> torch.Tensor:
+    """Embed the images of a loader in their order; returns (N, D) float32 on the CPU."""
+    model.eval()
+    embeddings = []
+    for images, _ in tqdm(loader, desc='embed', leave=False, dynamic_ncols=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            embeddings.append(model(images.to(device, non_blocking=True)).cpu())
+    return torch.cat(embeddings)
+
+
+def make_test_loaders(root: Path, split: dict, transform, batch_size: int, num_workers: int,
+                      device: torch.device) -> dict[str, DataLoader]:
+    """Return {'test': loader}, or {'test': loader of the queries, 'gallery': loader} where there is a gallery."""
+    subsets = {'test': split['test']} if 'test' in split else {'test': split['query'], 'gallery': split['gallery']}
+    names = dict.fromkeys(label for classes in subsets.values() for label in classes)
+    labels = {label: number for number, label in enumerate(names)}
+    return {subset: make_loader(RetrievalDataset(root, classes, transform, class_names=split['class_names'],
+                                                 labels=labels), batch_size, num_workers, device)
+            for subset, classes in subsets.items()}
+
+
+def make_data_base(model: EmbeddingNet, loaders: dict[str, DataLoader], device: torch.device, amp: bool) -> dict:
+    """Embed the test images (queries and gallery) and gather paths, labels, features and class names."""
+    data_base = {'class_names': next(iter(loaders.values())).dataset.class_names}
+    for subset, loader in loaders.items():
+        data_base[f'{subset}_images'] = loader.dataset.images
+        data_base[f'{subset}_labels'] = torch.tensor(loader.dataset.labels)
+        data_base[f'{subset}_features'] = extract_embeddings(model, loader, device, amp)
+    return data_base
+
+
+def measure(data_base: dict, recalls: tuple[int, ...], device: torch.device) -> dict[str, dict[str, float]]:
+    """Return {'dense': metrics, 'binary': metrics} of a data base, computed on `device` (the CPU in place of MPS)."""
+    device = torch.device('cpu') if device.type == 'mps' else device  # MPS has no float64
+    tensors = [data_base.get(f'{subset}_{kind}') for subset in ('test', 'gallery') for kind in ('features', 'labels')]
+    tensors = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
+    return {kind: retrieval_metrics(*tensors, recalls=recalls, binary=kind == 'binary') for kind in ('dense', 'binary')}
+
+
+# ---------------------------------------------------- files of a run -------------------------------------------------
+def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Build the network of a run from its `{run}_model.pth`; returns it and the file's contents.
+
+    Raises:
+        UserError: if the file is missing, corrupt, or no model of this project.
+    """
+    contents = load(path, 'model', ('config', 'state_dict', 'args'))
+    try:
+        model = EmbeddingNet(**contents['config'], weights='none')
+        model.load_state_dict(contents['state_dict'])
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f'{path} does not fit its own description ({str(error).splitlines()[0][:120]}); it was damaged '
+                        'or made by another version') from None
+    return model.to(device, memory_format=torch.channels_last).eval(), contents
+
+
+def load_data_base(path: str | Path) -> dict:
+    """Load a data base and check that its parts fit each other.
+
+    Raises:
+        UserError: if the file is missing, corrupt, empty, or no data base of this project.
+    """
+    data_base = load(path, 'data base', ('test_images', 'test_labels', 'test_features', 'class_names', 'args'))
+    for subset in ('test', 'gallery') if 'gallery_images' in data_base else ('test',):
+        images, labels, features = (data_base.get(f'{subset}_{kind}') for kind in ('images', 'labels', 'features'))
+        fits = (isinstance(images, list) and torch.is_tensor(labels) and torch.is_tensor(features)
+                and features.ndim == 2 and features.is_floating_point() and labels.dtype == torch.int64
+                and labels.shape == (len(images),) == (len(features),))
+        if not fits or not images:
+            raise UserError(f'{path}: the {subset} images, labels and features do not belong together or are empty; '
+                            'train again')
+        if int(labels.min()) < 0 or int(labels.max()) >= len(data_base['class_names']):
+            raise UserError(f'{path}: a label of {subset} has no class name; train again')
+    return data_base
+
+
+def format_table(results: dict[str, dict[str, float]]) -> str:
+    """Format {'dense': metrics, 'binary': metrics} as a table of per cents."""
+    columns = [key for key in results['dense'] if key not in ('queries', 'without_positive')]
+    lines = [' ' * 8 + ''.join(f'{column:>13}' if len(column) > 7 else f'{column:>9}' for column in columns)]
+    for kind, metrics in results.items():
+        cells = ''.join(f'{metrics[column]:13.2f}' if len(column) > 7 else f'{metrics[column]:9.2f}'
+                        for column in columns)
+        lines.append(f'{kind:<8}{cells}')
+    dense = results['dense']
+    left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
+    return '\n'.join([*lines, f'{dense["queries"]:,} queries{left_out}'])
+
+
+# ---------------------------------------------------- command line ---------------------------------------------------
+EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size')
+TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')  # --resume: must agree with the model
+
+
+def get_args(argv: list[str] | None = None):
+    """Parse the command line; a flag that does not belong to the chosen source is an error."""
+    parser = Parser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument('--data_base', metavar='FILE', help='measure the features of a data base')
+    source.add_argument('--resume', metavar='FILE', help='embed the test images with the model of a run')
+    source.add_argument('--zero_shot', action='store_true', help='measure a pretrained trunk without any training')
+    parser.add_argument('--data_path', help='folder that holds the data sets [/home/data]')
+    parser.add_argument('--data_name', '--dataset', help='data set [that of the model; car for --zero_shot]')
+    parser.add_argument('--crop_type', choices=('uncropped', 'cropped'), help='which split file [that of the model]')
+    parser.add_argument('--backbone_type', '--model', help='trunk, or timm:MODEL [that of the model; resnet50]')
+    parser.add_argument('--weights', help='of the trunk for --zero_shot: imagenet or a file [imagenet]')
+    parser.add_argument('--pooling', choices=POOLINGS, help='of the trunk for --zero_shot [avg]')
+    parser.add_argument('--feature_dim', '--embedding-size', type=int, help='must agree with the model of --resume')
+    parser.add_argument('--image_size', type=int, help='side of the centre crop in pixels [that of the model; 224]')
+    parser.add_argument('--resize_size', type=int, help='short side before the crop [image_size x 256/224]')
+    parser.add_argument('--batch_size', '--batch-size', type=int, help='images embedded at once [64]')
+    parser.add_argument('--num_workers', '--workers', type=int, help='processes that decode images [2]')
+    parser.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model; auto]')
+    parser.add_argument('--recalls', type=int_list, help='values of K [those of the run; 1,2,4,8]')
+    parser.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
+    parser.add_argument('--gpu_id', '--gpu-id', type=gpu_id, dest='device', metavar='N',
+                        help='Proxy Anchor\'s spelling of --device cuda:N; -1 or a machine without a GPU: the CPU')
+    parser.add_argument('--json', action='store_true', help='print one line of JSON instead of a table')
+    args = parser.parse_args(argv)
+    chosen = '--data_base' if args.data_base else '--resume' if args.resume else '--zero_shot'
+    useless = {'--data_base': EMBED_FLAGS + TRUNK_FLAGS + ('weights',), '--resume': ('weights',),
+               '--zero_shot': ('feature_dim',)}[chosen]
+    for flag in useless:
+        if getattr(args, flag) is not None:
+            raise UserError(f'--{flag} has no effect with {chosen}; leave it out')
+    return args
+
+
+def embed_for(args, model: EmbeddingNet, run: dict, device: torch.device) -> dict:
+    """Embed the test images that the command line names, with the settings of the run where it names none."""
+    def setting(name, default):
+        given = getattr(args, name)
+        return given if given is not None else run.get(name, default)
+
+    data_name = canonical_data_name(setting('data_name', 'car'))
+    root, split = read_split(args.data_path or '/home/data', data_name, setting('crop_type', 'uncropped'))
+    transform = make_transform(False, model.config['image_size'], setting('resize_size', None), model.interpolation)
+    num_workers = args.num_workers if args.num_workers is not None else 2
+    loaders = make_test_loaders(root, split, transform, setting('batch_size', 64), num_workers, device)
+    return make_data_base(model, loaders, device, use_amp(setting('amp', 'auto'), device, model, training=False))
+
+
+def main() -> None:
+    """Measure what the command line names and print a table or JSON."""
+    args = get_args()
+    device = select_device(args.device)
+    if args.data_base:
+        data_base = load_data_base(args.data_base)
+        run = data_base['args']
+    elif args.resume:
+        model, contents = load_model(args.resume, device)
+        run = contents['args']
+        for flag in TRUNK_FLAGS:
+            given = getattr(args, flag)
+            given = {'bn_inception': 'inception'}.get(given, given)
+            if given is not None and given != model.config[flag]:
+                raise UserError(f'--{flag} {given} is not that of {args.resume} ({model.config[flag]}); leave it out')
+        data_base = embed_for(args, model, run, device)
+    else:
+        run = {}
+        backbone_type = {'bn_inception': 'inception'}.get(args.backbone_type, args.backbone_type or 'resnet50')
+        model = EmbeddingNet(check_backbone(backbone_type), 0, args.pooling or 'avg', layer_norm=False,
+                             weights=args.weights or 'imagenet', image_size=args.image_size or 224)
+        model = model.to(device, memory_format=torch.channels_last)
+        data_base = embed_for(args, model, run, device)
+    results = measure(data_base, tuple(args.recalls or run.get('recalls', (1, 2, 4, 8))), device)
+    print(json.dumps(results) if args.json else format_table(results))
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,474 @@
+"""Trunks, the embedding network, and the proxy losses.
+
+    embeddings = model(images)               # (N, D) float32, unit rows; images (N, 3, H, W) uint8
+    loss = criterion(embeddings, labels)     # the criterion owns the proxies (C, D)
+
+To add a loss, write one class with its formula on the cosine similarities and one entry in LOSSES; to add a trunk,
+one function and one entry in BACKBONES. Every loss works with each of the three ways in which proxies move
+(`gradient`, `positive`, `momentum`), see ProxyLoss.
+"""
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils import UserError, check_choice, load
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+POOLINGS = ('max', 'avg', 'avg_max', 'cls')
+PROXY_UPDATES = ('gradient', 'positive', 'momentum')
+BN_INCEPTION_URL = 'http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth'
+
+
+# ---------------------------------------------------- trunks ---------------------------------------------------------
+class Trunk(NamedTuple):
+    """A network without its head, and the pixels that it was trained on."""
+
+    module: nn.Module
+    width: int  # channels of its features
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+    value_range: float = 1.0  # pixels are scaled to [0, value_range] before mean and std
+    bgr: bool = False
+    interpolation: str = 'bilinear'
+    prefix_tokens: int = 0  # class and register tokens before the patch tokens
+
+
+def load_weights(weights: str, url: str | None) -> dict | None:
+    """Return a state dict for `--weights`: `none`, `imagenet` (downloaded once, checked against its hash) or a path.
+
+    Raises:
+        UserError: if the download fails or does not have the hash in its file name, or the path holds no weights.
+    """
+    if weights == 'none':
+        return None
+    if weights != 'imagenet':
+        contents = load(weights, 'weights file')
+        return contents.get('state_dict', contents)
+    file = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[1]
+    hash_prefix = re.search(r'-([a-f0-9]{8,})\.pth$', file.name)[1]
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), hash_prefix)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
+            raise UserError(f'the ImageNet weights could not be downloaded from {url} ({error}); get the file elsewhere '
+                            'and name it with --weights FILE, or train from scratch with --weights none') from None
+    return load(file, 'weights file')
+
+
+def fill(module: nn.Module, state_dict: dict | None, head: tuple[str, ...], name: str) -> nn.Module:
+    """Load a state dict strictly, but for the keys of the classification head, which the module does not have.
+
+    Raises:
+        UserError: if keys or shapes are not those of the trunk `name`.
+    """
+    if state_dict is None:
+        return module
+    state_dict = {key: value for key, value in state_dict.items() if not key.startswith(head)}
+    expected = module.state_dict()
+    counters = {key for key in expected if key.endswith('num_batches_tracked')}  # absent from files before PyTorch 0.4.1
+    missing = [key for key in expected if key not in state_dict and key not in counters]
+    unexpected = [key for key in state_dict if key not in expected]
+    reshaped = [key for key, value in expected.items()
+                if key in state_dict and getattr(state_dict[key], 'shape', None) != value.shape]
+    if missing or unexpected or reshaped:
+        example = (missing + unexpected + reshaped)[0]
+        raise UserError(f'--weights are not those of --backbone_type {name}: {len(missing)} tensors missing, '
+                        f'{len(unexpected)} unexpected, {len(reshaped)} of another shape (e.g. {example})')
+    module.load_state_dict({**{key: expected[key] for key in counters}, **state_dict})
+    return module
+
+
+def resnet(name: str, weights: str, max_pool: bool = True) -> Trunk:
+    """Build a torchvision ResNet up to its last feature map (He et al., CVPR 2016, arXiv 1512.03385)."""
+    from torchvision import models
+
+    url = models.get_model_weights(name)['IMAGENET1K_V1'].url
+    whole = models.get_model(name, weights=None)
+    layers = {key: layer for key, layer in whole.named_children() if key not in ('avgpool', 'fc')}
+    trunk = nn.Sequential()
+    for key, layer in layers.items():
+        trunk.add_module(key, layer)
+    fill(trunk, load_weights(weights, url), ('fc.',), name)
+    if not max_pool:
+        trunk.maxpool = nn.Identity()
+    return Trunk(trunk, whole.fc.in_features)
+
+
+def googlenet(name: str, weights: str) -> Trunk:
+    """Build torchvision's GoogLeNet without auxiliary heads (Szegedy et al., CVPR 2015, arXiv 1409.4842)."""
+    from torchvision import models
+
+    whole = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=weights == 'none')
+    trunk = nn.Sequential()
+    for key, layer in whole.named_children():
+        if key not in ('avgpool', 'dropout', 'fc') and layer is not None:
+            trunk.add_module(key, layer)
+    url = models.GoogLeNet_Weights.IMAGENET1K_V1.url
+    return Trunk(fill(trunk, load_weights(weights, url), ('fc.', 'aux1.', 'aux2.'), name), whole.fc.in_features)
+
+
+class BNInceptionFeatures(nn.Module):
+    """pretrainedmodels' BN-Inception up to its last feature map (Ioffe & Szegedy, ICML 2015, arXiv 1502.03167)."""
+
+    def __init__(self):
+        super().__init__()
+        from pretrainedmodels import bninception
+
+        whole = bninception(pretrained=None)
+        self.width = whole.last_linear.in_features
+        for key, layer in whole.named_children():
+            if key != 'last_linear':
+                self.add_module(key, layer)
+        self.compute = type(whole).features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.compute(self, images)
+
+
+def bn_inception(name: str, weights: str) -> Trunk:
+    """Build BN-Inception: BGR pixels in [0, 255], as its Caffe weights expect."""
+    module = BNInceptionFeatures()
+    state_dict = load_weights(weights, BN_INCEPTION_URL)
+    if state_dict is not None:  # its BatchNorm vectors have shape (1, C)
+        state_dict = {key: value.squeeze(0) if value.ndim == 2 and value.shape[0] == 1 and '_bn.' in key else value
+                      for key, value in state_dict.items()}
+    return Trunk(fill(module, state_dict, ('last_linear.',), name), module.width,
+                 mean=(104.0, 117.0, 128.0), std=(1.0, 1.0, 1.0), value_range=255.0, bgr=True)
+
+
+class TimmFeatures(nn.Module):
+    """A timm model up to its last feature map (N, C, H, W) or its tokens (N, L, C)."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.channels_last = str(getattr(network, 'output_fmt', 'NCHW')).endswith('NHWC')
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.network.forward_features(images)
+        return features.permute(0, 3, 1, 2) if self.channels_last else features
+
+
+def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
+    """Build any model of timm by its name, with timm's own mean, std and interpolation (github.com/rwightman/timm)."""
+    import timm
+
+    if name not in timm.list_models(pretrained=True) and not timm.is_model(name):
+        families = timm.list_models(f'*{name[:6]}*')[:8]
+        raise UserError(f'--backbone_type timm:{name} is no model of timm {timm.__version__}; '
+                        f'timm.list_models() lists them' + (f' (near it: {", ".join(families)})' if families else ''))
+    try:
+        network = timm.create_model(name, pretrained=weights == 'imagenet', num_classes=0)
+    except Exception as error:  # the hub client has a family of network errors of its own
+        if weights != 'imagenet':
+            raise
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(f'the weights of timm:{name} could not be downloaded ({reason}); get the file elsewhere and '
+                        'name it with --weights FILE, or train from scratch with --weights none') from None
+    pretrained = network.pretrained_cfg
+    if weights not in ('imagenet', 'none'):
+        heads = pretrained.get('classifier') or 'classifier'
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        fill(network, load_weights(weights, None), tuple(f'{head}.' for head in heads), f'timm:{name}')
+    if pretrained.get('fixed_input_size') and image_size != pretrained['input_size'][-1]:
+        if not hasattr(network, 'set_input_size'):
+            raise UserError(f'--backbone_type timm:{name} takes images of {pretrained["input_size"][-1]} px only; '
+                            f'set --image_size {pretrained["input_size"][-1]}')
+        network.set_input_size(img_size=image_size)
+    return Trunk(TimmFeatures(network), network.num_features, pretrained['mean'], pretrained['std'],
+                 interpolation=pretrained['interpolation'], prefix_tokens=getattr(network, 'num_prefix_tokens', 0))
+
+
+BACKBONES = {
+    'resnet50': resnet, 'inception': bn_inception, 'googlenet': googlenet, 'resnet18': resnet, 'resnet101': resnet,
+}
+
+
+def check_backbone(name: str) -> str:
+    """Return the name of a trunk, or raise a UserError that lists them."""
+    return name if name.startswith('timm:') else check_choice('--backbone_type', name, [*BACKBONES, 'timm:MODEL'])
+
+
+# ---------------------------------------------------- embedding network ----------------------------------------------
+class EmbeddingNet(nn.Module):
+    """Map images to unit vectors: trunk -> pooling -> layer norm -> linear (`refactor`) -> L2 normalise.
+
+    Args:
+        backbone_type: a key of BACKBONES, or `timm:` and the name of a timm model.
+        feature_dim: D, the length of an embedding; 0 leaves the linear layer out (D is the trunk's width).
+        pooling: `max`, `avg`, `avg_max` (their sum, Proxy Anchor) or `cls` (the class token of a transformer).
+        layer_norm: normalise the pooled features (no weights) before the linear layer.
+        linear_bias: give the linear layer a bias, with Proxy Anchor's start (kaiming normal fan_out, bias 0).
+        freeze_bn: keep the trunk's BatchNorm statistics as they are, in training too.
+        weights: `imagenet`, `none`, or the path of a state dict of the trunk.
+        image_size: side of the square images in pixels.
+        max_pool: keep the max-pool in the stem of a ResNet; leave it out for images below about 100 px.
+
+    Raises:
+        UserError: if the trunk is not known, its weights cannot be had, or a setting does not fit it.
+    """
+
+    def __init__(self, backbone_type: str, feature_dim: int, pooling: str = 'max', layer_norm: bool = True,
+                 linear_bias: bool = False, freeze_bn: bool = True, weights: str = 'imagenet', image_size: int = 224,
+                 max_pool: bool = True):
+        super().__init__()
+        self.config = {
+            'backbone_type': backbone_type, 'feature_dim': feature_dim, 'pooling': pooling, 'layer_norm': layer_norm,
+            'linear_bias': linear_bias, 'freeze_bn': freeze_bn, 'image_size': image_size, 'max_pool': max_pool,
+        }
+        check_choice('--pooling', pooling, POOLINGS)
+        if feature_dim < 0:
+            raise UserError(f'--feature_dim {feature_dim} must be at least 1')
+        if check_backbone(backbone_type).startswith('timm:'):
+            trunk = timm_trunk(backbone_type.removeprefix('timm:'), weights, image_size)
+        elif not max_pool and BACKBONES[backbone_type] is resnet:
+            trunk = resnet(backbone_type, weights, max_pool=False)
+        else:
+            trunk = BACKBONES[backbone_type](backbone_type, weights)
+        if not max_pool and BACKBONES.get(backbone_type) is not resnet:
+            raise UserError(f'--max_pool 0 is for the ResNets; leave it out with --backbone_type {backbone_type}')
+        if pooling == 'cls' and not trunk.prefix_tokens:
+            raise UserError(f'--pooling cls needs a transformer with a class token, not {backbone_type}')
+
+        self.trunk = trunk.module
+        self.interpolation, self.bgr, self.value_range = trunk.interpolation, trunk.bgr, trunk.value_range
+        self.pooling, self.prefix_tokens = pooling, trunk.prefix_tokens
+        self.layer_norm, self.freeze_bn = layer_norm, freeze_bn
+        self.feature_dim = feature_dim or trunk.width
+        self.refactor = nn.Linear(trunk.width, feature_dim, bias=linear_bias) if feature_dim else nn.Identity()
+        if feature_dim and linear_bias:
+            nn.init.kaiming_normal_(self.refactor.weight, mode='fan_out')
+            nn.init.zeros_(self.refactor.bias)
+        self.register_buffer('mean', torch.tensor(trunk.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(trunk.std).view(3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> 'EmbeddingNet':
+        """Switch the mode; BatchNorm statistics stay frozen (eval mode) where `freeze_bn` asks for it."""
+        super().train(mode)
+        if mode and self.freeze_bn:
+            for module in self.trunk.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def freeze_trunk(self, frozen: bool) -> None:
+        """Let the trunk learn or not (warm-up); clears its gradients, since AdamW moves a weight with a stale one."""
+        for parameter in self.trunk.parameters():
+            parameter.requires_grad_(not frozen)
+            parameter.grad = None
+
+    def preprocess(self, images: torch.Tensor) -> torch.Tensor:
+        """Scale uint8 RGB images (N, 3, H, W) as the trunk was trained: its range, channel order, mean and std."""
+        images = images.to(self.mean.dtype).mul(self.value_range / 255)
+        images = images.flip(1) if self.bgr else images
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Pool a feature map (N, C, H, W) or tokens (N, L, C) to (N, C)."""
+        if features.ndim == 3:
+            if self.pooling == 'cls':
+                return features[:, 0]
+            features = features[:, self.prefix_tokens:].transpose(1, 2)
+        features = features.flatten(2)
+        pooled = {'max': lambda: features.amax(2), 'avg': lambda: features.mean(2),
+                  'avg_max': lambda: features.mean(2) + features.amax(2)}
+        return pooled[self.pooling]()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings (N, D), float32, unit rows, of uint8 RGB images (N, 3, H, W)."""
+        features = self.pool(self.trunk(self.preprocess(images)))
+        if self.layer_norm:
+            features = F.layer_norm(features, features.shape[-1:])
+        return F.normalize(self.refactor(features).float(), dim=-1)
+
+
+# ---------------------------------------------------- losses ---------------------------------------------------------
+class ProxyLoss(nn.Module):
+    """Hold one proxy per class and the three ways in which proxies move; a loss adds its formula on the similarities.
+
+    `gradient`: proxies are parameters, trained by the loss. `positive`: they are too, but class c receives only the
+    terms of its own samples, averaged over them. `momentum`: they are a buffer without gradient; in training mode each
+    call moves the proxies of the classes in the batch, after the loss was computed with those from before:
+    p_c <- normalize((1 - m) p_c + m sum_{i: y_i = c} x_i).
+
+    Args:
+        num_classes: C.
+        feature_dim: D.
+        proxy_update: `gradient`, `positive` or `momentum`.
+        momentum: m in (0, 1], for `momentum` only.
+        scale: alpha = 1 / temperature; None takes the loss's own.
+        margin: delta; None takes the loss's own.
+        proxy_init: `unit` (unit random rows) or `kaiming` (normal, fan_out; Proxy Anchor).
+
+    Source: Positive Proxy (`positive`), Asymptotic Proxy and Momentum Proxy (`momentum`).
+    """
+
+    scale: float
+    margin: float | None = None  # None: the formula has no margin
+
+    def __init__(self, num_classes: int, feature_dim: int, proxy_update: str = 'gradient', momentum: float = 0.5,
+                 scale: float | None = None, margin: float | None = None, proxy_init: str = 'unit'):
+        super().__init__()
+        check_choice('--proxy_update', proxy_update, PROXY_UPDATES)
+        if not 0 < momentum <= 1:
+            raise UserError(f'--momentum {momentum} must be above 0 and at most 1')
+        if margin is not None and self.margin is None:
+            raise UserError(f'--margin {margin} has no effect: {type(self).__name__} has no margin; leave it out')
+        if scale is not None and not 0 < scale < math.inf:
+            raise UserError(f'--scale {scale} must be a positive number')
+        self.num_classes, self.proxy_update, self.momentum = num_classes, proxy_update, momentum
+        self.scale = self.scale if scale is None else scale
+        self.margin = self.margin if margin is None else margin
+        proxies = torch.randn(num_classes, feature_dim)
+        if proxy_init == 'kaiming':
+            nn.init.kaiming_normal_(proxies, mode='fan_out')
+        else:
+            proxies = F.normalize(proxies, dim=-1)
+        if proxy_update == 'momentum':
+            self.register_buffer('proxies', F.normalize(proxies, dim=-1))
+        else:
+            self.proxies = nn.Parameter(proxies)
+        self.accuracy = torch.zeros(())  # share of the last batch whose nearest proxy is its own; stays on the device
+
+    def similarity(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the cosine similarities (N, C) of embeddings (N, D) and proxies, in float32 or wider."""
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, self.proxies.dtype))
+        proxies = F.normalize(self.proxies.to(embeddings.dtype), dim=-1)
+        if self.proxy_update != 'positive':
+            return embeddings @ proxies.T
+        # Straight-through: the added term is zero and carries the gradient of the positive pairs alone to the proxies.
+        count = torch.bincount(labels, minlength=self.num_classes)[labels]
+        positive = (embeddings.detach() * proxies[labels]).sum(-1) / count
+        straight_through = torch.zeros_like(positive).add(positive - positive.detach())
+        return (embeddings @ proxies.detach().T).scatter_add(1, labels[:, None], straight_through[:, None])
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss () of similarities (N, C) and labels (N,); each loss writes its own."""
+        raise TypeError(f'{type(self).__name__} has no formula')
+
+    @torch.no_grad()
+    def move_proxies(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+        """Move the proxies of the classes in the batch towards their embeddings; the others stay as they are."""
+        features = embeddings.detach().to(self.proxies.dtype)
+        sums = torch.zeros_like(self.proxies).index_add_(0, labels, features)
+        moved = F.normalize((1 - self.momentum) * self.proxies + self.momentum * sums, dim=-1)
+        present = torch.bincount(labels, minlength=self.num_classes).bool()[:, None]
+        self.proxies = torch.where(present, moved, self.proxies)  # a new tensor: the backward still needs the old one
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss () of embeddings (N, D; any float type) with labels (N,) int64 in [0, C)."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            similarity = self.similarity(embeddings, labels)
+            self.accuracy = (similarity.detach().argmax(1) == labels).float().mean()
+            loss = self.formula(similarity, labels)
+            if self.training and self.proxy_update == 'momentum':
+                self.move_proxies(embeddings, labels)
+        return loss
+
+
+class ProxyAnchor(ProxyLoss):
+    """Proxy Anchor: 1/|P+| sum_{c in P+} log(1 + sum_{i: y_i = c} exp(-alpha (s_ic - delta)))
+    + 1/C sum_c log(1 + sum_{i: y_i != c} exp(alpha (s_ic + delta))), P+ the classes in the batch.
+
+    Source: Kim et al., CVPR 2020, arXiv 2003.13911, eq. 4.
+    """
+
+    scale, margin = 32.0, 0.1
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        own = F.one_hot(labels, self.num_classes).bool()  # (N, C)
+        # -1e30 stands for log 0: unlike -inf it has a gradient, 0, where a column is empty.
+        positive = (-self.scale * (similarity - self.margin)).masked_fill(~own, -1e30).logsumexp(0)
+        negative = (self.scale * (similarity + self.margin)).masked_fill(own, -1e30).logsumexp(0)
+        num_present = own.any(0).sum()
+        return F.softplus(positive).sum() / num_present + F.softplus(negative).mean()
+
+
+class BalancedProxy(ProxyLoss):
+    """Balanced Proxy: 1/C sum_c log(1 + mean_{i: y_i = c} exp(-alpha (s_ic - delta))
+    + mean_{i: y_i != c} exp(alpha (s_ic + delta))), an empty mean is 0.
+
+    The few positives and the many negatives of a class are averaged, so that both weigh alike, in one logarithm.
+    The paper's text is not public; this is the definition used here. It follows the unified form that the same author
+    published just before.
+
+    Source: Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters.
+    """
+
+    scale, margin = 32.0, 0.1
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        count = torch.bincount(labels, minlength=self.num_classes).to(similarity.dtype)  # (C,) positives of each class
+        own = F.one_hot(labels, self.num_classes).bool()
+        positive = -self.scale * (similarity - self.margin) - count.clamp(min=1).log()
+        negative = self.scale * (similarity + self.margin) - (len(labels) - count).clamp(min=1).log()
+        # A mean of exp(z) is the sum of exp(z - log count): each column is one logsumexp over all samples.
+        return F.softplus(torch.where(own, positive, negative).logsumexp(0)).mean()
+
+
+class NormalizedSoftmax(ProxyLoss):
+    """Normalized softmax: the cross entropy of alpha s. Source: Zhai & Wu, BMVC 2019, arXiv 1811.12649."""
+
+    scale = 32.0
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.scale * similarity, labels)
+
+
+class ProxyNCA(ProxyLoss):
+    """ProxyNCA++: the cross entropy of -alpha d, d_ic = ||x_i - p_c||^2 = 2 - 2 s_ic, the positive in the denominator.
+
+    Source: Movshovitz-Attias et al., ICCV 2017, arXiv 1703.07464; Teh et al., ECCV 2020, arXiv 2004.01113, eq. 5.
+    """
+
+    scale = 9.0  # ProxyNCA++: temperature 1/9
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(-self.scale * (2 - 2 * similarity), labels)
+
+
+class CosFace(ProxyLoss):
+    """CosFace: the cross entropy of alpha (s_ic - delta [c = y_i]). Source: Wang et al., CVPR 2018, arXiv 1801.09414."""
+
+    scale, margin = 64.0, 0.35
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        shift = F.one_hot(labels, self.num_classes) * self.margin
+        return F.cross_entropy(self.scale * (similarity - shift), labels)
+
+
+class ArcFace(ProxyLoss):
+    """ArcFace: the cross entropy of alpha cos(theta_ic + delta [c = y_i]), theta = arccos s, delta in radians.
+
+    Once theta + delta passes pi, s - delta sin(delta) takes its place, which keeps falling with s. There is no acos:
+    its gradient is infinite at s = 1.
+
+    Source: Deng et al., CVPR 2019, arXiv 1801.07698, eq. 3.
+    """
+
+    scale, margin = 64.0, 0.5  # 28.6 degrees
+
+    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        cosine = similarity.gather(1, labels[:, None])  # (N, 1)
+        sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+        turned = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        past_pi = cosine < -math.cos(self.margin)
+        target = torch.where(past_pi, cosine - self.margin * math.sin(self.margin), turned)
+        return F.cross_entropy(self.scale * similarity.scatter(1, labels[:, None], target), labels)
+
+
+LOSSES = {
+    'balanced_proxy': BalancedProxy, 'proxy_anchor': ProxyAnchor, 'normalized_softmax': NormalizedSoftmax,
+    'proxy_nca': ProxyNCA, 'cos_face': CosFace, 'arc_face': ArcFace,
+}
+# Two names are a loss together with a way in which the proxies move.
+COMBINED_LOSSES = {
+    'asymptotic_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'momentum', 'temperature': 0.03},
+    'positive_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'positive'},
+}

@@ -1,0 +1,103 @@
+"""The papers' hyper-parameters as data: one entry a recipe, each with its source.
+
+`train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as it was
+published; what the paper changes for a data set or a trunk stands in `overrides`, later entries win.
+
+    name            the keys are the flags of train.py
+    proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
+    lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
+    optimizer_type  a star (adam*) means: this optimizer, and the proxies move by momentum (Momentum Proxy's spelling)
+"""
+
+# What the five systems share; each recipe below says only where it differs.
+COMMON = {
+    'lr': 1e-4,
+    'proxy_lr_factor': 100.0,
+    'weight_decay': 1e-4,
+    'optimizer_type': 'adamw',
+    'lr_schedule': 'step',
+    'lr_decay_step': 5,
+    'lr_decay_gamma': 0.5,
+    'lr_milestones': (0.5,),
+    'batch_size': 64,
+    'images_per_class': 0,
+    'num_epochs': 20,
+    'warm_up': 0,
+    'clip_value': 0.0,
+    'drop_last': False,
+    'feature_dim': 512,
+    'image_size': 224,
+    'pooling': 'max',
+    'layer_norm': True,
+    'linear_bias': False,
+    'proxy_init': 'unit',
+    'freeze_bn': True,
+    'recalls': (1, 2, 4, 8),
+}
+SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
+ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
+
+RECIPES = {
+    'balanced_proxy': {
+        'source': 'Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters',
+        'settings': {'loss_name': 'balanced_proxy', 'warm_up': 2},
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
+    'asymptotic_proxy': {
+        'source': 'Asymptotic proxy for deep metric learning',
+        'settings': {
+            'loss_name': 'asymptotic_proxy', 'optimizer_type': 'adam', 'weight_decay': 0.0, 'lr_schedule': 'multistep',
+            'lr_decay_gamma': 0.1, 'batch_size': 128, 'num_epochs': 30, 'image_size': 256,
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS, ({'data_name': ('sop', 'isc')}, {'temperature': 0.05, 'lr': 4e-5})],
+    },
+    'positive_proxy': {
+        'source': 'Learning with only positive embeddings for fine-grained image retrieval',
+        'settings': {'loss_name': 'positive_proxy'},
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
+    'momentum_proxy': {
+        'source': 'Momentum proxy based fine-grained image retrieval',
+        'settings': {
+            'loss_name': 'proxy_nca', 'optimizer_type': 'adam*', 'lr': 1e-3, 'proxy_lr_factor': 1.0,
+            'weight_decay': 0.0, 'lr_schedule': 'multistep', 'lr_decay_gamma': 0.1, 'lr_milestones': (0.5, 0.8),
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
+    'proxy_anchor': {
+        'source': 'Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020, arXiv 2003.13911',
+        'settings': {
+            'loss_name': 'proxy_anchor', 'lr_decay_step': 10, 'batch_size': 180, 'num_epochs': 60, 'warm_up': 1,
+            'clip_value': 10.0, 'drop_last': True, 'pooling': 'avg_max', 'layer_norm': False, 'linear_bias': True,
+            'proxy_init': 'kaiming', 'recalls': (1, 2, 4, 8, 16, 32),
+        },
+        'overrides': [
+            ({'data_name': ('car',)}, {'lr_decay_step': 20}),
+            ({'backbone_type': ('resnet50',)}, {'batch_size': 120, 'warm_up': 5}),
+            ({'backbone_type': ('resnet50',), 'data_name': ('cub',)}, {'lr_decay_step': 5}),
+            ({'backbone_type': ('resnet50',), 'data_name': ('car',)}, {'lr_decay_step': 10}),
+            SOP_RECALLS, ISC_RECALLS,
+            ({'data_name': ('sop', 'isc')},
+             {'lr': 6e-4, 'lr_decay_step': 20, 'lr_decay_gamma': 0.25, 'freeze_bn': False}),
+        ],
+    },
+}
+
+
+def recipe_settings(name: str, data_name: str, backbone_type: str) -> dict:
+    """Return the flat hyper-parameters of a recipe for one data set and one trunk.
+
+    Args:
+        name: a key of RECIPES.
+        data_name: `car`, `cub`, `sop`, `isc`, or any other data set (then no override of a data set applies).
+        backbone_type: a name of `model.BACKBONES` or `timm:...`.
+
+    Raises:
+        KeyError: if there is no recipe of that name.
+    """
+    chosen = {'data_name': data_name, 'backbone_type': backbone_type}
+    settings = {**COMMON, **RECIPES[name]['settings']}
+    for condition, values in RECIPES[name]['overrides']:
+        if all(chosen[key] in allowed for key, allowed in condition.items()):
+            settings.update(values)
+    return settings

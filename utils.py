@@ -1,0 +1,241 @@
+"""Plumbing shared by the scripts: errors, command lines, seeds, devices, files that are never torn, run names.
+
+This module imports no other module of the project.
+"""
+import argparse
+import difflib
+import os
+import random
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+DATA_NAMES = {  # second names of the data sets: Proxy Anchor's --dataset and the archives' own folders, lower case
+    'car': ('car', 'cars', 'cars196'),
+    'cub': ('cub', 'cub_200_2011', 'cub200', 'cub-200-2011'),
+    'sop': ('sop', 'stanford_online_products'),
+    'isc': ('isc', 'inshop', 'inshop_clothes', 'in-shop', 'in-shop clothes retrieval benchmark'),
+}
+
+
+# ---------------------------------------------------- errors, command line --------------------------------------------
+class UserError(ValueError):
+    """Something that the person at the keyboard can mend: one line with the flag or file, the value and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that teaches: defaults shown, no abbreviations, and errors of one line with a suggestion."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        unknown = re.match(r'unrecognized arguments: (--[^\s=]+)', message)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            message = f'{unknown[1]} is no flag of {self.prog}{nearest(unknown[1], options)}; see --help'
+        raise UserError(message)
+
+
+def run_script(main) -> None:
+    """Call `main` and end as a script should: exit code 2 and one line for a UserError, 130 for Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(f'{Path(sys.argv[0]).name}: error: {error}', 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail('stopped by the keyboard', 130))
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def nearest(value: str, choices) -> str:
+    """Return `; did you mean 'x'?` for the choice nearest to a mistyped value, or nothing."""
+    match = difflib.get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f'; did you mean {match[0]!r}?' if match else ''
+
+
+def check_choice(flag: str, value: str, choices) -> str:
+    """Return `value` if it is one of `choices`, else raise a UserError that lists them and suggests the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        raise UserError(f'{flag} {value!r} is not known{nearest(value, choices)} (there are: {", ".join(choices)})')
+    return value
+
+
+def canonical_data_name(name: str) -> str:
+    """Return the short name of a data set (`CUB_200_2011`, `Inshop`, `cars` -> `cub`, `isc`, `car`); others stay."""
+    for short, names in DATA_NAMES.items():
+        if name.lower() in names:
+            return short
+    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_. -]*', name):
+        raise UserError(f'--data_name {name!r} is no plain folder name; use letters, digits, _ . and -')
+    return name
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """Parse `1,2,4,8`; Recall@K needs positive, ascending numbers."""
+    try:
+        values = tuple(int(part) for part in text.split(','))
+    except ValueError:
+        raise UserError(f'--recalls {text!r} must be whole numbers with commas between, as in 1,2,4,8') from None
+    if not values or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
+        raise UserError(f'--recalls {text!r} must be positive and ascending, as in 1,2,4,8')
+    return values
+
+
+def fraction_list(text: str) -> tuple[float, ...]:
+    """Parse `0.5,0.8`: ascending fractions of the training."""
+    try:
+        values = tuple(float(part) for part in text.split(','))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < value < 1 for value in values) or list(values) != sorted(set(values)):
+        raise UserError(f'--lr_milestones {text!r} must be ascending fractions of the epochs, as in 0.5,0.8')
+    return values
+
+
+def switch(text: str) -> bool:
+    """Parse a flag's 0 or 1."""
+    if text not in ('0', '1'):
+        raise argparse.ArgumentTypeError(f'must be 0 or 1, not {text!r}')
+    return text == '1'
+
+
+# ---------------------------------------------------- randomness, device ---------------------------------------------
+def seed_everything(seed: int) -> None:
+    """Seed Python's and PyTorch's generators."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def select_device(name: str):
+    """Return the torch.device for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
+
+    Raises:
+        UserError: if that device is not there; a run never moves to another device in silence.
+    """
+    import torch
+
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
+        raise UserError(f'--device {name!r} is not known (there are: auto, cpu, mps, cuda, cuda:N)')
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == 'cuda' and (device.index or 0) >= count:
+        raise UserError(f'--device {name}: this machine has {count} CUDA devices; use --device cpu or auto')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise UserError('--device mps: not available on this machine; use --device cpu or auto')
+    return device
+
+
+def gpu_id(text: str) -> str:
+    """Translate Proxy Anchor's `--gpu-id N` into a device: GPU N where there is a GPU, `-1` or no GPU the CPU."""
+    import torch
+
+    try:
+        index = int(text)
+    except ValueError:
+        raise UserError(f'--gpu_id {text!r} must be a number, -1 for the CPU') from None
+    return f'cuda:{index}' if index >= 0 and torch.cuda.is_available() else 'cpu'
+
+
+def bfloat16_is_fast(device) -> bool:
+    """Tell whether the device multiplies bfloat16 natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX)."""
+    import torch
+
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# ---------------------------------------------------- files ----------------------------------------------------------
+def write_atomically(path: Path, write) -> None:
+    """Call `write(file)` on a temporary file beside `path`, sync it to the disk, then rename it over `path`.
+
+    A reader finds the old file or the new one, never a part; after an error the old one is still there.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    except OSError as error:
+        raise UserError(f'cannot write {path}: {error.strerror}; choose a folder that can be written to') from None
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f'cannot write {path}: {error.strerror}; the file before it is untouched') from None
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save(contents: dict, path: Path) -> None:
+    """Save a plain dict of tensors, lists, numbers and strings so that `load` can read it; atomic."""
+    import torch
+
+    write_atomically(path, lambda file: torch.save(contents, file))
+
+
+def load(path: Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
+    """Load a `.pth` file onto the CPU without executing anything in it.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the messages (`data base`, `model`, ...).
+        keys: what the dict in it must hold.
+
+    Raises:
+        UserError: if it is missing, corrupt, would need code to be executed, or is something else.
+    """
+    import torch
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'there is no {kind} {path}')
+    try:
+        contents = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a damaged archive raises whatever the unpickler or the zip reader stumbles over
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f'{path} cannot be read as a {kind}: it is corrupt, or holds more than tensors and plain '
+                        f'values ({reason})') from None
+    missing = [key for key in keys if not isinstance(contents, dict) or key not in contents]
+    if missing:
+        raise UserError(f'{path} is no {kind} of this project: it lacks {", ".join(missing)}')
+    return contents
+
+
+def make_folder(flag: str, path: Path) -> Path:
+    """Create a folder that can be written to, or say which flag names another."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f'{flag} {path} cannot be written to ({error.strerror}); choose another folder') from None
+    return path
+
+
+# ---------------------------------------------------- runs -----------------------------------------------------------
+def run_name(*parts) -> str:
+    """Join the parts of a run's name with `_`, in `[a-z0-9_.-]`: what else occurs becomes `-`."""
+    words = [re.sub(r'[^a-z0-9_.-]+', '-', str(part).lower()) for part in parts]
+    return '_'.join(word for word in words if word)
