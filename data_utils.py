@@ -260,15 +260,12 @@ def drawable_characters(count: int) -> list[tuple[str, list[str]]]:
 
 
 def draw_glyph(character: str, faces: list[str], rng: random.Random) -> Image.Image:
-    """Draw one image: the character under random typeface, size, rotation, shear, place and colours, over clutter."""
+    """Draw one image: the character, dark, in random typeface, size, rotation, shear and place, over light clutter."""
     size = GLYPH_SIZE
-    background, ink = (tuple(rng.randrange(256) for _ in range(3)) for _ in range(2))
-    while sum(abs(a - b) for a, b in zip(background, ink)) < 200:  # of 765: still legible
-        ink = tuple(rng.randrange(256) for _ in range(3))
-    image = Image.new('RGB', (size, size), background)
+    image = Image.new('RGB', (size, size), tuple(rng.randrange(150, 256) for _ in range(3)))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randrange(3, 7)):  # clutter: strokes and blots
-        colour = tuple(rng.randrange(256) for _ in range(3))
+    for _ in range(rng.randrange(2, 5)):  # clutter: strokes and blots
+        colour = tuple(rng.randrange(80, 256) for _ in range(3))
         ends = [rng.randrange(-8, size + 8) for _ in range(4)]
         if rng.random() < 0.5:
             draw.line(ends, fill=colour, width=rng.randrange(1, 3))
@@ -277,16 +274,16 @@ def draw_glyph(character: str, faces: list[str], rng: random.Random) -> Image.Im
             draw.ellipse((ends[0] - radius, ends[1] - radius, ends[0] + radius, ends[1] + radius), fill=colour)
     mask = mask_of(character, typeface(rng.choice(faces), 64))
     mask = ImageOps.expand(mask, border=max(mask.size) // 2)
-    shear = rng.uniform(-0.3, 0.3)
+    shear = rng.uniform(-0.2, 0.2)
     mask = mask.transform(mask.size, Image.Transform.AFFINE, (1, shear, -shear * mask.height / 2, 0, 1, 0),
                           Image.Resampling.BILINEAR)
-    mask = mask.rotate(rng.uniform(-25, 25), Image.Resampling.BILINEAR)
+    mask = mask.rotate(rng.uniform(-20, 20), Image.Resampling.BILINEAR)
     mask = mask.crop(mask.getbbox())
-    scale = rng.uniform(0.5, 0.85) * size / max(mask.size)
+    scale = rng.uniform(0.55, 0.9) * size / max(mask.size)
     mask = mask.resize([max(2, round(side * scale)) for side in mask.size], Image.Resampling.LANCZOS)
     place = [rng.randint(0, size - side) for side in mask.size]
-    image.paste(Image.new('RGB', mask.size, ink), place, mask)
-    noise = np.random.RandomState(rng.getrandbits(32)).randint(-16, 17, (size, size, 3))
+    image.paste(Image.new('RGB', mask.size, tuple(rng.randrange(120) for _ in range(3))), place, mask)
+    noise = np.random.RandomState(rng.getrandbits(32)).randint(-12, 13, (size, size, 3))
     return Image.fromarray(np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8))
 
 

@@ -73,7 +73,7 @@ def precision_at_r(similarity: torch.Tensor, positive: torch.Tensor) -> tuple[to
     """
     num_positive = positive.sum(1, keepdim=True)
     most = int(num_positive.max())
-    order = torch.arange(1, most + 1, device=similarity.device)
+    order = torch.arange(1, most + 1, device=similarity.device, dtype=torch.float64)
     positives = similarity.masked_fill(~positive, -torch.inf).topk(most).values
     # rank_j <= R needs at most R nearer or 2 R tied negatives, so no more have to be sorted.
     negatives = similarity.masked_fill(positive, -torch.inf).topk(min(2 * most + 1, similarity.shape[1])).values
@@ -81,7 +81,7 @@ def precision_at_r(similarity: torch.Tensor, positive: torch.Tensor) -> tuple[to
     not_farther = torch.searchsorted(-negatives, -positives, right=True)
     rank = order + (nearer + not_farther) / 2
     counts = (order <= num_positive) & (rank <= num_positive)
-    num_positive = num_positive[:, 0].clamp(min=1)
+    num_positive = num_positive[:, 0].double()
     return (counts * order / rank).sum(1) / num_positive, counts.sum(1) / num_positive
 
 
@@ -147,8 +147,8 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
         raise UserError('no query has another image of its class to find; a test class needs at least two images')
     rank = torch.cat(ranks)
     metrics = {f'R@{k}': 100 * (rank < k).double().mean().item() for k in recalls}
-    metrics['MAP@R'] = 100 * torch.cat(maps).double().mean().item()
-    metrics['R-precision'] = 100 * torch.cat(precisions).double().mean().item()
+    metrics['MAP@R'] = 100 * torch.cat(maps).mean().item()
+    metrics['R-precision'] = 100 * torch.cat(precisions).mean().item()
     return {**metrics, 'queries': len(rank), 'without_positive': len(query_features) - len(rank)}
 
 

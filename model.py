@@ -372,6 +372,11 @@ class ProxyLoss(nn.Module):
         return loss
 
 
+def log1pexp(z: torch.Tensor) -> torch.Tensor:
+    """Return log(1 + exp(z)) to the last digit; F.softplus drops the 1 above 20."""
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
 class ProxyAnchor(ProxyLoss):
     """Proxy Anchor: 1/|P+| sum_{c in P+} log(1 + sum_{i: y_i = c} exp(-alpha (s_ic - delta)))
     + 1/C sum_c log(1 + sum_{i: y_i != c} exp(alpha (s_ic + delta))), P+ the classes in the batch.
@@ -387,7 +392,7 @@ class ProxyAnchor(ProxyLoss):
         positive = (-self.scale * (similarity - self.margin)).masked_fill(~own, -1e30).logsumexp(0)
         negative = (self.scale * (similarity + self.margin)).masked_fill(own, -1e30).logsumexp(0)
         num_present = own.any(0).sum()
-        return F.softplus(positive).sum() / num_present + F.softplus(negative).mean()
+        return log1pexp(positive).sum() / num_present + log1pexp(negative).mean()
 
 
 class BalancedProxy(ProxyLoss):
@@ -409,7 +414,7 @@ class BalancedProxy(ProxyLoss):
         positive = -self.scale * (similarity - self.margin) - count.clamp(min=1).log()
         negative = self.scale * (similarity + self.margin) - (len(labels) - count).clamp(min=1).log()
         # A mean of exp(z) is the sum of exp(z - log count): each column is one logsumexp over all samples.
-        return F.softplus(torch.where(own, positive, negative).logsumexp(0)).mean()
+        return log1pexp(torch.where(own, positive, negative).logsumexp(0)).mean()
 
 
 class NormalizedSoftmax(ProxyLoss):
@@ -439,7 +444,7 @@ class CosFace(ProxyLoss):
     scale, margin = 64.0, 0.35
 
     def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shift = F.one_hot(labels, self.num_classes) * self.margin
+        shift = F.one_hot(labels, self.num_classes).to(similarity.dtype) * self.margin
         return F.cross_entropy(self.scale * (similarity - shift), labels)
 
 
@@ -456,7 +461,8 @@ class ArcFace(ProxyLoss):
 
     def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         cosine = similarity.gather(1, labels[:, None])  # (N, 1)
-        sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+        square = 1 - cosine.square()  # rounding can take it to 0 and below, where sqrt has no finite gradient
+        sine = square.where(square > 0, 1.0).sqrt().where(square > 0, 0.0)
         turned = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
         past_pi = cosine < -math.cos(self.margin)
         target = torch.where(past_pi, cosine - self.margin * math.sin(self.margin), turned)

@@ -239,3 +239,23 @@ def run_name(*parts) -> str:
     """Join the parts of a run's name with `_`, in `[a-z0-9_.-]`: what else occurs becomes `-`."""
     words = [re.sub(r'[^a-z0-9_.-]+', '-', str(part).lower()) for part in parts]
     return '_'.join(word for word in words if word)
+
+
+# ---------------------------------------------------- pictures ------------------------------------------------------
+GREEN, RED, GREY = '#009E73', '#D55E00', '#999999'  # Okabe & Ito: told apart by the colour-blind too
+
+
+def plot_style():
+    """Return a context in which matplotlib draws in the style of SciencePlots, without LaTeX and without a screen."""
+    import warnings
+
+    import matplotlib
+
+    matplotlib.use('Agg')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # SciencePlots warns under matplotlib 3.11
+        import scienceplots  # noqa: F401  registers the styles
+    from matplotlib import pyplot
+
+    fonts = {'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'text.parse_math': False}
+    return pyplot.style.context(['science', 'no-latex', fonts])

@@ -1,0 +1,252 @@
+"""Look queries up in a data base and draw what they retrieve.
+
+    python test.py --retrieval_num 10
+    python test.py --query_img_name 008055.jpg --data_base car_resnet50_balanced_proxy_512_data_base.pth
+    python test.py --query_img_name my_photo.jpg --data_base results/car_resnet50_balanced_proxy_512_data_base.pth
+
+A query is an image of the data base (its path in the split, an absolute path, or its file name where that is unique),
+or any other image file: the run's model embeds it then, and no class is known. Writes results/{query}/query_img.jpg,
+retrieval_img_{rank}_{similarity}.jpg and one figure, top{K}.png: green frames where the class is the query's, red
+elsewhere. retrieval.json beside them lists the same; files that this script did not write are never replaced.
+"""
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from data_utils import find_root, load_image, make_transform
+from evaluate import cosine_similarity, hamming_distance, load_data_base, load_model, pack_codes, use_amp
+from utils import GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, select_device
+
+TILE = 224  # px, side of a written image inside its frame
+FRAME = 8  # px
+
+
+def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None:
+    """Return the subset and index of a query in the data base, or None if it is an image file from elsewhere.
+
+    Raises:
+        UserError: if a bare file name occurs more than once, or nothing of that name exists.
+    """
+    subsets = [subset for subset in ('test', 'gallery') if f'{subset}_images' in data_base]
+    relative = Path(name)
+    if relative.is_absolute() and relative.is_relative_to(root.absolute()):
+        relative = relative.relative_to(root.absolute())
+    for subset in subsets:
+        if relative.as_posix() in data_base[f'{subset}_images']:
+            return subset, data_base[f'{subset}_images'].index(relative.as_posix())
+    same_name = [(subset, index) for subset in subsets for index, path in enumerate(data_base[f'{subset}_images'])
+                 if path.rsplit('/', 1)[-1] == name]
+    if len(same_name) == 1:
+        return same_name[0]
+    if same_name:
+        paths = ', '.join(data_base[f'{subset}_images'][index] for subset, index in same_name[:5])
+        raise UserError(f'--query_img_name {name} names {len(same_name)} images; give the path: {paths}')
+    if Path(name).is_file():
+        return None
+    known = [path for subset in subsets for path in data_base[f'{subset}_images']]
+    if '/' not in name:
+        known = [path.rsplit('/', 1)[-1] for path in known]
+    raise UserError(f'--query_img_name {name} is neither an image of the data base nor a file{nearest(name, known)}')
+
+
+def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -> torch.Tensor:
+    """Embed an image file from outside of the data set with the run's model; returns (D,)."""
+    model, _ = load_model(model_file, device)
+    transform = make_transform(False, model.config['image_size'], run['resize_size'], model.interpolation)
+    try:
+        image = transform(load_image(path))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
+                                                enabled=use_amp(run['amp'], device, model, training=False)):
+        return model(image[None].to(device))[0].cpu()
+
+
+def retrieve(feature: torch.Tensor, data_base: dict, skip: tuple[str, int] | None, retrieval_num: int,
+             binary: bool) -> list[tuple[int, float]]:
+    """Return the nearest images as (index, similarity), nearest first, of the gallery or else of the test images.
+
+    Args:
+        feature: (D,) of the query.
+        skip: the query's own place, which is not retrieved.
+        binary: rank by Hamming distance; the similarity is then the share of equal bits.
+    """
+    subset = 'gallery' if 'gallery_images' in data_base else 'test'
+    features = data_base[f'{subset}_features']
+    if binary:
+        distance = hamming_distance(pack_codes(feature[None]), pack_codes(features))[0]
+        similarity = 1 - torch.from_numpy(distance).double() / features.shape[1]
+    else:
+        similarity = cosine_similarity(feature[None], features)[0]
+    if skip and skip[0] == subset:
+        similarity[skip[1]] = -torch.inf
+    found = similarity.isfinite().sum().item()
+    if retrieval_num > found:
+        raise UserError(f'--retrieval_num {retrieval_num} is larger than the {found} images to retrieve from')
+    order = similarity.argsort(descending=True, stable=True)[:retrieval_num]
+    return [(int(index), float(similarity[index])) for index in order]
+
+
+def look_up(name: str, data_base: dict, root: Path, model_file: Path, args, device: torch.device) -> dict:
+    """Retrieve for one query.
+
+    Returns:
+        {'query': file, 'class': name or None, 'retrieved': [{'image', 'class', 'similarity', 'correct'}, ...]};
+        `correct` is None where the query's class is not known.
+    """
+    place = find_query(name, data_base, root)
+    if place:
+        subset, index = place
+        path = root / data_base[f'{subset}_images'][index]
+        feature, label = data_base[f'{subset}_features'][index], int(data_base[f'{subset}_labels'][index])
+    else:
+        path, label = Path(name), None
+        feature = embed_image(path, model_file, data_base['args'], device)
+    subset = 'gallery' if 'gallery_images' in data_base else 'test'
+    retrieved = []
+    for index, similarity in retrieve(feature, data_base, place, args.retrieval_num, args.binary):
+        found = int(data_base[f'{subset}_labels'][index])
+        retrieved.append({'image': data_base[f'{subset}_images'][index], 'class': data_base['class_names'][found],
+                          'similarity': similarity, 'correct': None if label is None else found == label})
+    return {'query': path, 'class': None if label is None else data_base['class_names'][label], 'retrieved': retrieved}
+
+
+# ---------------------------------------------------- pictures ------------------------------------------------------
+def read_tile(path: Path, colour: str) -> Image.Image:
+    """Read an image as a square tile in a coloured frame."""
+    try:
+        image = load_image(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f'the image {path} is missing or broken ({error}); does --data_path name the folder that the '
+                        'data base was made from?') from None
+    tile = ImageOps.pad(image, (TILE, TILE), color='white')
+    return ImageOps.expand(tile, FRAME, colour)
+
+
+def colour_of(correct: bool | None) -> str:
+    """Return the colour of a frame: green, red, or grey where the query's class is not known."""
+    return {True: GREEN, False: RED, None: GREY}[correct]
+
+
+def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
+    """Draw one row per query: the query in a dashed frame, then what it retrieves, similarity and class below."""
+    columns = 1 + len(answers[0]['retrieved'])
+    with plot_style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(len(answers), columns, figsize=(1.25 * columns, 1.7 * len(answers)),
+                                       squeeze=False, layout='constrained')
+        for row, answer in zip(axes, answers, strict=True):
+            show_tile(row[0], answer['query'], '#000000', f'query\n{wrap(answer["class"] or "class unknown")}', '--')
+            for axis, found in zip(row[1:], answer['retrieved'], strict=True):
+                show_tile(axis, root / found['image'], colour_of(found['correct']),
+                          f'{found["similarity"]:.3f}\n{wrap(found["class"])}', '-')
+        figure.savefig(target, dpi=160)
+        pyplot.close(figure)
+
+
+def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
+    """Show an image on an axis in a frame, with text below."""
+    axis.imshow(ImageOps.crop(read_tile(path, 'white'), FRAME))
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set(edgecolor=colour, linewidth=2.5, linestyle=line)
+    axis.set_xlabel(text, fontsize=6)
+
+
+def wrap(name: str) -> str:
+    """Break a class name into at most two lines that fit under a tile."""
+    import textwrap
+
+    return '\n'.join(textwrap.wrap(name.replace('_', ' '), 20, max_lines=2, placeholder=' ...'))
+
+
+def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) -> Path:
+    """Write the figure, retrieval.json and, for one query, the single images; returns the figure's path.
+
+    The files of an earlier call, which its retrieval.json lists, are removed.
+
+    Raises:
+        UserError: if a file of the same name is there that this script did not write.
+    """
+    make_folder('--results_dir', folder)
+    record_file = folder / 'retrieval.json'
+    try:
+        record = json.loads(record_file.read_text()) if record_file.is_file() else {'files': []}
+        written = {name for name in record['files'] if Path(name).name == name}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{record_file} is not what this script wrote; move it away') from None
+    tiles = {}
+    if singles:
+        answer = answers[0]
+        tiles['query_img.jpg'] = read_tile(answer['query'], GREY)
+        for rank, found in enumerate(answer['retrieved'], start=1):
+            name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
+            tiles[name] = read_tile(root / found['image'], colour_of(found['correct']))
+    figure = folder / f'top{len(answers[0]["retrieved"])}.png'
+    for name in [*tiles, figure.name]:
+        if (folder / name).exists() and name not in written:
+            raise UserError(f'{folder / name} was not written by test.py and is not replaced; move it away')
+    for name in written:
+        (folder / name).unlink(missing_ok=True)
+    for name, tile in tiles.items():
+        tile.save(folder / name, quality=95)
+    draw_rows(answers, root, figure)
+    lines = [{**answer, 'query': answer['query'].name} for answer in answers]
+    record_file.write_text(json.dumps({'files': [*tiles, figure.name], 'answers': lines}, indent=1))
+    return figure
+
+
+# ---------------------------------------------------- command line --------------------------------------------------
+def get_args(argv: list[str] | None = None):
+    """Parse the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--query_img_name', nargs='+', default=['008055.jpg'], metavar='Q',
+                        help='one or more queries: path in the split, absolute path, unique file name, or an image file '
+                             'of your own [%(default)s]')
+    parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
+                        help='file, or its name in --results_dir [%(default)s]')
+    parser.add_argument('--retrieval_num', type=int, default=8, help='images to retrieve [%(default)s]')
+    parser.add_argument('--binary', action='store_true', help='rank by the Hamming distance of sign(features)')
+    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    parser.add_argument('--results_dir', default='results', help='where pictures go [%(default)s]')
+    parser.add_argument('--device', default='auto', help='to embed an image of your own [%(default)s]')
+    args = parser.parse_args(argv)
+    if args.retrieval_num < 1:
+        raise UserError(f'--retrieval_num {args.retrieval_num} must be at least 1')
+    return args
+
+
+def main() -> None:
+    """Look up, print and draw what the command line names."""
+    args = get_args()
+    file = Path(args.data_base)
+    file = file if file.is_file() else Path(args.results_dir) / args.data_base
+    if not file.is_file():
+        there = sorted(path.name for path in Path(args.results_dir).glob('*_data_base.pth'))
+        raise UserError(f'--data_base {args.data_base} is neither a file nor in {args.results_dir}'
+                        f'{nearest(args.data_base, there)} (there are: {", ".join(there) or "none; train first"})')
+    data_base = load_data_base(file)
+    root = find_root(args.data_path, data_base['args']['data_name'])
+    if root is None:
+        raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
+                        f'{file.name}; name the folder that does')
+    model_file = file.with_name(file.name.replace('_data_base.pth', '_model.pth'))
+    device = select_device(args.device)
+    answers = [look_up(name, data_base, root, model_file, args, device) for name in args.query_img_name]
+    for answer in answers:
+        print(f'{answer["query"].name} ({answer["class"] or "class unknown"}):')
+        for rank, found in enumerate(answer['retrieved'], start=1):
+            mark = {True: 'same class', False: 'other class', None: ''}[found['correct']]
+            print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"]}  {mark}'.rstrip())
+        print(write_answers(Path(args.results_dir) / answer['query'].stem, [answer], root, singles=True))
+    if len(answers) > 1:
+        folder = Path(args.results_dir) / f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
+        print(write_answers(folder, answers, root, singles=False))
+
+
+if __name__ == '__main__':
+    run_script(main)

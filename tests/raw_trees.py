@@ -1,0 +1,83 @@
+"""Write small raw data sets in the true formats of CARS196, CUB-200-2011, SOP and In-shop."""
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+WIDTH, HEIGHT = 48, 40
+
+
+def write_image(path: Path, label: int, number: int, mode: str = 'RGB') -> None:
+    """Write a noisy image whose colours tell its label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.RandomState(1000 * label + number)
+    pixels = rng.randint(0, 80, (HEIGHT, WIDTH, 3)) + np.array([40 * label % 176, 70 * label % 176, 110 * label % 176])
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(path)
+
+
+def make_car(data_path: Path, folder: str = 'car', classes=(1, 2, 98, 99, 100, 196), images: int = 4) -> Path:
+    """Write `cars_annos.mat` as MATLAB would, its `test` field at odds with the split by class, and the images."""
+    root = data_path / folder
+    fields = ('relative_im_path', 'bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'test')
+    rows = []
+    for label in classes:
+        for number in range(images):
+            name = f'car_ims/{len(rows) + 1:06d}.jpg'
+            write_image(root / name, label, number)
+            rows.append((name, 3, 2, 42, 36, label, number % 2))
+    annotations = np.array([tuple(np.array([[value]]) if isinstance(value, int) else np.array([value])
+                                  for value in row) for row in rows], dtype=[(field, 'O') for field in fields])
+    names = np.array([np.array([f'Maker Model {label}']) for label in range(1, 197)] + [None], dtype=object)[:-1]
+    savemat(root / 'cars_annos.mat', {'annotations': annotations[None], 'class_names': names[None]})
+    return root
+
+
+def make_cub(data_path: Path, folder: str = 'cub', classes=(1, 2, 100, 101, 102, 200), images: int = 4) -> Path:
+    """Write the text files of CUB-200-2011 and its images, one of them greyscale."""
+    root = data_path / folder
+    lists = {'images.txt': [], 'image_class_labels.txt': [], 'bounding_boxes.txt': []}
+    for label in classes:
+        for number in range(images):
+            image_id = len(lists['images.txt']) + 1
+            path = f'{label:03d}.Some_Bird/Some_Bird_{label:04d}_{number}.jpg'
+            write_image(root / 'images' / path, label, number, 'L' if image_id == 1 else 'RGB')
+            lists['images.txt'].append(f'{image_id} {path}')
+            lists['image_class_labels.txt'].append(f'{image_id} {label}')
+            lists['bounding_boxes.txt'].append(f'{image_id} 4.0 3.0 30.0 35.5')
+    for name, lines in lists.items():
+        (root / name).write_text('\n'.join(lines) + '\n')
+    return root
+
+
+def make_sop(data_path: Path, folder: str = 'sop', images: int = 4) -> Path:
+    """Write Ebay_train.txt and Ebay_test.txt; two super-classes hold files of the same name."""
+    root = data_path / folder
+    number = 0
+    for subset, labels in (('train', (1, 2, 3)), ('test', (11319, 11320, 11321))):
+        lines = ['image_id class_id super_class_id path']
+        for label in labels:
+            for index in range(images):
+                number += 1
+                path = f'{("bicycle", "chair")[label % 2]}_final/{111085122871 + label // 2}_{index}.JPG'
+                write_image(root / path, label, index)
+                lines.append(f'{number} {label} {label % 2 + 1} {path}')
+        root.mkdir(exist_ok=True)
+        (root / f'Ebay_{subset}.txt').write_text('\n'.join(lines) + '\n')
+    return root
+
+
+def make_isc(data_path: Path, folder: str = 'isc', images: int = 4) -> Path:
+    """Write list_eval_partition.txt with its count line and header line; item folders share their file names."""
+    root = data_path / folder
+    lines = []
+    for label, subsets in ((1, ('train',)), (2, ('train',)), (3, ('train',)), (7, ('query', 'gallery')),
+                           (8, ('query', 'gallery')), (9, ('query', 'gallery'))):
+        for index in range(images):
+            path = f'img/WOMEN/Dresses/id_{label:08d}/{index + 1:02d}_1_front.jpg'
+            write_image(root / 'Img' / path, label, index)
+            lines.append(f'{path:<60} id_{label:08d} {subsets[index % len(subsets)]}')
+    (root / 'Eval').mkdir()
+    header = f'{len(lines)}\nimage_name item_id evaluation_status\n'
+    (root / 'Eval' / 'list_eval_partition.txt').write_text(header + '\n'.join(lines) + '\n')
+    return root

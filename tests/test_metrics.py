@@ -1,0 +1,154 @@
+"""Retrieval metrics against brute force, one query at a time in float64, and against pytorch-metric-learning."""
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import evaluate
+from evaluate import hamming_distance, pack_codes, retrieval_metrics
+from utils import UserError
+
+
+def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
+    """Rank every gallery image for every query with Python's own sums; ties between classes count as half."""
+    hits, maps, precisions = [], [], []
+    for i, x in enumerate(query.tolist()):
+        scores = [(round(sum(a * b for a, b in zip(x, g, strict=True)), 10), int(gallery_labels[j]) == int(query_labels[i]))
+                  for j, g in enumerate(gallery.tolist()) if not (itself and i == j)]
+        positives = sorted((score for score, own in scores if own), reverse=True)
+        negatives = [score for score, own in scores if not own]
+        if not positives:
+            continue
+        before = [sum(n > p for n in negatives) + sum(n == p for n in negatives) / 2 for p in positives]
+        ranks = [j + nearer for j, nearer in enumerate(before, start=1)]
+        r = len(positives)
+        hits.append([before[0] < k for k in recalls])
+        maps.append(sum(j / rank for j, rank in enumerate(ranks, start=1) if rank <= r) / r)
+        precisions.append(sum(rank <= r for rank in ranks) / r)
+    shares = 100 * np.mean(hits, axis=0)
+    return {**{f'R@{k}': share for k, share in zip(recalls, shares, strict=True)},
+            'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(hits)}
+
+
+def random_features(n, d, classes, seed, coarse=False):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    features = torch.randn(n, d, generator=generator) + F.one_hot(labels, max(d, classes))[:, :d]
+    if coarse:  # few values: many ties
+        features = torch.randint(-1, 2, (n, d), generator=generator).float()
+        features[features.abs().sum(1) == 0, 0] = 1
+    return F.normalize(features, dim=-1), labels
+
+
+def assert_equal(ours, theirs):
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, abs=1e-9), key
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(4, 23), d=st.integers(1, 5), classes=st.integers(1, 4), seed=st.integers(0, 10**6),
+       coarse=st.booleans(), gallery=st.integers(0, 11))
+def test_metrics_equal_brute_force(n, d, classes, seed, coarse, gallery):
+    query, query_labels = random_features(n, d, classes, seed, coarse)
+    query_labels[:2] = query_labels[0]  # one query at least has a positive
+    if gallery:
+        features, labels = random_features(gallery, d, classes, seed + 1, coarse)
+        labels[0] = query_labels[0]
+        arguments, itself = (query, query_labels, features, labels), False
+    else:
+        arguments, itself = (query, query_labels), True
+        features, labels = query, query_labels
+    recalls = tuple(k for k in (1, 2, 5) if k <= len(features) - itself)
+    expected = brute_force(query.double(), query_labels, features.double(), labels, itself, recalls)
+    assert_equal(retrieval_metrics(*arguments, recalls=recalls), expected)
+
+
+@pytest.mark.parametrize('gallery', [False, True])
+def test_binary_metrics_equal_brute_force_on_signs(gallery):
+    query, query_labels = random_features(31, 13, 4, 1)
+    query[3, 2] = 0.0  # a zero counts as +1
+    features, labels = random_features(29, 13, 4, 2)
+    arguments = (query, query_labels, features, labels) if gallery else (query, query_labels)
+    ours = retrieval_metrics(*arguments, recalls=(1, 3), binary=True)
+    sign = [torch.where(x >= 0, 1.0, -1.0).double() for x in (query, features if gallery else query)]
+    expected = brute_force(sign[0], query_labels, sign[1], labels if gallery else query_labels, not gallery, (1, 3))
+    assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize('d', [1, 7, 64, 65, 200])
+def test_hamming_distance_counts_different_signs(d):
+    features = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
+    expected = ((features[:4, None] >= 0) != (features[None] >= 0)).sum(-1).numpy()
+    assert (hamming_distance(pack_codes(features[:4]), pack_codes(features)) == expected).all()
+
+
+def test_a_query_is_excluded_by_its_index_and_not_by_its_value():
+    features = F.normalize(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [0.1, 1.0]]), dim=-1)
+    labels = torch.tensor([0, 0, 1, 1])  # image 1 is an exact copy of image 0 and its nearest neighbour
+    assert retrieval_metrics(features, labels, recalls=(1,))['R@1'] == 100
+    assert retrieval_metrics(-features[[0, 2]], torch.tensor([0, 0]), recalls=(1,))['R@1'] == 100  # negative cosine
+
+
+def test_tied_negatives_count_as_half():
+    features = torch.ones(5, 1)
+    labels = torch.tensor([0, 0, 1, 1, 1])
+    metrics = retrieval_metrics(features, labels, recalls=(1, 2, 4))
+    # Class 0 has 3 tied negatives, rank 1.5; class 1 has 2, rank 1.
+    assert [metrics[f'R@{k}'] for k in (1, 2, 4)] == [0, 100, 100]
+
+
+def test_order_of_the_gallery_does_not_matter_with_duplicates():
+    features, labels = random_features(150, 37, 5, 3)
+    features = torch.cat([features, features])
+    labels = torch.cat([labels, labels.roll(1)])  # every image also stands under another class
+    expected = retrieval_metrics(features, labels, recalls=(1, 2, 4))
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    assert retrieval_metrics(features[order], labels[order], recalls=(1, 2, 4)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    features, labels = random_features(101, 8, 6, 4)
+    whole = retrieval_metrics(features, labels)
+    monkeypatch.setattr(evaluate, 'BLOCK_ELEMENTS', 700)  # blocks of 6 queries
+    assert retrieval_metrics(features, labels) == whole
+
+
+def test_queries_without_a_positive_are_left_out_and_counted():
+    features, labels = random_features(12, 4, 3, 5)
+    labels[4] = 77
+    metrics = retrieval_metrics(features, labels, recalls=(1,))
+    kept = torch.arange(12) != 4
+    assert (metrics['queries'], metrics['without_positive']) == (11, 1)
+    expected = retrieval_metrics(features[kept], labels[kept], features, labels, recalls=(2,))['queries']
+    assert expected == 11
+
+
+def test_metrics_equal_pytorch_metric_learning():
+    from pytorch_metric_learning.distances import CosineSimilarity
+    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
+    from pytorch_metric_learning.utils.inference import CustomKNN
+    features, labels = random_features(211, 16, 13, 6)
+    calculator = AccuracyCalculator(include=('precision_at_1', 'mean_average_precision_at_r', 'r_precision'),
+                                    k='max_bin_count', knn_func=CustomKNN(CosineSimilarity()), device=torch.device('cpu'))
+    theirs = calculator.get_accuracy(features, labels)
+    ours = retrieval_metrics(features, labels, recalls=(1,))
+    assert ours['R@1'] == pytest.approx(100 * theirs['precision_at_1'], abs=1e-4)
+    assert ours['MAP@R'] == pytest.approx(100 * theirs['mean_average_precision_at_r'], abs=1e-4)
+    assert ours['R-precision'] == pytest.approx(100 * theirs['r_precision'], abs=1e-4)
+
+
+def test_broken_features_are_counted():
+    features, labels = random_features(9, 4, 2, 7)
+    features[2, 1] = float('nan')
+    features[5, 0] = float('inf')
+    with pytest.raises(UserError, match='2 of 9 query features'):
+        retrieval_metrics(features, labels, recalls=(1,))
+
+
+@pytest.mark.parametrize(('recalls', 'labels', 'message'), [((1, 4), [0, 0, 1, 1], 'larger than the 3 images'),
+                                                           ((1,), [0, 1, 2, 3], 'no query')])
+def test_what_cannot_be_measured_is_an_error(recalls, labels, message):
+    with pytest.raises(UserError, match=message):
+        retrieval_metrics(torch.eye(4), torch.tensor(labels), recalls=recalls)
