@@ -3,7 +3,7 @@
     python data_utils.py --data_path /home/data                     # every known raw set that is there
     python data_utils.py --data_path /home/data --data_name cub car
     python data_utils.py --data_path data --data_name glyph         # made here, no download
-    python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/*.jpg
+    python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/...
 
 Under {data_path}/{data_name} this writes the images to `uncropped/` (hard links where the file system has them) and,
 where there are bounding boxes, to `cropped/`, and the split files `uncropped_data_dicts.pth` and
@@ -105,7 +105,7 @@ def read_car(root: Path) -> tuple[list[Item], dict[str, str]]:
         rows = [(str(row['relative_im_path'].item()), int(row['class'].item()),
                  *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))) for row in annotations]
     except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError, NotImplementedError) as error:
-        raise UserError(f'{file} is not the annotation file of CARS196 ({str(error)[:80]}); download it again') from None
+        raise UserError(f'{file} is no annotation file of CARS196 ({str(error)[:80]}); download it again') from None
     names = [str(name.item()) for name in contents['class_names'].reshape(-1)] if 'class_names' in contents else []
     items = [Item(path, 'train' if label <= 98 else 'test', str(label), Path(path).stem, (x1 - 1, y1 - 1, x2, y2))
              for path, label, x1, y1, x2, y2 in rows]  # MATLAB counts pixels from 1, both ends included
@@ -209,6 +209,7 @@ TYPEFACES = (  # of those that matplotlib ships, the ones with many alphabets
     'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic',
 )
 GLYPH_SIZE = 48  # px, side of an image
+GLYPH_CATEGORIES = ('Lu', 'Ll', 'Lo', 'Nd', 'Sm', 'So', 'Po', 'Sc')  # Unicode's letters, digits and symbols
 GLYPH_LIKENESS = 0.85  # two characters whose outlines correlate more than this count as one
 
 
@@ -237,7 +238,7 @@ def drawable_characters(count: int) -> list[tuple[str, list[str]]]:
 
     charmaps = {name: set(FT2Font(typeface(name, 8).path).get_charmap()) for name in TYPEFACES}
     shared = charmaps['DejaVuSans']
-    letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)) in ('Lu', 'Ll', 'Lo', 'Nd', 'Sm', 'So', 'Po', 'Sc')]
+    letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)) in GLYPH_CATEGORIES]
     faces = {letter: [name for name in TYPEFACES if ord(letter) in charmaps[name]] for letter in letters}
     letters = [letter for letter in letters if len(faces[letter]) >= 3]
     letters.sort(key=lambda letter: (bool(unicodedata.decomposition(letter)),
@@ -406,7 +407,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         present[folder] = set(os.listdir(root / folder))
 
     done, failures, todo = {}, {}, []
-    for item, stem in zip(items, unique_stems(items)):
+    for item, stem in zip(items, unique_stems(items), strict=True):
         try:
             status = os.stat(root / item.source)
         except OSError as error:
@@ -428,7 +429,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(decode, todo), total=len(todo), desc=root.name, unit='img', dynamic_ncols=True,
                    disable=not todo)
-        for (item, key), result in zip(todo, bar):
+        for (item, key), result in zip(todo, bar, strict=True):
             if isinstance(result, Exception):
                 failures[item.source] = str(result) or type(result).__name__
             else:
@@ -462,7 +463,12 @@ def make_split(items: list[Item], done: dict, class_names: dict[str, str], folde
 
 def count_split(split: dict) -> dict[str, tuple[int, int]]:
     """Return {subset: (classes, images)}."""
-    return {subset: (len(split[subset]), sum(map(len, split[subset].values()))) for subset in SUBSETS if subset in split}
+    return {subset: (len(split[subset]), count_images(split[subset])) for subset in SUBSETS if subset in split}
+
+
+def count_images(classes: dict[str, list[str]]) -> int:
+    """Return the number of images of a subset."""
+    return sum(len(paths) for paths in classes.values())
 
 
 def check_counts(data_name: str, counts: dict[str, tuple[int, int]]) -> str:
@@ -501,9 +507,8 @@ def process(data_path: Path, data_name: str, args) -> None:
         raw = RAW_SETS[data_name]
         missing = [file for file in raw.files if not (root / file).is_file()]
         if missing:
-            other = ' (cars_train and cars_test are the other, classification split)' if (root / 'cars_train').is_dir() \
-                else ''
-            raise UserError(f'{root} lacks {", ".join(missing)}{other}; extract the data set\'s own archive there')
+            note = ' (cars_train and cars_test are the classification split)' if (root / 'cars_train').is_dir() else ''
+            raise UserError(f'{root} lacks {", ".join(missing)}{note}; extract the data set\'s own archive there')
         items, class_names = raw.read(root)
     else:
         items, class_names = read_folder(root, args.test_ratio, args.seed)

@@ -66,8 +66,8 @@ def best_positive_rank(similarity: torch.Tensor, positive: torch.Tensor) -> torc
 def precision_at_r(similarity: torch.Tensor, positive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return MAP@R and R-precision (Q,) in [0, 1]; R is the number of a query's positives.
 
-    MAP@R = 1/R sum_{j: rank_j <= R} j / rank_j over the positives in the order of their similarity. A negative tied with
-    a positive stands half before it.
+    MAP@R = 1/R sum_{j: rank_j <= R} j / rank_j over the positives in the order of their similarity. A negative tied
+    with a positive stands half before it.
 
     Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020, arXiv 2003.08505, section 3.2.
     """
@@ -173,7 +173,7 @@ def make_loader(dataset: RetrievalDataset, batch_size: int, num_workers: int, de
 
 
 @torch.inference_mode()
-def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.device, amp: bool = False) -> torch.Tensor:
+def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.device, amp: bool) -> torch.Tensor:
     """Embed the images of a loader in their order; returns (N, D) float32 on the CPU."""
     model.eval()
     embeddings = []
@@ -339,6 +339,8 @@ def main() -> None:
         model = model.to(device, memory_format=torch.channels_last)
         data_base = embed_for(args, model, run, device)
     results = measure(data_base, tuple(args.recalls or run.get('recalls', (1, 2, 4, 8))), device)
+    if args.zero_shot:
+        del results['binary']  # a trunk's features end in a ReLU: their signs say nothing
     print(json.dumps(results) if args.json else format_table(results))
 
 

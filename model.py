@@ -56,8 +56,9 @@ def load_weights(weights: str, url: str | None) -> dict | None:
         try:
             torch.hub.download_url_to_file(url, str(file), hash_prefix)
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-            raise UserError(f'the ImageNet weights could not be downloaded from {url} ({error}); get the file elsewhere '
-                            'and name it with --weights FILE, or train from scratch with --weights none') from None
+            raise UserError(f'the ImageNet weights could not be downloaded from {url} ({error}); get the file '
+                            'elsewhere and name it with --weights FILE, or train from scratch with --weights '
+                            'none') from None
     return load(file, 'weights file')
 
 
@@ -71,7 +72,7 @@ def fill(module: nn.Module, state_dict: dict | None, head: tuple[str, ...], name
         return module
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(head)}
     expected = module.state_dict()
-    counters = {key for key in expected if key.endswith('num_batches_tracked')}  # absent from files before PyTorch 0.4.1
+    counters = {key for key in expected if key.endswith('num_batches_tracked')}  # not in files of old PyTorch
     missing = [key for key in expected if key not in state_dict and key not in counters]
     unexpected = [key for key in state_dict if key not in expected]
     reshaped = [key for key, value in expected.items()
@@ -439,7 +440,10 @@ class ProxyNCA(ProxyLoss):
 
 
 class CosFace(ProxyLoss):
-    """CosFace: the cross entropy of alpha (s_ic - delta [c = y_i]). Source: Wang et al., CVPR 2018, arXiv 1801.09414."""
+    """CosFace: the cross entropy of alpha (s_ic - delta [c = y_i]).
+
+    Source: Wang et al., CVPR 2018, arXiv 1801.09414, eq. 4.
+    """
 
     scale, margin = 64.0, 0.35
 

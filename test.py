@@ -205,8 +205,8 @@ def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument('--query_img_name', nargs='+', default=['008055.jpg'], metavar='Q',
-                        help='one or more queries: path in the split, absolute path, unique file name, or an image file '
-                             'of your own [%(default)s]')
+                        help='one or more queries: path in the split, absolute path, unique file name, or an image '
+                             'file of your own [%(default)s]')
     parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
                         help='file, or its name in --results_dir [%(default)s]')
     parser.add_argument('--retrieval_num', type=int, default=8, help='images to retrieve [%(default)s]')

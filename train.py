@@ -8,8 +8,8 @@
                     --dataset cub --warm 1 --bn-freeze 1 --lr-decay-step 10           # Proxy Anchor's own spelling
 
 A recipe (recipes.py) sets the defaults of a paper for the data set and trunk at hand; a flag on the command line wins.
-A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_data_base.pth (best R@1 on the
-test classes), {run}_checkpoint.pth (for --resume).
+A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_data_base.pth (best R@1 on
+the test classes), {run}_checkpoint.pth (for --resume).
 """
 import argparse
 import shlex
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_utils import BatchSampler, RetrievalDataset, make_transform, read_split, resize_for
+from data_utils import BatchSampler, RetrievalDataset, count_images, make_transform, read_split, resize_for
 from evaluate import make_data_base, make_test_loaders, measure, use_amp
 from model import COMBINED_LOSSES, LOSSES, POOLINGS, PROXY_UPDATES, EmbeddingNet, check_backbone
 from recipes import RECIPES, recipe_settings
@@ -56,8 +56,8 @@ def get_parser() -> Parser:
     group.add_argument('--loss_name', '--loss', type=str.lower, help='loss: ' + ', '.join([*LOSSES, *COMBINED_LOSSES]) +
                        ' [the recipe\'s]. asymptotic_proxy is normalized_softmax with proxies moved by momentum and '
                        'temperature 0.03; positive_proxy is normalized_softmax with --proxy_update positive')
-    group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, by '
-                       'that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
+    group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, '
+                       'by that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
     group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: resnet50, inception '
                        '(BN-Inception), googlenet, resnet18, resnet101, or timm:MODEL [%(default)s]')
     group.add_argument('--weights', default='imagenet', help='of the trunk: imagenet (downloaded once, checked), none '
@@ -79,8 +79,8 @@ def get_parser() -> Parser:
     group.add_argument('--batch_size', '--batch-size', type=int, help='papers: 64, Asymptotic 128, Anchor 180 or 120')
     group.add_argument('--images_per_class', '--IPC', type=int, help='draw each batch as batch/k classes with k images '
                        'each (Proxy Anchor\'s balanced sampling); 0 shuffles all images [0]')
-    group.add_argument('--num_workers', '--workers', type=int, default=2, help='processes that decode images; 0 decodes '
-                       'in this one; the batches are the same [%(default)s]')
+    group.add_argument('--num_workers', '--workers', type=int, default=2, help='processes that decode images; 0 '
+                       'decodes in this one; the batches are the same [%(default)s]')
 
     group = parser.add_argument_group('network')
     group.add_argument('--feature_dim', '--embedding-size', type=int, help='length of an embedding; papers: 512')
@@ -116,11 +116,12 @@ def get_parser() -> Parser:
     group.add_argument('--proxy_lr', type=float, help='learning rate of the proxies; papers: 100 x lr, Momentum Proxy '
                        '1 x lr')
     group.add_argument('--weight_decay', '--weight-decay', type=float, help='papers: 1e-4, Asymptotic and Momentum 0')
-    group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy Anchor 10')
+    group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy '
+                       'Anchor 10')
     group.add_argument('--lr_schedule', choices=list(SCHEDULES), help='step: every --lr_decay_step epochs; multistep: '
                        'at --lr_milestones; cosine: to zero; constant. Papers: step, Asymptotic and Momentum multistep')
-    group.add_argument('--lr_decay_step', '--lr-decay-step', type=int, help='epochs between the steps; papers: 5, Proxy '
-                       'Anchor 5 to 20 by data set and trunk')
+    group.add_argument('--lr_decay_step', '--lr-decay-step', type=int, help='epochs between the steps; papers: 5, '
+                       'Proxy Anchor 5 to 20 by data set and trunk')
     group.add_argument('--lr_decay_gamma', '--lr-decay-gamma', type=float, help='factor at a step or milestone; '
                        'papers: 0.5, multistep 0.1, Proxy Anchor 0.25 on sop and isc')
     group.add_argument('--lr_milestones', type=fraction_list, help='fractions of the epochs; papers: Asymptotic 0.5, '
@@ -297,7 +298,8 @@ def train_one_epoch(model: EmbeddingNet, criterion: nn.Module, optimizer: torch.
         if time.perf_counter() - shown > 0.3:
             shown = time.perf_counter()
             mean = read_totals(totals, shown - start)
-            bar.set_postfix_str(f'loss {mean["loss"]:.4f}, accuracy {mean["accuracy"]:.1f} %, {mean["img_s"]:.0f} img/s')
+            bar.set_postfix_str(f'loss {mean["loss"]:.4f}, accuracy {mean["accuracy"]:.1f} %, '
+                                f'{mean["img_s"]:.0f} img/s')
     return read_totals(totals, time.perf_counter() - start)
 
 
@@ -387,9 +389,10 @@ def main() -> None:
     root, split = read_split(args.data_path, args.data_name, args.crop_type)
     sampler = BatchSampler([number for number, paths in enumerate(split['train'].values()) for _ in paths],
                            args.batch_size, args.images_per_class, args.drop_last, args.seed)
-    searched = sum(map(len, split['gallery'].values())) if 'gallery' in split else sum(map(len, split['test'].values())) - 1
+    searched = count_images(split['gallery']) if 'gallery' in split else count_images(split['test']) - 1
     if args.recalls[-1] > searched:
-        raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched in')
+        raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched '
+                        'in')
     files = claim_run(args)
     checkpoint = load_checkpoint(files['checkpoint'], args) if args.resume else None
 

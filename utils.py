@@ -43,7 +43,9 @@ def run_script(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_fail(f'{Path(sys.argv[0]).name}: error: {error}', 2))
+        # A DataLoader's worker sends its traceback along; the message is the last line.
+        message = str(error).strip().splitlines()[-1].removeprefix('utils.UserError: ')
+        sys.exit(_fail(f'{Path(sys.argv[0]).name}: error: {message}', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('stopped by the keyboard', 130))
 
@@ -82,9 +84,9 @@ def int_list(text: str) -> tuple[int, ...]:
     try:
         values = tuple(int(part) for part in text.split(','))
     except ValueError:
-        raise UserError(f'--recalls {text!r} must be whole numbers with commas between, as in 1,2,4,8') from None
-    if not values or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:])):
-        raise UserError(f'--recalls {text!r} must be positive and ascending, as in 1,2,4,8')
+        raise argparse.ArgumentTypeError(f'{text!r} must be whole numbers with commas between, as in 1,2,4,8') from None
+    if not values or values[0] < 1 or any(a >= b for a, b in zip(values, values[1:], strict=False)):
+        raise argparse.ArgumentTypeError(f'{text!r} must be positive and ascending, as in 1,2,4,8')
     return values
 
 
@@ -95,7 +97,7 @@ def fraction_list(text: str) -> tuple[float, ...]:
     except ValueError:
         values = ()
     if not values or not all(0 < value < 1 for value in values) or list(values) != sorted(set(values)):
-        raise UserError(f'--lr_milestones {text!r} must be ascending fractions of the epochs, as in 0.5,0.8')
+        raise argparse.ArgumentTypeError(f'{text!r} must be ascending fractions of the epochs, as in 0.5,0.8')
     return values
 
 
@@ -143,7 +145,7 @@ def gpu_id(text: str) -> str:
     try:
         index = int(text)
     except ValueError:
-        raise UserError(f'--gpu_id {text!r} must be a number, -1 for the CPU') from None
+        raise argparse.ArgumentTypeError(f'{text!r} must be a number, -1 for the CPU') from None
     return f'cuda:{index}' if index >= 0 and torch.cuda.is_available() else 'cpu'
 
 

@@ -23,7 +23,8 @@ def make_car(data_path: Path, folder: str = 'car', classes=(1, 2, 98, 99, 100, 1
     rows = []
     for label in classes:
         for number in range(images):
-            name = f'car_ims/{len(rows) + 1:06d}.jpg'
+            last = label == classes[-1] and number == images - 1
+            name = f'car_ims/{8055 if last else len(rows) + 1:06d}.jpg'  # 008055.jpg is the query that the papers show
             write_image(root / name, label, number)
             rows.append((name, 3, 2, 42, 36, label, number % 2))
     annotations = np.array([tuple(np.array([[value]]) if isinstance(value, int) else np.array([value])

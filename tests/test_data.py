@@ -135,7 +135,8 @@ def test_annotation_errors_name_file_and_line(tmp_path):
 
 
 def test_missing_data_is_named(tmp_path):
-    assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path / 'no'), '--data_path', 'does not exist')
+    result = type_command('data_utils.py', '--data_path', tmp_path / 'no')
+    assert_one_line_error(result, '--data_path', 'does not exist')
     assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path), 'no known raw data set')
     (tmp_path / 'flowers').mkdir()
     result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'flower')
@@ -281,7 +282,8 @@ def test_the_last_batch_is_kept_or_dropped(drop_last, sizes):
 
 
 @pytest.mark.parametrize(('batch_size', 'images_per_class', 'message'), [
-    (10, 4, 'must be a multiple of --images_per_class 4'), (21, 0, 'the 20 training images'), (18, 3, 'needs 6 classes')])
+    (10, 4, 'must be a multiple of --images_per_class 4'), (21, 0, 'the 20 training images'),
+    (18, 3, 'needs 6 classes')])
 def test_a_batch_that_does_not_fit_is_an_error(batch_size, images_per_class, message):
     with pytest.raises(UserError, match=message):
         BatchSampler([index % 5 for index in range(20)], batch_size, images_per_class)
@@ -293,7 +295,7 @@ def test_test_images_are_resized_and_centre_cropped():
     tensor = make_transform(False, 35, HEIGHT)(image)
     assert tensor.shape == (3, 35, 35)
     assert tensor.dtype == torch.uint8
-    assert tensor[0].nonzero().tolist() == [[18, 18]]  # from row (40 - 35) / 2 and column (48 - 35) / 2, rounded to even
+    assert tensor[0].nonzero().tolist() == [[18, 18]]  # cut from row 2 = (40 - 35) / 2 and column 6
     assert make_transform(False, 224)(image).shape == (3, 224, 224)
 
 

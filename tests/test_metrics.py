@@ -15,7 +15,7 @@ def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
     """Rank every gallery image for every query with Python's own sums; ties between classes count as half."""
     hits, maps, precisions = [], [], []
     for i, x in enumerate(query.tolist()):
-        scores = [(round(sum(a * b for a, b in zip(x, g, strict=True)), 10), int(gallery_labels[j]) == int(query_labels[i]))
+        scores = [(round(sum(a * b for a, b in zip(x, g, strict=True)), 10), bool(gallery_labels[j] == query_labels[i]))
                   for j, g in enumerate(gallery.tolist()) if not (itself and i == j)]
         positives = sorted((score for score, own in scores if own), reverse=True)
         negatives = [score for score, own in scores if not own]
@@ -131,7 +131,8 @@ def test_metrics_equal_pytorch_metric_learning():
     from pytorch_metric_learning.utils.inference import CustomKNN
     features, labels = random_features(211, 16, 13, 6)
     calculator = AccuracyCalculator(include=('precision_at_1', 'mean_average_precision_at_r', 'r_precision'),
-                                    k='max_bin_count', knn_func=CustomKNN(CosineSimilarity()), device=torch.device('cpu'))
+                                    k='max_bin_count', knn_func=CustomKNN(CosineSimilarity()),
+                                    device=torch.device('cpu'))
     theirs = calculator.get_accuracy(features, labels)
     ours = retrieval_metrics(features, labels, recalls=(1,))
     assert ours['R@1'] == pytest.approx(100 * theirs['precision_at_1'], abs=1e-4)

@@ -1,0 +1,39 @@
+# make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_RUN := glyph_resnet18_balanced_proxy_128
+DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+042F_0000.png
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/python data_utils.py --data_path data --data_name glyph
+	$(BIN)/python train.py --data_path data --data_name glyph --recipe balanced_proxy \
+		--backbone_type resnet18 --weights none --max_pool 0 --freeze_bn 0 --pooling avg --layer_norm 0 \
+		--feature_dim 128 --image_size 48 --resize_size 48 --min_crop 0.8 --flip 0 \
+		--batch_size 50 --num_epochs 7 --warm_up 0 --lr 1e-3 --proxy_lr 1e-2 --lr_schedule cosine --overwrite
+	$(BIN)/python evaluate.py --data_base results/$(DEMO_RUN)_data_base.pth
+	$(BIN)/python test.py --data_path data --data_base $(DEMO_RUN)_data_base.pth --query_img_name $(DEMO_QUERIES)
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is too old: Python 3.10 or newer is needed; try make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/demo: requirements.txt | .venv/python
+	$(BIN)/pip install -r requirements.txt
+	touch $@
+
+.venv/test: requirements.txt requirements-dev.txt | .venv/python
+	$(BIN)/pip install -r requirements-dev.txt
+	touch $@

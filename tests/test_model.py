@@ -1,0 +1,225 @@
+"""Trunks, weights and the embedding network."""
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import model as model_module
+from model import BACKBONES, EmbeddingNet, load_weights
+from utils import UserError
+
+
+def images(size, n=2):
+    return torch.from_numpy(np.random.RandomState(0).randint(0, 256, (n, 3, size, size), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(('name', 'width'), [('resnet18', 512), ('resnet50', 2048), ('resnet101', 2048),
+                                             ('googlenet', 1024), ('inception', 1024)])
+def test_trunks_give_unit_embeddings_from_their_feature_width(name, width):
+    torch.manual_seed(0)
+    network = EmbeddingNet(name, 7, weights='none', image_size=64).eval()
+    with torch.no_grad():
+        embeddings = network(images(64))
+    assert network.refactor.in_features == width
+    assert embeddings.shape == (2, 7)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings.norm(dim=-1), torch.ones(2))
+
+
+def test_all_trunks_are_tested():
+    assert set(BACKBONES) == {'resnet18', 'resnet50', 'resnet101', 'googlenet', 'inception'}
+
+
+@pytest.mark.parametrize(('name', 'size'), [('resnet18', 64), ('googlenet', 64)])
+def test_a_trunk_computes_what_torchvision_computes(name, size):
+    from torchvision import models
+    torch.manual_seed(1)
+    extra = {'aux_logits': False, 'init_weights': True} if name == 'googlenet' else {}
+    whole = models.get_model(name, weights=None, **extra).eval()
+    whole.fc, whole.dropout = nn.Identity(), nn.Identity()
+    network = EmbeddingNet(name, 0, 'avg', layer_norm=False, weights='none').eval()
+    network.trunk.load_state_dict(whole.state_dict())
+    pixels = images(size)
+    scaled = (pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / \
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = nn.functional.normalize(whole(scaled), dim=-1)
+        torch.testing.assert_close(network(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bn_inception_takes_bgr_pixels_from_0_to_255():
+    network = EmbeddingNet('inception', 3, weights='none')
+    pixels = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = torch.tensor([50.0 - 104, 100.0 - 117, 200.0 - 128]).view(1, 3, 1, 1)
+    torch.testing.assert_close(network.preprocess(pixels), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['timm:resnet10t', 'timm:vit_tiny_patch16_224', 'timm:swin_tiny_patch4_window7_224',
+                                  'timm:tf_efficientnet_lite0'])
+@pytest.mark.parametrize('size', [64, 224])
+def test_timm_models_of_every_layout_embed_images_of_any_size(name, size):
+    """A feature map, tokens, and a feature map with channels last."""
+    import timm
+    network = EmbeddingNet(name, 5, weights='none', image_size=size).eval()
+    with torch.no_grad():
+        assert network(images(size, 1)).shape == (1, 5)
+    settings = timm.create_model(name.removeprefix('timm:')).pretrained_cfg
+    assert network.mean.flatten().tolist() == pytest.approx(settings['mean'])
+    assert network.std.flatten().tolist() == pytest.approx(settings['std'])
+    assert network.interpolation == settings['interpolation']
+
+
+def test_pooling_is_over_the_map_or_the_patch_tokens():
+    network = EmbeddingNet('resnet18', 3, weights='none')
+    features = torch.tensor([[[[1.0, 2], [3, 6]]]])
+    for pooling, expected in (('max', 6.0), ('avg', 3.0), ('avg_max', 9.0)):
+        network.pooling = pooling
+        assert network.pool(features).tolist() == [[expected]]
+    network = EmbeddingNet('timm:vit_tiny_patch16_224', 3, 'cls', weights='none')
+    tokens = torch.tensor([[[7.0], [1], [3]]])  # the class token, two patches
+    assert network.pool(tokens).item() == 7
+    network.pooling = 'avg'
+    assert network.pool(tokens).item() == 2
+
+
+def test_layer_norm_and_bias_follow_their_flags():
+    network = EmbeddingNet('resnet18', 6, layer_norm=False, linear_bias=True, weights='none')
+    assert network.refactor.bias.tolist() == [0] * 6
+    assert abs(network.refactor.weight.std().item() - (2 / 6) ** 0.5) < 0.02  # kaiming normal, fan_out
+    assert EmbeddingNet('resnet18', 6, weights='none').refactor.bias is None
+    seen = []
+    network = EmbeddingNet('resnet18', 6, weights='none').eval()
+    network.refactor.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad():
+        network(images(64))
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(2), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_batchnorm_statistics_are_frozen_where_asked(frozen):
+    network = EmbeddingNet('resnet18', 4, weights='none', freeze_bn=frozen).train()
+    before = network.trunk.bn1.running_mean.clone()
+    network(images(64))
+    assert torch.equal(network.trunk.bn1.running_mean, before) == frozen
+    assert network.training
+
+
+def test_warm_up_leaves_the_trunk_alone_under_adamw():
+    network = EmbeddingNet('resnet18', 4, weights='none')
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    network.train()
+    for frozen in (False, True, True):  # a first free step leaves gradients and AdamW's averages behind
+        network.freeze_trunk(frozen)
+        before = network.trunk.conv1.weight.clone(), network.refactor.weight.clone()
+        optimizer.zero_grad()
+        network(images(64)).square().sum(0)[0].backward()
+        optimizer.step()
+        assert torch.equal(network.trunk.conv1.weight, before[0]) == frozen
+        assert not torch.equal(network.refactor.weight, before[1])
+
+
+def test_max_pool_can_be_left_out_of_a_resnet_only():
+    network = EmbeddingNet('resnet18', 4, weights='none', max_pool=False)
+    assert network.trunk(torch.zeros(1, 3, 48, 48)).shape == (1, 512, 3, 3)
+    with pytest.raises(UserError, match='--max_pool 0 is for the ResNets'):
+        EmbeddingNet('googlenet', 4, weights='none', max_pool=False)
+
+
+# ---------------------------------------------------- weights --------------------------------------------------------
+def save_trunk(name, path):
+    torch.manual_seed(5)
+    whole = {f'fc.{key}': value for key, value in nn.Linear(8, 2).state_dict().items()}
+    network = EmbeddingNet(name, 4, weights='none')
+    torch.save({**network.trunk.state_dict(), **whole}, path)
+    return network
+
+
+def test_weights_from_a_file_are_loaded_without_the_head(tmp_path):
+    saved = save_trunk('resnet18', tmp_path / 'r.pth')
+    loaded = EmbeddingNet('resnet18', 4, weights=str(tmp_path / 'r.pth'))
+    for key, value in saved.trunk.state_dict().items():
+        assert torch.equal(loaded.trunk.state_dict()[key], value)
+
+
+def test_timm_weights_from_a_file_are_loaded_without_the_head(tmp_path):
+    import timm
+    torch.save(timm.create_model('resnet10t', num_classes=3).state_dict(), tmp_path / 't.pth')
+    EmbeddingNet('timm:resnet10t', 4, weights=str(tmp_path / 't.pth'))
+    with pytest.raises(UserError, match='not those of --backbone_type timm:tf_efficientnet_lite0'):
+        EmbeddingNet('timm:tf_efficientnet_lite0', 4, weights=str(tmp_path / 't.pth'))
+
+
+def test_weights_of_another_trunk_are_refused(tmp_path):
+    save_trunk('resnet18', tmp_path / 'r.pth')
+    with pytest.raises(UserError, match='not those of --backbone_type resnet50: 165 tensors missing'):
+        EmbeddingNet('resnet50', 4, weights=str(tmp_path / 'r.pth'))
+
+
+def test_weights_that_would_execute_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath('executed').touch, ())
+    torch.save({'conv1.weight': Evil()}, tmp_path / 'evil.pth')
+    with pytest.raises(UserError, match='evil.pth cannot be read'):
+        EmbeddingNet('resnet18', 4, weights=str(tmp_path / 'evil.pth'))
+    assert not (tmp_path / 'executed').exists()
+
+
+def publish(tmp_path, monkeypatch, name='resnet18', break_hash=False):
+    """Serve a state dict under a file:// address with its hash in its name, as the model zoos do."""
+    saved = save_trunk(name, tmp_path / 'w.pth')
+    digest = hashlib.sha256((tmp_path / 'w.pth').read_bytes()).hexdigest()[:8]
+    digest = digest[::-1] if break_hash else digest
+    published = tmp_path / f'{name}-{digest}.pth'
+    (tmp_path / 'w.pth').rename(published)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    return saved, published.as_uri()
+
+
+def test_a_download_is_checked_and_kept(tmp_path, monkeypatch):
+    saved, url = publish(tmp_path, monkeypatch)
+    state_dict = load_weights('imagenet', url)
+    assert torch.equal(state_dict['conv1.weight'], saved.trunk.conv1.weight)
+    (tmp_path / url.rsplit('/', 1)[1]).unlink()
+    assert load_weights('imagenet', url).keys() == state_dict.keys()
+
+
+def test_a_download_with_another_hash_is_refused(tmp_path, monkeypatch):
+    _, url = publish(tmp_path, monkeypatch, break_hash=True)
+    with pytest.raises(UserError, match='--weights FILE'):
+        load_weights('imagenet', url)
+    assert not list((tmp_path / 'hub/checkpoints').iterdir())
+
+
+def test_a_download_that_fails_is_one_line_and_never_random_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with pytest.raises(UserError, match='could not be downloaded from file:///nowhere/w-0123abcd.pth'):
+        load_weights('imagenet', 'file:///nowhere/w-0123abcd.pth')
+
+
+def test_bn_inception_weights_with_rows_for_vectors_are_read(tmp_path, monkeypatch):
+    network = EmbeddingNet('inception', 4, weights='none')
+    rows = {key: value[None] if '_bn.' in key and value.ndim == 1 else value
+            for key, value in network.trunk.state_dict().items() if 'num_batches' not in key}
+    path = tmp_path / 'b.pth'
+    torch.save(rows, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:9]
+    path.rename(tmp_path / f'bn_inception-{digest}.pth')
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    monkeypatch.setattr(model_module, 'BN_INCEPTION_URL', (tmp_path / f'bn_inception-{digest}.pth').as_uri())
+    loaded = EmbeddingNet('inception', 4, weights='imagenet')
+    assert torch.equal(loaded.trunk.conv1_7x7_s2.weight, network.trunk.conv1_7x7_s2.weight)
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('resnet5', "did you mean 'resnet50'"), ('timm:nothing_like_it', 'is no model of timm')])
+def test_an_unknown_trunk_is_named(name, message):
+    with pytest.raises(UserError, match=message):
+        EmbeddingNet(name, 4, weights='none')
+
+
+def test_class_token_pooling_needs_a_class_token():
+    with pytest.raises(UserError, match='--pooling cls needs a transformer'):
+        EmbeddingNet('resnet18', 4, 'cls', weights='none')

@@ -1,0 +1,375 @@
+"""The scripts as a user types them: every system's command lines, a whole run, resuming, retrieval, bad input."""
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import REPOSITORY, assert_one_line_error, type_command
+from PIL import Image
+from raw_trees import make_car, write_image
+
+SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--recalls', '1,2',
+         '--num_workers', 0)
+TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, *SMALL)  # for runs that test the rest
+NAME = 'car_resnet18_balanced_proxy_16'
+
+
+def train(raw_sets, results, *words):
+    return type_command('train.py', *words, '--data_path', raw_sets, '--results_dir', results)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+# ---------------------------------------------------- the papers' command lines --------------------------------------
+ANCHOR = '--gpu-id 0 --loss Proxy_Anchor --model {} --embedding-size 512 --batch-size {} --lr {} --dataset {} ' \
+         '--warm {} --bn-freeze {} --lr-decay-step {}'
+PRINTED = [
+    ('--data_name cub --backbone_type inception --feature_dim 256', 'cub_inception_balanced_proxy_256'),
+    ('--feature_dim 1024', 'car_resnet50_balanced_proxy_1024'),
+    ('--data_name cub --backbone_type inception --loss_name normalized_softmax',
+     'cub_inception_normalized_softmax_512'),
+    (ANCHOR.format('bn_inception', 180, '1e-4', 'cub', 1, 1, 10), 'cub_inception_proxy_anchor_512'),
+    (ANCHOR.format('resnet50', 120, '1e-4', 'cub', 5, 1, 5), 'cub_resnet50_proxy_anchor_512'),
+    (ANCHOR.format('bn_inception', 180, '1e-4', 'cars', 1, 1, 20), 'car_inception_proxy_anchor_512'),
+    (ANCHOR.format('resnet50', 120, '1e-4', 'cars', 5, 1, 10), 'car_resnet50_proxy_anchor_512'),
+    (ANCHOR.format('bn_inception', 180, '6e-4', 'SOP', 1, 0, 20) + ' --lr-decay-gamma 0.25',
+     'sop_inception_proxy_anchor_512'),
+    (ANCHOR.format('bn_inception', 180, '6e-4', 'Inshop', 1, 0, 20) + ' --lr-decay-gamma 0.25',
+     'isc_inception_proxy_anchor_512'),
+]
+
+
+@pytest.mark.parametrize(('words', 'run'), PRINTED)
+def test_the_printed_training_command_runs(raw_sets, tmp_path, words, run):
+    result = train(raw_sets, tmp_path, *words.split(), *SMALL)
+    assert result.returncode == 0, result.stderr
+    files = ('checkpoint.pth', 'data_base.pth', 'model.pth', 'statistics.csv')
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f'{run}_{file}' for file in files]
+    if run == 'cub_inception_proxy_anchor_512':  # Proxy Anchor's page evaluates this one
+        words = '--gpu-id 0 --batch-size 120 --model bn_inception --embedding-size 512 --dataset cub --resume'
+        result = type_command('evaluate.py', *words.split(), tmp_path / f'{run}_model.pth', '--data_path', raw_sets)
+        assert result.returncode == 0, result.stderr
+        assert re.search(r'^dense +\d', result.stdout, re.MULTILINE)
+
+
+def test_a_printed_command_that_two_systems_share_says_what_to_add(raw_sets, tmp_path):
+    result = train(raw_sets, tmp_path, '--momentum', '0.6', *SMALL)
+    assert_one_line_error(result, '--momentum 0.6', '--recipe asymptotic_proxy', '--recipe momentum_proxy')
+
+
+@pytest.mark.parametrize(('recipe', 'run'), [
+    ('asymptotic_proxy', 'car_resnet50_asymptotic_proxy_512_m0.6'),
+    ('momentum_proxy', 'car_resnet50_proxy_nca_512_momentum_proxy_momentum_m0.6')])
+def test_with_the_recipe_it_trains(raw_sets, tmp_path, recipe, run):
+    result = train(raw_sets, tmp_path, '--momentum', '0.6', '--recipe', recipe, *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / f'{run}_model.pth').is_file()
+
+
+def test_the_printed_retrieval_command_runs_after_the_default_training(raw_sets, tmp_path):
+    assert train(raw_sets, tmp_path, *SMALL).returncode == 0
+    result = type_command('test.py', '--retrieval_num', 10, '--data_path', raw_sets, '--results_dir', tmp_path)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / '008055').iterdir())
+    assert names[0] == 'query_img.jpg'
+    assert len([name for name in names if re.fullmatch(r'retrieval_img_\d+_-?\d\.\d{4}\.jpg', name)]) == 10
+    assert 'top10.png' in names
+
+
+# ---------------------------------------------------- a run and what it leaves ---------------------------------------
+@pytest.fixture(scope='module')
+def run(raw_sets, tmp_path_factory):
+    """Two epochs on car, and what they printed."""
+    results = tmp_path_factory.mktemp('results')
+    result = train(raw_sets, results, *TINY, '--num_epochs', 2)
+    assert result.returncode == 0, result.stderr
+    return results, result.stdout
+
+
+def test_statistics_have_a_row_for_each_epoch(run):
+    results, printed = run
+    table = pd.read_csv(results / f'{NAME}_statistics.csv')
+    assert table['epoch'].tolist() == [1, 2]
+    columns = {'loss', 'accuracy', 'img_s', 'lr', 'proxy_lr', 'dense_R@1', 'dense_R@2', 'binary_R@1', 'dense_MAP@R'}
+    assert columns <= set(table)
+    for epoch in (1, 2):
+        assert f'epoch {epoch}/2: loss {table["loss"][epoch - 1]:.4f}' in printed
+
+
+def test_the_data_base_is_plain_and_complete(run):
+    data_base = load(run[0] / f'{NAME}_data_base.pth')
+    assert len(data_base['test_images']) == len(data_base['test_labels']) == 12
+    assert data_base['test_features'].shape == (12, 16)
+    assert data_base['train_proxies'].shape == (3, 16)
+    assert data_base['class_names'] == ['Maker Model 99', 'Maker Model 100', 'Maker Model 196']
+    assert data_base['args']['recipe'] == 'balanced_proxy'
+    assert not any(str(value).startswith('/') for value in data_base['args'].values())
+
+
+def test_the_end_names_best_and_last_epoch_and_commands_that_work(run, raw_sets):
+    results, printed = run
+    assert re.search(r'best epoch [12] .*R@1 \d', printed)
+    assert re.search(r'last epoch 2: R@1 \d', printed)
+    commands = re.findall(r'^  python (.*)$', printed, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ['evaluate.py', 'test.py']
+    for command in commands:
+        extra = ('--results_dir', results) if 'test.py' in command else ()
+        result = type_command(*command.split(), *extra)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('source', ['data_base', 'resume'])
+def test_evaluation_gives_the_numbers_of_the_training_to_the_last_digit(run, raw_sets, source):
+    results, _ = run
+    table = pd.read_csv(results / f'{NAME}_statistics.csv', dtype=str).map(float)
+    best = table.loc[table['dense_R@1'].idxmax()]
+    words = ('--data_base', results / f'{NAME}_data_base.pth') if source == 'data_base' else \
+        ('--resume', results / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_workers', 0)
+    result = type_command('evaluate.py', *words, '--json')
+    assert result.returncode == 0, result.stderr
+    for kind, metrics in json.loads(result.stdout).items():
+        for name in ('R@1', 'R@2', 'MAP@R', 'R-precision'):
+            assert metrics[name] == best[f'{kind}_{name}']
+
+
+def test_workers_do_not_change_a_run(run, raw_sets, tmp_path):
+    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--num_workers', 2).returncode == 0
+    tables = [pd.read_csv(folder / f'{NAME}_statistics.csv').drop(columns='img_s') for folder in (run[0], tmp_path)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_zero_shot_measures_a_bare_trunk(raw_sets, tmp_path):
+    from model import EmbeddingNet
+    torch.save(EmbeddingNet('resnet18', 4, weights='none').trunk.state_dict(), tmp_path / 'w.pth')
+    result = type_command('evaluate.py', '--zero_shot', '--data_path', raw_sets, '--data_name', 'isc',
+                          '--backbone_type', 'resnet18', '--weights', tmp_path / 'w.pth', '--image_size', 32,
+                          '--recalls', '1,2', '--json')
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(result.stdout)
+    assert metrics.keys() == {'dense'}
+    assert metrics['dense']['queries'] == 6
+
+
+def test_a_run_name_is_never_taken_twice_in_silence(run, raw_sets, tmp_path):
+    for file in run[0].glob(f'{NAME}_*'):
+        shutil.copy(file, tmp_path)
+    before = (tmp_path / f'{NAME}_model.pth').read_bytes()
+    result = train(raw_sets, tmp_path, *TINY, '--num_epochs', 2)
+    assert_one_line_error(result, NAME, '--resume', '--remark', '--overwrite')
+    assert (tmp_path / f'{NAME}_model.pth').read_bytes() == before
+    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--remark', 'b').returncode == 0
+    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 1, '--overwrite').returncode == 0
+    assert len(pd.read_csv(tmp_path / f'{NAME}_statistics.csv')) == 1
+
+
+@pytest.mark.parametrize('words', [
+    ('--proxy_update', 'gradient'), ('--proxy_update', 'positive'), ('--recipe', 'asymptotic_proxy')])
+def test_a_killed_run_resumes_bit_for_bit(raw_sets, tmp_path, words):
+    settings = [*words, *TINY, '--num_epochs', 3, '--warm_up', 1, '--freeze_bn', 0]
+    assert train(raw_sets, tmp_path / 'whole', *settings).returncode == 0
+    command = [sys.executable, 'train.py', *settings, '--data_path', raw_sets, '--results_dir', tmp_path / 'killed']
+    with subprocess.Popen([str(word) for word in command], cwd=REPOSITORY, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('epoch 2/3'):
+                process.send_signal(signal.SIGKILL)
+    result = train(raw_sets, tmp_path / 'killed', *settings, '--resume')
+    assert result.returncode == 0, result.stderr
+    assert 'epoch 1/3' not in result.stdout
+    for file in (tmp_path / 'whole').iterdir():
+        other = tmp_path / 'killed' / file.name
+        if file.suffix == '.csv':
+            tables = [pd.read_csv(path).drop(columns='img_s') for path in (file, other)]
+            pd.testing.assert_frame_equal(*tables, check_exact=True)
+        else:
+            assert_same_contents(load(file), load(other))
+
+
+def assert_same_contents(one, other, place=''):
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            if key != 'img_s':
+                assert_same_contents(one[key], other[key], f'{place}.{key}')
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same_contents(a, b, f'{place}[{index}]')
+    elif torch.is_tensor(one):
+        assert torch.equal(one, other), place
+    else:
+        assert one == other, place
+
+
+def test_resume_names_the_settings_that_differ(run, raw_sets, tmp_path):
+    for file in run[0].glob(f'{NAME}_*'):
+        shutil.copy(file, tmp_path)
+    result = train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--lr', '0.5', '--resume')
+    assert_one_line_error(result, '--lr 0.5 (was 0.0001)')
+    result = train(raw_sets, tmp_path, *TINY, '--remark', 'new', '--resume')
+    assert_one_line_error(result, '--resume: there is no')
+
+
+# ---------------------------------------------------- retrieval ------------------------------------------------------
+def look_up(run, raw_sets, *words, results=None):
+    return type_command('test.py', '--data_base', run[0] / f'{NAME}_data_base.pth', '--data_path', raw_sets,
+                        '--results_dir', results or run[0], *words)
+
+
+@pytest.mark.parametrize('query', ['uncropped/000014.jpg', '000014.jpg', '{}/car/uncropped/000014.jpg'])
+def test_a_query_is_found_by_path_name_or_absolute_path(run, raw_sets, tmp_path, query):
+    result = look_up(run, raw_sets, '--query_img_name', query.format(raw_sets), '--retrieval_num', 3, results=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith('000014.jpg (Maker Model 99):')
+    assert '000014.jpg' not in result.stdout.split('\n', 1)[1].split(str(tmp_path))[0]  # never its own neighbour
+
+
+@pytest.mark.parametrize('binary', [False, True])
+def test_retrieval_is_in_the_order_of_similarity(run, raw_sets, tmp_path, binary):
+    words = ('--binary',) if binary else ()
+    result = look_up(run, raw_sets, '--query_img_name', '000014.jpg', '--retrieval_num', 11, *words, results=tmp_path)
+    assert result.returncode == 0, result.stderr
+    data_base = load(run[0] / f'{NAME}_data_base.pth')
+    features = data_base['test_features'].double()
+    index = data_base['test_images'].index('uncropped/000014.jpg')
+    scores = features @ features[index]
+    if binary:
+        scores = ((features >= 0) == (features[index] >= 0)).double().mean(1)
+    record = json.loads((tmp_path / '000014/retrieval.json').read_text())['answers'][0]['retrieved']
+    assert len(record) == 11
+    expected = scores[torch.arange(12) != index].sort(descending=True).values.tolist()
+    for found, score in zip(record, expected, strict=True):
+        place = data_base['test_images'].index(found['image'])
+        assert found['similarity'] == pytest.approx(score, abs=1e-6)
+        assert found['similarity'] == pytest.approx(scores[place].item(), abs=1e-6)
+        assert found['correct'] == (data_base['test_labels'][place] == data_base['test_labels'][index])
+
+
+def test_frames_are_green_for_the_class_red_elsewhere_and_grey_where_unknown(run, raw_sets, tmp_path):
+    outside = tmp_path / 'my photo.png'
+    write_image(outside, 50, 1, 'L')
+    result = look_up(run, raw_sets, '--query_img_name', '000014.jpg', outside, '--retrieval_num', 8, results=tmp_path)
+    assert result.returncode == 0, result.stderr
+    colours = {True: (0, 158, 115), False: (213, 94, 0), None: (153, 153, 153)}
+    for folder in ('000014', 'my photo'):
+        answer = json.loads((tmp_path / folder / 'retrieval.json').read_text())['answers'][0]
+        assert (answer['class'] is None) == (folder == 'my photo')
+        for rank, found in enumerate(answer['retrieved'], start=1):
+            file = tmp_path / folder / f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
+            with Image.open(file) as image:
+                assert image.getpixel((2, image.height // 2)) == pytest.approx(colours[found['correct']], abs=12)
+    with Image.open(tmp_path / '000014_and_1_more/top8.png') as both, Image.open(tmp_path / '000014/top8.png') as one:
+        assert both.height > 1.8 * one.height  # a row each
+
+
+def test_in_shop_retrieves_from_the_gallery(raw_sets, tmp_path):
+    run_name = 'isc_resnet18_balanced_proxy_16'
+    assert train(raw_sets, tmp_path, *TINY, '--data_name', 'isc').returncode == 0
+    data_base = load(tmp_path / f'{run_name}_data_base.pth')
+    assert data_base['gallery_features'].shape == (6, 16)
+    query = data_base['test_images'][0]
+    result = type_command('test.py', '--data_base', f'{run_name}_data_base.pth', '--data_path', raw_sets,
+                          '--results_dir', tmp_path, '--query_img_name', query, '--retrieval_num', 6)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(next(tmp_path.glob('*/retrieval.json')).read_text())['answers'][0]
+    assert {found['image'] for found in answer['retrieved']} == set(data_base['gallery_images'])
+
+
+def test_only_files_that_it_wrote_are_replaced(run, raw_sets, tmp_path):
+    words = ('--query_img_name', '000014.jpg', '--retrieval_num')
+    assert look_up(run, raw_sets, *words, 5, results=tmp_path).returncode == 0
+    (tmp_path / '000014/notes.txt').write_text('mine')
+    assert look_up(run, raw_sets, *words, 2, results=tmp_path).returncode == 0
+    names = sorted(path.name for path in (tmp_path / '000014').iterdir())
+    assert len([name for name in names if name.startswith('retrieval_img')]) == 2
+    assert 'notes.txt' in names
+    assert 'top5.png' not in names
+    (tmp_path / '000014/top4.png').write_text('mine too')
+    assert_one_line_error(look_up(run, raw_sets, *words, 4, results=tmp_path), 'top4.png was not written by test.py')
+    assert (tmp_path / '000014/top4.png').read_text() == 'mine too'
+
+
+@pytest.mark.parametrize(('words', 'parts'), [
+    (('--query_img_name', '000041.jpg'), ('neither an image', 'did you mean')),
+    (('--retrieval_num', 12), ('--retrieval_num 12', '11 images')), (('--retrieval_num', 0), ('at least 1',))])
+def test_a_query_that_cannot_be_answered_is_one_line(run, raw_sets, words, parts):
+    defaults = ('--query_img_name', '000014.jpg') if '--query_img_name' not in words else ()
+    assert_one_line_error(look_up(run, raw_sets, *defaults, *words), *parts)
+
+
+# ---------------------------------------------------- bad input ------------------------------------------------------
+def test_data_that_is_not_there_is_named(raw_sets, tmp_path):
+    assert_one_line_error(train(tmp_path / 'no', tmp_path, *TINY), '--data_path', 'does not exist')
+    make_car(tmp_path)
+    assert_one_line_error(train(tmp_path, tmp_path, *TINY), 'not converted yet',
+                          f'python data_utils.py --data_path {tmp_path} --data_name car')
+    assert_one_line_error(train(raw_sets, tmp_path, *TINY, '--data_name', 'carr'), "did you mean 'car'")
+    assert_one_line_error(train(raw_sets, tmp_path, *TINY, '--data_name', 'sop', '--crop_type', 'cropped'),
+                          'has no bounding boxes')
+
+
+def test_an_image_that_breaks_is_named_from_a_worker_too(tmp_path):
+    root = make_car(tmp_path)
+    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
+    image = root / 'uncropped/000003.jpg'
+    data = image.read_bytes()
+    image.unlink()
+    for workers in (0, 2):
+        result = train(tmp_path, tmp_path / f'r{workers}', *TINY, '--num_workers', workers)
+        assert_one_line_error(result, '000003.jpg is missing or broken')
+    image.write_bytes(data[:len(data) // 2])
+    assert_one_line_error(train(tmp_path, tmp_path / 'r', *TINY), '000003.jpg is missing or broken', 'truncated')
+
+
+@pytest.mark.parametrize(('words', 'parts'), [
+    (('--batch_size', 13), ('--batch_size 13', '12 training images')),
+    (('--batch_size', 5, '--images_per_class', 2), ('--batch_size 5 must be a multiple',)),
+    (('--recalls', '1,12'), ('--recalls 12 is larger than the 11 images',)),
+    (('--device', 'cuda:9'), ('--device cuda:9', '--device cpu')), (('--device', 'tpu'), ("--device 'tpu'",)),
+    (('--backbone_type', 'timm:resnet10t', '--weights', 'nowhere.pth'), ('there is no weights file nowhere.pth',)),
+    (('--weights', REPOSITORY / 'README.md'), ('README.md cannot be read as a weights file',))])
+def test_settings_that_do_not_fit_data_or_machine_are_one_line(raw_sets, tmp_path, words, parts):
+    assert_one_line_error(train(raw_sets, tmp_path, *TINY, *words), *parts)
+    assert not list(tmp_path.glob('*statistics.csv'))
+
+
+def test_a_results_folder_that_cannot_be_written_is_named(raw_sets, tmp_path):
+    (tmp_path / 'file').write_text('')
+    assert_one_line_error(train(raw_sets, tmp_path / 'file', *TINY), '--results_dir', 'cannot be written to')
+
+
+def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath('executed').touch, ())
+    model, data_base = run[0] / f'{NAME}_model.pth', run[0] / f'{NAME}_data_base.pth'
+    (tmp_path / 'short.pth').write_bytes(data_base.read_bytes()[:2000])
+    torch.save({'test_images': Evil()}, tmp_path / 'evil.pth')
+    torch.save({**load(data_base), 'test_labels': torch.zeros(3, dtype=torch.int64)}, tmp_path / 'uneven.pth')
+    config = {**load(model)['config'], 'backbone_type': 'resnet50'}
+    torch.save({**load(model), 'config': config}, tmp_path / 'other.pth')
+    for words, part in ((('--data_base', model), 'is no data base of this project: it lacks test_images'),
+                        (('--resume', data_base), 'is no model of this project'),
+                        (('--data_base', tmp_path / 'short.pth'), 'is corrupt'),
+                        (('--data_base', tmp_path / 'evil.pth'), 'evil.pth cannot be read'),
+                        (('--data_base', tmp_path / 'uneven.pth'), 'do not belong together'),
+                        (('--resume', tmp_path / 'other.pth', '--data_path', raw_sets), 'does not fit its own'),
+                        (('--data_base', data_base, '--weights', 'none'), '--weights has no effect'),
+                        (('--resume', model, '--model', 'resnet50', '--data_path', raw_sets), 'is not that of')):
+        assert_one_line_error(type_command('evaluate.py', *words), part)
+    assert not (tmp_path / 'executed').exists()
+
+
+@pytest.mark.parametrize('script', ['data_utils.py', 'train.py', 'evaluate.py', 'test.py'])
+def test_help_is_printed(script):
+    result = type_command(script, '--help')
+    assert result.returncode == 0
+    assert '--data_path' in result.stdout
