@@ -19,7 +19,8 @@ PUBLISHED = {
     'balanced_proxy': {
         'base_loss': 'balanced_proxy', 'proxy_update': 'gradient', 'scale': 32, 'margin': 0.1,
         'optimizer_type': 'adamw', 'lr': 1e-4, 'proxy_lr': 1e-2, 'weight_decay': 1e-4, 'lr_schedule': 'step',
-        'lr_decay_step': 5, 'lr_decay_gamma': 0.5, 'batch_size': 64, 'num_epochs': 20, 'warm_up': 2, 'clip_value': 0, 'image_size': 224,
+        'lr_decay_step': 5, 'lr_decay_gamma': 0.5, 'batch_size': 64, 'num_epochs': 20, 'warm_up': 2, 'clip_value': 0,
+        'image_size': 224,
         'resize_size': 256, 'feature_dim': 512, 'drop_last': False, 'pooling': 'max', 'layer_norm': True,
         'linear_bias': False, 'proxy_init': 'unit', 'freeze_bn': True},
     'asymptotic_proxy': {
@@ -92,7 +93,8 @@ def test_second_names_mean_the_same():
                     '--workers', 1, '--optimizer', 'SGD', '--weight-decay', 0.5, '--remark', 'x')
     ours = settle('--loss_name', 'proxy_anchor', '--backbone_type', 'inception', '--feature_dim', 256,
                   '--batch_size', 30, '--lr', 0.1, '--data_name', 'isc', '--warm_up', 3, '--freeze_bn', 1,
-                  '--lr_decay_step', 7, '--lr_decay_gamma', 0.3, '--scale', 16, '--margin', 0.2, '--images_per_class', 2, '--num_epochs', 4,
+                  '--lr_decay_step', 7, '--lr_decay_gamma', 0.3, '--scale', 16, '--margin', 0.2,
+                  '--images_per_class', 2, '--num_epochs', 4,
                   '--device', 'cpu', '--num_workers', 1, '--optimizer_type', 'sgd', '--weight_decay', 0.5,
                   '--remark', 'x')
     assert theirs == ours
