@@ -41,6 +41,7 @@ OTHER_CAR_SPLIT = (8144, 8041)  # Stanford's classification split: all 196 class
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
 SUBSETS = ('train', 'test', 'query', 'gallery')
 FAILURES_SHOWN = 20
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for one
 
 
 class Item(NamedTuple):
@@ -423,7 +424,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     def decode(job: tuple[Item, list]):
         try:
             return convert_item(root, job[0], job[1][0])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except BROKEN_IMAGE as error:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -607,18 +608,22 @@ class RetrievalDataset:
         """
         import torch
 
-        path = self.root / self.images[index]
-        try:
-            image = load_image(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
-                            'data_utils.py, --skip_bad leaves such images out') from None
+        image = self.read(index)
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
         try:
             return self.transform(image), self.labels[index]
         finally:
             torch.set_rng_state(state)
+
+    def read(self, index: int) -> Image.Image:
+        """Return the image as it is on the disk, RGB."""
+        path = self.root / self.images[index]
+        try:
+            return load_image(path)
+        except BROKEN_IMAGE as error:
+            raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
+                            'data_utils.py, --skip_bad leaves such images out') from None
 
 
 def mix(*numbers: int) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from data_utils import find_root, load_image, make_transform
+from data_utils import BROKEN_IMAGE, find_root, load_image, make_transform
 from evaluate import cosine_similarity, hamming_distance, load_data_base, load_model, pack_codes, use_amp
 from utils import GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, select_device
 
@@ -57,7 +57,7 @@ def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -
     transform = make_transform(False, model.config['image_size'], run['resize_size'], model.interpolation)
     try:
         image = transform(load_image(path))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN_IMAGE as error:
         raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
                                                 enabled=use_amp(run['amp'], device, model, training=False)):
@@ -118,7 +118,7 @@ def read_tile(path: Path, colour: str) -> Image.Image:
     """Read an image as a square tile in a coloured frame."""
     try:
         image = load_image(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN_IMAGE as error:
         raise UserError(f'the image {path} is missing or broken ({error}); does --data_path name the folder that the '
                         'data base was made from?') from None
     tile = ImageOps.pad(image, (TILE, TILE), color='white')

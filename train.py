@@ -453,7 +453,7 @@ def main() -> None:
         if all(row['dense_R@1'] > earlier['dense_R@1'] for earlier in rows):
             made_by = {'args': portable_args(args), 'epoch': epoch}
             save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
-            save({**data_base, 'train_proxies': criterion.proxies.detach().cpu(),
+            save({**data_base, 'train_proxies': nn.functional.normalize(criterion.proxies.detach(), dim=-1).cpu(),
                   'train_class_names': train_set.class_names, 'config': model.config, **made_by}, files['data_base'])
         rows.append(row)
         write_atomically(files['statistics'], lambda file: pd.DataFrame(rows).to_csv(file, index=False))
