@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from utils import DATA_NAMES, Parser, UserError, canonical_data_name, load, nearest, run_script, save, write_atomically
+from utils import (DATA_NAMES, Parser, UserError, canonical_data_name, load, make_folder, nearest, run_script, save,
+                   write_atomically)
 
 # Classes and images of the complete data sets: {subset: (classes, images)}, from the papers that introduced the splits.
 COUNTS = {
@@ -37,11 +39,9 @@ COUNTS = {
     'sop': {'train': (11318, 59551), 'test': (11316, 60502)},
     'isc': {'train': (3997, 25882), 'query': (3985, 14218), 'gallery': (3985, 12612)},
 }
-OTHER_CAR_SPLIT = (8144, 8041)  # Stanford's classification split: all 196 classes in both halves
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
 SUBSETS = ('train', 'test', 'query', 'gallery')
 FAILURES_SHOWN = 20
-BROKEN_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for one
 
 
 class Item(NamedTuple):
@@ -58,22 +58,24 @@ class Item(NamedTuple):
 def find_root(data_path: str | Path, data_name: str) -> Path | None:
     """Return the folder of a data set below `data_path`, under its short name or its archive's own, or None."""
     data_path = Path(data_path)
-    if (data_path / data_name).is_dir():
-        return data_path / data_name
     names = DATA_NAMES.get(data_name, (data_name.lower(),))
-    found = [path for path in data_path.iterdir() if path.is_dir()] if data_path.is_dir() else []
-    found = sorted((path for path in found if path.name.lower() in names), key=lambda path: path.name)
-    return found[0] if found else None
+    folders = [path for path in data_path.iterdir() if path.is_dir()] if data_path.is_dir() else []
+    found = [path for path in folders if path.name == data_name or path.name.lower() in names]
+    wanted = RAW_SETS[data_name].files[0] if data_name in RAW_SETS else ''
+    # Of several, the one that holds the data set, then the one of the short name.
+    return min(found, default=None, key=lambda path: (
+        not ((path / wanted).exists() or (path / 'uncropped_data_dicts.pth').exists()),
+        path.name != data_name, path.name))
 
 
 def read_table(path: Path, columns: int, header_lines: int = 0, last_is_path: bool = False) -> Iterator[list[str]]:
-    """Yield the fields of a text table, line by line.
+    """Yield `file:line` and then the fields of each line of a text table.
 
     Raises:
         UserError: with file and line number where a line does not have `columns` fields.
     """
     try:
-        lines = path.read_text(encoding='utf-8').splitlines()
+        lines = path.read_text(encoding='utf-8').split('\n')
     except UnicodeDecodeError:
         raise UserError(f'{path} is no text file in UTF-8; unpack the archive again') from None
     for number, line in enumerate(lines[header_lines:], start=header_lines + 1):
@@ -83,53 +85,63 @@ def read_table(path: Path, columns: int, header_lines: int = 0, last_is_path: bo
         if len(fields) != columns:
             raise UserError(f'{path}:{number}: {len(fields)} fields instead of {columns} in {line[:60]!r}; '
                             'unpack the archive again')
-        yield fields
+        yield [f'{path}:{number}', *fields]
 
 
-def as_int(text: str, path: Path, what: str) -> int:
-    """Parse a whole number of an annotation file."""
+def as_int(text: str, place: str) -> int:
+    """Parse a class number at `file:line` of an annotation file."""
     try:
         return int(text)
     except ValueError:
-        raise UserError(f'{path}: {what} {text[:40]!r} is no whole number; unpack the archive again') from None
+        raise UserError(f'{place}: the class {text[:40]!r} is no whole number; unpack the archive again') from None
+
+
+def check_path(path: str, place: str) -> str:
+    """Return the path of an image below the data set's folder, or refuse it with `file:line`."""
+    if not Path(path).name or Path(path).is_absolute() or '..' in Path(path).parts:
+        raise UserError(f'{place}: {path[:60]!r} is no path of an image below the data set; unpack the archive again')
+    return path
 
 
 def read_car(root: Path) -> tuple[list[Item], dict[str, str]]:
     """Read CARS196 (Krause et al., 2013): classes 1-98 train, 99-196 test, whatever its own `test` field says."""
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     file = root / 'cars_annos.mat'
     try:
         contents = loadmat(file)
         annotations = contents['annotations'].reshape(-1)
-        rows = [(str(row['relative_im_path'].item()), int(row['class'].item()),
+        rows = [(check_path(str(row['relative_im_path'].item()), str(file)), int(row['class'].item()),
                  *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))) for row in annotations]
-    except (MatReadError, ValueError, KeyError, TypeError, IndexError, OSError, NotImplementedError) as error:
+        names = contents.get('class_names', np.empty(0)).reshape(-1)
+        class_names = {str(number): str(name.item()) for number, name in enumerate(names, start=1)}
+    except UserError:
+        raise
+    except Exception as error:  # scipy's reader raises whatever a damaged byte leads it to, zlib.error among them
         raise UserError(f'{file} is no annotation file of CARS196 ({str(error)[:80]}); download it again') from None
-    names = [str(name.item()) for name in contents['class_names'].reshape(-1)] if 'class_names' in contents else []
     items = [Item(path, 'train' if label <= 98 else 'test', str(label), Path(path).stem, (x1 - 1, y1 - 1, x2, y2))
              for path, label, x1, y1, x2, y2 in rows]  # MATLAB counts pixels from 1, both ends included
-    return items, {str(number): name for number, name in enumerate(names, start=1)}
+    return items, class_names
 
 
 def read_cub(root: Path) -> tuple[list[Item], dict[str, str]]:
     """Read CUB-200-2011 (Wah et al., 2011): classes 1-100 train, 101-200 test."""
-    labels = dict(read_table(root / 'image_class_labels.txt', 2))
+    labels = {image_id: as_int(label, place)
+              for place, image_id, label in read_table(root / 'image_class_labels.txt', 2)}
     boxes = {}
-    for image_id, *numbers in read_table(root / 'bounding_boxes.txt', 5):
+    for place, image_id, *numbers in read_table(root / 'bounding_boxes.txt', 5):
         try:
             x, y, width, height = (float(number) for number in numbers)
-        except ValueError:
-            raise UserError(f'{root / "bounding_boxes.txt"}: the box of image {image_id} is not made of numbers; '
-                            'unpack the archive again') from None
-        boxes[image_id] = (math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height))
+            boxes[image_id] = (math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height))
+        except (ValueError, OverflowError):
+            raise UserError(f'{place}: the box {" ".join(numbers)[:60]!r} is not made of numbers; unpack the archive '
+                            'again') from None
     items = []
-    for image_id, path in read_table(root / 'images.txt', 2, last_is_path=True):
+    for place, image_id, path in read_table(root / 'images.txt', 2, last_is_path=True):
         if image_id not in labels or image_id not in boxes:
-            raise UserError(f'{root / "images.txt"}: image {image_id} has no label or no box in the other files; '
-                            'unpack the archive again')
-        label = as_int(labels[image_id], root / 'image_class_labels.txt', 'class')
+            raise UserError(f'{place}: image {image_id[:40]} has no label or no box in the other files; unpack the '
+                            'archive again')
+        path, label = check_path(path, place), labels[image_id]
         items.append(Item(f'images/{path}', 'train' if label <= 100 else 'test', str(label), Path(path).stem,
                           boxes[image_id]))
     return items, {item.label: Path(item.source).parent.name for item in items}
@@ -139,8 +151,11 @@ def read_sop(root: Path) -> tuple[list[Item], dict[str, str]]:
     """Read Stanford Online Products (Oh Song et al., CVPR 2016): the two lists are the split."""
     items = []
     for subset in ('train', 'test'):
-        for _, label, _, path in read_table(root / f'Ebay_{subset}.txt', 4, header_lines=1, last_is_path=True):
-            items.append(Item(path, subset, label, Path(path).with_suffix('').as_posix().replace('/', '_')))
+        table = read_table(root / f'Ebay_{subset}.txt', 4, header_lines=1, last_is_path=True)
+        for place, _, label, _, path in table:
+            label = str(as_int(label, place))
+            stem = Path(check_path(path, place)).with_suffix('').as_posix().replace('/', '_')
+            items.append(Item(path, subset, label, stem))
     return items, {item.label: f'{item.source.split("_final")[0]} {item.label}' for item in items}
 
 
@@ -148,19 +163,20 @@ def read_isc(root: Path) -> tuple[list[Item], dict[str, str]]:
     """Read In-shop Clothes Retrieval (Liu et al., CVPR 2016): train, query and gallery as its list says."""
     file = root / 'Eval/list_eval_partition.txt'
     items = []
-    for path, label, subset in read_table(file, 3, header_lines=2):
+    for place, path, label, subset in read_table(file, 3, header_lines=2):
         if subset not in ('train', 'query', 'gallery'):
-            raise UserError(f'{file}: evaluation status {subset[:40]!r} of {path} is not train, query or gallery; '
-                            'unpack the archive again')
+            raise UserError(f'{place}: evaluation status {subset[:40]!r} is not train, query or gallery; unpack the '
+                            'archive again')
+        check_path(path, place)
         stem = Path(path).with_suffix('').as_posix().removeprefix('img/').replace('/', '_')
         items.append(Item(f'Img/{path}', subset, label, stem))
     return items, {item.label: item.label for item in items}
 
 
-def read_folder(root: Path, test_ratio: float, seed: int) -> tuple[list[Item], dict[str, str]]:
+def read_folder(root: Path, test_ratio: float | None, seed: int) -> tuple[list[Item], dict[str, str]]:
     """Read a folder of one's own: `train/CLASS/*` and `test/CLASS/*` (or `query`, `gallery`), or one folder a class.
 
-    With one folder a class, `test_ratio` of the classes, drawn from `seed`, become the test classes.
+    With one folder a class, `test_ratio` of the classes (None: half), drawn from `seed`, become test classes.
     """
     def images(folder: Path) -> list[Path]:
         return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
@@ -170,14 +186,19 @@ def read_folder(root: Path, test_ratio: float, seed: int) -> tuple[list[Item], d
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
                       and path.name not in ('uncropped', 'cropped'))
 
-    subsets = [subset for subset in SUBSETS if (root / subset).is_dir()]
+    named = {path.name.lower(): path for path in classes(root)}
+    subsets = [subset for subset in SUBSETS if subset in named]
     if subsets in (['train', 'test'], ['train', 'query', 'gallery']):
-        folders = [(folder, subset) for subset in subsets for folder in classes(root / subset)]
+        if test_ratio is not None:
+            raise UserError(f'--test_ratio {test_ratio} has no effect: {root} is split into {" and ".join(subsets)} '
+                            'already; leave it out')
+        folders = [(folder, subset) for subset in subsets for folder in classes(named[subset])]
     elif subsets:
         raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '
                         'each with one folder per class, or just one folder per class')
     else:
         folders = classes(root)
+        test_ratio = 0.5 if test_ratio is None else test_ratio
         if not 0 < test_ratio < 1:
             raise UserError(f'--test_ratio {test_ratio} must lie between 0 and 1')
         order = random.Random(seed).sample(range(len(folders)), len(folders))
@@ -210,6 +231,7 @@ TYPEFACES = (  # of those that matplotlib ships, the ones with many alphabets
     'DejaVuSerif', 'DejaVuSerif-Bold', 'DejaVuSerif-Italic', 'STIXGeneral', 'STIXGeneralBol', 'STIXGeneralItalic',
 )
 GLYPH_SIZE = 48  # px, side of an image
+GLYPH_CLASSES, GLYPH_IMAGES = 300, 20  # unless the flags say otherwise
 GLYPH_CATEGORIES = ('Lu', 'Ll', 'Lo', 'Nd', 'Sm', 'So', 'Po', 'Sc')  # Unicode's letters, digits and symbols
 GLYPH_LIKENESS = 0.85  # two characters whose outlines correlate more than this count as one
 
@@ -299,18 +321,18 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
     """
     if num_classes < 3 or num_images < 2:
         raise UserError(f'--glyph_classes {num_classes} and --glyph_images {num_images} must be at least 3 and 2')
-    recipe = {'classes': num_classes, 'images': num_images, 'seed': seed, 'size': GLYPH_SIZE}
+    recipe = {'classes': num_classes, 'images': num_images, 'seed': seed, 'size': GLYPH_SIZE, 'complete': True}
     stamp = root / 'glyph.json'
-    if stamp.is_file() and json.loads(stamp.read_text()) == recipe:
+    if stamp.is_file() and stamp.read_text() == json.dumps(recipe):
         return
     characters = drawable_characters(num_classes)
     random.Random(seed).shuffle(characters)
-    if stamp.is_file():  # ours, but made otherwise
-        for folder in ('train', 'test'):
-            shutil.rmtree(root / folder, ignore_errors=True)
-        stamp.unlink()
+    if stamp.is_file():  # ours, but made otherwise or cut short
+        for image in [*root.glob('train/U+*/[0-9]*.png'), *root.glob('test/U+*/[0-9]*.png')]:
+            image.unlink()
     elif any((root / folder).exists() for folder in ('train', 'test')):
         raise UserError(f'{root} holds train or test, but was not made by this script; move it away')
+    write_atomically(stamp, lambda file: file.write(json.dumps({**recipe, 'complete': False}).encode()))
     num_train = round(num_classes * 2 / 3)
     for number, (character, faces) in enumerate(tqdm(characters, desc='glyph', unit='class', dynamic_ncols=True)):
         folder = root / ('train' if number < num_train else 'test') / f'U+{ord(character):04X}'
@@ -322,50 +344,73 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
 
 
 # ---------------------------------------------------- conversion ----------------------------------------------------
-def load_image(path: Path) -> Image.Image:
-    """Read an image as RGB, upright as its EXIF orientation says.
+class BrokenImage(OSError):
+    """An image file that is missing, cut off, or no image."""
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to 8-bit RGB; Pillow's own conversion of 16-bit grey cuts off all above 255."""
+    if image.mode.startswith('I'):  # I;16 and its kin, or I, into which Pillow reads some 16-bit files
+        grey = np.asarray(image).astype(np.int64)
+        grey = grey.clip(0, 65535) // 257 if grey.max() > 255 else grey.clip(0)
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        raise ValueError('images of floating-point numbers have no known range; convert them to 8 bits')
+    return image.convert('RGB')
+
+
+def open_image(path: Path) -> tuple[Image.Image, bool]:
+    """Read an image as RGB, upright as its EXIF orientation says; tell whether the file itself is RGB.
 
     Raises:
-        OSError: if the file is missing, no image, or truncated; ValueError or SyntaxError from some broken files.
+        BrokenImage: whatever Pillow stumbles over.
     """
-    with Image.open(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(image).convert('RGB')
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image)), image.mode == 'RGB'
+    except Exception as error:  # a damaged file ends in any of a dozen errors, from OSError to struct.error
+        raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read an image as RGB, upright as its EXIF orientation says; raises BrokenImage."""
+    return open_image(path)[0]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where the file system cannot."""
-    target.unlink(missing_ok=True)
+    """Hard-link a file (of a symbolic link: what it points to), or copy it where the file system cannot."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def convert_item(root: Path, item: Item, stem: str) -> str | None:
+def convert_item(root: Path, item: Item, stem: str) -> tuple[str, int]:
     """Decode one image, put it into `uncropped/` and, with a box, into `cropped/`.
 
     Returns:
-        the file name in `uncropped/`, or raises OSError, ValueError or SyntaxError if the image is broken.
+        file name and size in bytes in `uncropped/`.
+
+    Raises:
+        BrokenImage: if it cannot be decoded.
     """
     source = root / item.source
-    with Image.open(source) as image:
-        image.load()
-        is_rgb = image.mode == 'RGB'
-        suffix = source.suffix if is_rgb else '.jpg'
-        rgb = image.convert('RGB')
-        exif = image.getexif() if not is_rgb else None
-    target = root / 'uncropped' / f'{stem}{suffix}'
+    rgb, is_rgb = open_image(source)
+    target = root / 'uncropped' / f'{stem}{source.suffix if is_rgb else ".jpg"}'
+    target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be written through
     if is_rgb:
         link_or_copy(source, target)
     else:
-        rgb.save(target, quality=95, subsampling=0, exif=exif)
+        rgb.save(target, quality=95, subsampling=0)
     if item.box:
         left, top, right, bottom = item.box
         left, top = max(0, min(left, rgb.width - 1)), max(0, min(top, rgb.height - 1))
         right, bottom = max(left + 1, min(right, rgb.width)), max(top + 1, min(bottom, rgb.height))
-        rgb.crop((left, top, right, bottom)).save(root / 'cropped' / f'{stem}.jpg', quality=95, subsampling=0)
-    return target.name
+        cropped = root / 'cropped' / f'{stem}.jpg'
+        cropped.unlink(missing_ok=True)
+        rgb.crop((left, top, right, bottom)).save(cropped, quality=95, subsampling=0)
+    return target.name, target.stat().st_size
 
 
 def unique_stems(items: list[Item]) -> list[str]:
@@ -378,6 +423,55 @@ def unique_stems(items: list[Item]) -> list[str]:
         taken.add(stem.lower())
         stems.append(stem)
     return stems
+
+
+def open_manifest(root: Path, folders: list[str]) -> dict:
+    """Return what an earlier conversion wrote down, {'files': {source: [...]}, 'splits': {...}}, or an empty one.
+
+    Raises:
+        UserError: if files of these names are there, but not from an earlier conversion.
+    """
+    file = root / 'conversion.json'
+    try:
+        manifest = json.loads(file.read_text()) if file.is_file() else {}
+        if manifest.get('made_by') == 'data_utils.py' and isinstance(manifest['files'], dict):
+            return manifest
+    except (ValueError, AttributeError, KeyError):
+        pass  # not ours, like any other file of that name
+    names = ['conversion.json', *folders, *(f'{folder}_data_dicts.pth' for folder in folders)]
+    foreign = [name for name in names if (root / name).exists()]
+    if foreign:
+        raise UserError(f'{root} holds {", ".join(foreign)} that this script did not write; move that away')
+    return {'made_by': 'data_utils.py', 'files': {}, 'splits': {}}
+
+
+def find_changes(root: Path, items: list[Item], class_names: dict[str, str], manifest: dict, folders: list[str]
+                 ) -> tuple[dict, dict[str, str], list[tuple[Item, list]]]:
+    """Compare the raw files with an earlier conversion.
+
+    Returns:
+        what is done ({source: manifest entry}), what is missing ({source: reason}), and what is left to decode.
+    """
+    sizes = {}
+    for folder in folders:
+        with os.scandir(root / folder) as entries:
+            sizes[folder] = {entry.name: entry.stat().st_size for entry in entries}
+    done, failures, todo = {}, {}, []
+    for item, stem in zip(items, unique_stems(items), strict=True):
+        try:
+            status = os.stat(root / item.source)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            failures[item.source] = getattr(error, 'strerror', None) or str(error)
+            continue
+        key = [stem, list(item.box) if item.box else None, item.subset, item.label, class_names.get(item.label),
+               status.st_size, status.st_mtime_ns]
+        name, size, *known = manifest['files'].get(item.source, [None, None])
+        whole = known == key and sizes['uncropped'].get(name) == size
+        if whole and all(sizes[folder].get(f'{stem}.jpg') for folder in folders if folder == 'cropped'):
+            done[item.source] = [name, size, *key]
+        else:
+            todo.append((item, key))
+    return done, failures, todo
 
 
 def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False) -> dict:
@@ -393,69 +487,77 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         {'decoded': number of images decoded, 'skipped': number left out, 'split': the split of `uncropped/`}.
 
     Raises:
-        UserError: if images are broken or missing (all of them are counted, the first twenty named).
+        UserError: if images are broken or missing (all of them are counted, the first twenty named), one is listed
+            twice, or a subset is empty.
     """
-    manifest_file = root / 'conversion.json'
-    try:
-        manifest = json.loads(manifest_file.read_text()) if manifest_file.is_file() else {}
-    except ValueError:
-        manifest = {}  # cut off by a crash of the disk: decode again
-    boxed = any(item.box for item in items)
-    folders = ['uncropped', 'cropped'] if boxed else ['uncropped']
-    present = {}
+    check_items(root, items)
+    folders = ['uncropped', 'cropped'] if any(item.box for item in items) else ['uncropped']
+    manifest = open_manifest(root, folders)
     for folder in folders:
-        (root / folder).mkdir(exist_ok=True)
-        present[folder] = set(os.listdir(root / folder))
-
-    done, failures, todo = {}, {}, []
-    for item, stem in zip(items, unique_stems(items), strict=True):
-        try:
-            status = os.stat(root / item.source)
-        except OSError as error:
-            failures[item.source] = error.strerror
-            continue
-        key = [stem, list(item.box) if item.box else None, status.st_size, status.st_mtime_ns]
-        name, *known = manifest.get(item.source, [None])
-        if known == key and name in present['uncropped'] and (not boxed or f'{stem}.jpg' in present['cropped']):
-            done[item.source] = [name, *key]
-        else:
-            todo.append((item, key))
+        make_folder('the folder', root / folder)
+    manifest_file = root / 'conversion.json'
+    if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
+        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
+    done, failures, todo = find_changes(root, items, class_names, manifest, folders)
 
     def decode(job: tuple[Item, list]):
         try:
             return convert_item(root, job[0], job[1][0])
-        except BROKEN_IMAGE as error:
+        except BrokenImage as error:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(pool.map(decode, todo), total=len(todo), desc=root.name, unit='img', dynamic_ncols=True,
                    disable=not todo)
         for (item, key), result in zip(todo, bar, strict=True):
-            if isinstance(result, Exception):
-                failures[item.source] = str(result) or type(result).__name__
+            if isinstance(result, BrokenImage):
+                failures[item.source] = str(result)
             else:
-                done[item.source] = [result, *key]
-    if done != manifest:
-        write_atomically(manifest_file, lambda file: file.write(json.dumps(done).encode()))
+                done[item.source] = [*result, *key]
+    unchanged = list(done.items()) == list(manifest['files'].items())
+    manifest['files'] = done
+    if not unchanged:
+        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
     if failures and not skip_bad:
         shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
         more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
         raise UserError(f'{root}: {len(failures)} of {len(items)} images are broken or missing: {shown}{more}. '
                         'Unpack them again, or leave them out with --skip_bad')
     items = [item for item in items if item.source in done]
+    check_items(root, items)
     splits = {folder: make_split(items, done, class_names, folder) for folder in folders}
-    complete = all((root / f'{folder}_data_dicts.pth').is_file() for folder in folders)
-    if done != manifest or not complete:
-        for folder, split in splits.items():
-            save(split, root / f'{folder}_data_dicts.pth')
+    files = {f'{folder}_data_dicts.pth': split for folder, split in splits.items()}
+    if not unchanged or manifest['splits'] != {name: stamp_of(root / name) for name in files}:
+        for name, split in files.items():
+            save(split, root / name)
+        manifest['splits'] = {name: stamp_of(root / name) for name in files}
+        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
     return {'decoded': len(todo), 'skipped': len(failures), 'split': splits['uncropped']}
+
+
+def stamp_of(file: Path) -> list[int] | None:
+    """Return size and time of a file, or None."""
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None
+
+
+def check_items(root: Path, items: list[Item]) -> None:
+    """Refuse an empty subset, and an image that is listed twice (it could train and test at once)."""
+    present = {item.subset for item in items}
+    for subset in ('train', 'query', 'gallery') if present & {'query', 'gallery'} else ('train', 'test'):
+        if subset not in present:
+            raise UserError(f'{root}: no images in {subset}; it needs train/CLASS/ and test/CLASS/, or one folder for '
+                            'each of at least two classes (python data_utils.py --help)')
+    if len({item.source for item in items}) < len(items):
+        seen = set()
+        twice = next(item.source for item in items if item.source in seen or seen.add(item.source))
+        raise UserError(f'{root}: the image {twice} is listed twice; unpack the archive again')
 
 
 def make_split(items: list[Item], done: dict, class_names: dict[str, str], folder: str) -> dict:
     """Gather converted items into {subset: {label: [path, ...]}, ..., 'class_names': {label: name}}."""
     split = {subset: {} for subset in SUBSETS if any(item.subset == subset for item in items)}
     for item in items:
-        name, stem = done[item.source][:2]
+        name, _, stem = done[item.source][:3]
         name = f'{stem}.jpg' if folder == 'cropped' else name
         split[item.subset].setdefault(item.label, []).append(f'{folder}/{name}')
     labels = {label for subset in split.values() for label in subset}
@@ -479,9 +581,6 @@ def check_counts(data_name: str, counts: dict[str, tuple[int, int]]) -> str:
     expected = COUNTS[data_name]
     if counts == expected:
         return 'the counts are those of the complete data set'
-    if data_name == 'car' and tuple(images for _, images in counts.values()) == OTHER_CAR_SPLIT:
-        return ('8,144 / 8,041 images are Stanford\'s classification split, with every class in both halves; retrieval '
-                'needs classes 1-98 / 99-196 (8,054 / 8,131)')
     differ = [f'{subset} has {counts.get(subset, (0, 0))[0]:,} classes and {counts.get(subset, (0, 0))[1]:,} images '
               f'instead of {classes:,} and {images:,}' for subset, (classes, images) in expected.items()
               if counts.get(subset) != (classes, images)]
@@ -496,29 +595,27 @@ def process(data_path: Path, data_name: str, args) -> None:
     """
     root = find_root(data_path, data_name)
     if data_name == 'glyph':
-        root = root or data_path / 'glyph'
-        root.mkdir(parents=True, exist_ok=True)
-        make_glyph(root, args.glyph_classes, args.glyph_images, args.seed)
+        root = make_folder('--data_path', root or data_path / 'glyph')
+        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed)
     if root is None:
         looked = ' or '.join(DATA_NAMES.get(data_name, (data_name,)))
         there = [path.name for path in data_path.iterdir() if path.is_dir()]
         raise UserError(f'--data_name {data_name}: there is no folder {looked} in {data_path}'
-                        f'{nearest(data_name, there)}; extract the data set there')
+                        f'{nearest(data_name, [*there, *RAW_SETS, "glyph"])} (there are: '
+                        f'{", ".join(sorted(there)) or "none"}); extract the data set there')
     if data_name in RAW_SETS:
         raw = RAW_SETS[data_name]
         missing = [file for file in raw.files if not (root / file).is_file()]
         if missing:
-            note = ' (cars_train and cars_test are the classification split)' if (root / 'cars_train').is_dir() else ''
+            mirror = data_name == 'car' and any((root / name).is_dir() for name in ('train', 'cars_train'))
+            note = (' (train and test folders, 8,144 / 8,041 images, are the classification split with every class in '
+                    'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)') if mirror else ''
             raise UserError(f'{root} lacks {", ".join(missing)}{note}; extract the data set\'s own archive there')
         items, class_names = raw.read(root)
     else:
         items, class_names = read_folder(root, args.test_ratio, args.seed)
     result = convert(root, items, class_names, args.skip_bad)
     counts = count_split(result['split'])
-    needed = ('query', 'gallery') if 'query' in counts or data_name == 'isc' else ('test',)
-    for subset in ('train', *needed):
-        if not counts.get(subset, (0, 0))[1]:
-            raise UserError(f'{root}: no images in {subset}; see python data_utils.py --help for the layouts')
     parts = ', '.join(f'{subset} {classes:,} classes {images:,} images' for subset, (classes, images) in counts.items())
     left_out = f'; {result["skipped"]:,} broken or missing images left out' if result['skipped'] else ''
     print(f'{data_name}: {parts}; {result["decoded"]:,} decoded now{left_out}')
@@ -540,9 +637,10 @@ def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncroppe
     """
     data_path = Path(data_path)
     if not data_path.is_dir():
-        raise UserError(f'--data_path {data_path} does not exist; name the folder that holds your data sets')
+        what = 'is no folder' if data_path.exists() else 'does not exist'
+        raise UserError(f'--data_path {data_path} {what}; name the folder that holds your data sets')
     root = find_root(data_path, data_name)
-    command = f'python data_utils.py --data_path {data_path} --data_name {data_name}'
+    command = shlex.join(['python', 'data_utils.py', '--data_path', str(data_path), '--data_name', data_name])
     if root is None:
         there = sorted(path.name for path in data_path.iterdir() if path.is_dir())
         if data_name == 'glyph':
@@ -563,7 +661,8 @@ def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncroppe
         split[subset] = {str(label): paths for label, paths in entries.items() if paths}
         if not split[subset]:
             raise UserError(f'{file}: no images in {subset}; convert again: {command}')
-    split['class_names'] = {str(label): str(name) for label, name in split.get('class_names', {}).items()}
+    names = split.get('class_names')
+    split['class_names'] = {str(label): str(name) for label, name in names.items()} if isinstance(names, dict) else {}
     return root, split
 
 
@@ -621,7 +720,7 @@ class RetrievalDataset:
         path = self.root / self.images[index]
         try:
             return load_image(path)
-        except BROKEN_IMAGE as error:
+        except BrokenImage as error:
             raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
                             'data_utils.py, --skip_bad leaves such images out') from None
 
@@ -718,15 +817,23 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
     parser.add_argument('--data_name', nargs='+', default=[], metavar='NAME',
                         help='car, cub, sop, isc, glyph, or a folder of your own; without it, every known raw set')
-    parser.add_argument('--test_ratio', type=float, default=0.5,
+    parser.add_argument('--test_ratio', type=float,
                         help='share of the classes that become test classes, for a folder of your own with one folder '
-                             'per class [%(default)s]')
+                             'per class [0.5]')
     parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out')
-    parser.add_argument('--glyph_classes', type=int, default=300, help='characters of glyph, 2/3 train [%(default)s]')
-    parser.add_argument('--glyph_images', type=int, default=20, help='images per character of glyph [%(default)s]')
+    parser.add_argument('--glyph_classes', type=int, help=f'characters of glyph, 2/3 train [{GLYPH_CLASSES}]')
+    parser.add_argument('--glyph_images', type=int, help=f'images per character of glyph [{GLYPH_IMAGES}]')
     parser.add_argument('--seed', type=int, default=0, help='of glyph and of --test_ratio [%(default)s]')
     args = parser.parse_args(argv)
     args.data_name = [canonical_data_name(name) for name in args.data_name]
+    for flag in ('glyph_classes', 'glyph_images'):
+        if getattr(args, flag) is not None and 'glyph' not in args.data_name:
+            raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --data_name glyph; leave it out')
+    if args.test_ratio is not None and all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
+        raise UserError(f'--test_ratio {args.test_ratio} has no effect on data sets with a split of their own; leave '
+                        'it out')
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f'--seed {args.seed} must be a number of at least 0')
     return args
 
 
@@ -735,7 +842,8 @@ def main() -> None:
     args = get_args()
     data_path = Path(args.data_path)
     if not data_path.is_dir() and args.data_name != ['glyph']:
-        raise UserError(f'--data_path {data_path} does not exist; name the folder that holds your data sets')
+        what = 'is no folder' if data_path.exists() else 'does not exist'
+        raise UserError(f'--data_path {data_path} {what}; name the folder that holds your data sets')
     if args.data_name:
         for data_name in args.data_name:
             process(data_path, data_name, args)

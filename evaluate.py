@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data_utils import RetrievalDataset, make_transform, read_split
+from data_utils import RetrievalDataset, make_transform, read_split, resize_for
 from model import POOLINGS, EmbeddingNet, check_backbone
 from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, check_choice, gpu_id, int_list, load,
                    run_script, select_device)
@@ -220,13 +220,36 @@ def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, di
         UserError: if the file is missing, corrupt, or no model of this project.
     """
     contents = load(path, 'model', ('config', 'state_dict', 'args'))
+    check_run(path, contents['args'])
     try:
         model = EmbeddingNet(**contents['config'], weights='none')
         model.load_state_dict(contents['state_dict'])
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f'{path} does not fit its own description ({str(error).splitlines()[0][:120]}); it was damaged '
                         'or made by another version') from None
     return model.to(device, memory_format=torch.channels_last).eval(), contents
+
+
+def check_run(path: str | Path, run) -> None:
+    """Check the settings of a run that its files carry, as far as they are used after the training.
+
+    Raises:
+        UserError: naming the first that is not what it should be.
+    """
+    fits = {'data_name': lambda value: isinstance(value, str) and value == canonical_data_name(value),
+            'crop_type': lambda value: value in ('uncropped', 'cropped'),
+            'batch_size': lambda value: isinstance(value, int) and value > 0,
+            'resize_size': lambda value: isinstance(value, int) and 0 < value <= 8192,
+            'amp': lambda value: value in ('auto', 'on', 'off'),
+            'recalls': lambda value: all(isinstance(k, int) and k > 0 for k in value) and list(value) == sorted(value)
+            and len(value) > 0}
+    for name, is_right in fits.items():
+        try:
+            right = is_right(run[name])
+        except (TypeError, KeyError, IndexError, UserError):
+            right = False
+        if not right:
+            raise UserError(f'{path}: its settings lack a sound {name}; it was damaged, or made by another program')
 
 
 def load_data_base(path: str | Path) -> dict:
@@ -236,15 +259,23 @@ def load_data_base(path: str | Path) -> dict:
         UserError: if the file is missing, corrupt, empty, or no data base of this project.
     """
     data_base = load(path, 'data base', ('test_images', 'test_labels', 'test_features', 'class_names', 'args'))
-    for subset in ('test', 'gallery') if 'gallery_images' in data_base else ('test',):
+    check_run(path, data_base['args'])
+    names = data_base['class_names']
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{path}: class_names is no list of names; train again')
+    has_gallery = any(key.startswith('gallery_') for key in data_base)
+    for subset in ('test', 'gallery') if has_gallery else ('test',):
         images, labels, features = (data_base.get(f'{subset}_{kind}') for kind in ('images', 'labels', 'features'))
-        fits = (isinstance(images, list) and torch.is_tensor(labels) and torch.is_tensor(features)
+        fits = (isinstance(images, list) and all(isinstance(image, str) for image in images)
+                and torch.is_tensor(labels) and torch.is_tensor(features)
+                and features.layout == labels.layout == torch.strided and features.device.type == 'cpu'
                 and features.ndim == 2 and features.is_floating_point() and labels.dtype == torch.int64
+                and features.shape[1] == data_base['test_features'].shape[1]
                 and labels.shape == (len(images),) == (len(features),))
         if not fits or not images:
             raise UserError(f'{path}: the {subset} images, labels and features do not belong together or are empty; '
                             'train again')
-        if int(labels.min()) < 0 or int(labels.max()) >= len(data_base['class_names']):
+        if int(labels.min()) < 0 or int(labels.max()) >= len(names):
             raise UserError(f'{path}: a label of {subset} has no class name; train again')
     return data_base
 
@@ -292,12 +323,16 @@ def get_args(argv: list[str] | None = None):
                         help='Proxy Anchor\'s spelling of --device cuda:N; -1 or a machine without a GPU: the CPU')
     parser.add_argument('--json', action='store_true', help='print one line of JSON instead of a table')
     args = parser.parse_args(argv)
-    chosen = '--data_base' if args.data_base else '--resume' if args.resume else '--zero_shot'
+    chosen = '--zero_shot' if args.zero_shot else '--resume' if args.resume is not None else '--data_base'
     useless = {'--data_base': EMBED_FLAGS + TRUNK_FLAGS + ('weights',), '--resume': ('weights',),
                '--zero_shot': ('feature_dim',)}[chosen]
     for flag in useless:
         if getattr(args, flag) is not None:
             raise UserError(f'--{flag} has no effect with {chosen}; leave it out')
+    for flag, smallest, largest in (('batch_size', 1, 2**31), ('num_workers', 0, 1024), ('image_size', 16, 8192),
+                                    ('resize_size', 16, 8192)):
+        if getattr(args, flag) is not None and not smallest <= getattr(args, flag) <= largest:
+            raise UserError(f'--{flag} {getattr(args, flag)} must lie between {smallest} and {largest}')
     return args
 
 
@@ -309,7 +344,11 @@ def embed_for(args, model: EmbeddingNet, run: dict, device: torch.device) -> dic
 
     data_name = canonical_data_name(setting('data_name', 'car'))
     root, split = read_split(args.data_path or '/home/data', data_name, setting('crop_type', 'uncropped'))
-    transform = make_transform(False, model.config['image_size'], setting('resize_size', None), model.interpolation)
+    image_size = model.config['image_size']
+    resize_size = setting('resize_size', None) or resize_for(image_size)
+    if resize_size < image_size:
+        raise UserError(f'--resize_size {resize_size} must be at least the image size, {image_size}')
+    transform = make_transform(False, image_size, resize_size, model.interpolation)
     num_workers = args.num_workers if args.num_workers is not None else 2
     loaders = make_test_loaders(root, split, transform, setting('batch_size', 64), num_workers, device)
     return make_data_base(model, loaders, device, use_amp(setting('amp', 'auto'), device, model, training=False))
@@ -319,10 +358,10 @@ def main() -> None:
     """Measure what the command line names and print a table or JSON."""
     args = get_args()
     device = select_device(args.device)
-    if args.data_base:
+    if args.data_base is not None:
         data_base = load_data_base(args.data_base)
         run = data_base['args']
-    elif args.resume:
+    elif args.resume is not None:
         model, contents = load_model(args.resume, device)
         run = contents['args']
         for flag in TRUNK_FLAGS:

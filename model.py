@@ -48,7 +48,11 @@ def load_weights(weights: str, url: str | None) -> dict | None:
         return None
     if weights != 'imagenet':
         contents = load(weights, 'weights file')
-        return contents.get('state_dict', contents)
+        contents = contents.get('state_dict', contents) if isinstance(contents, dict) else None
+        if not isinstance(contents, dict) or not contents or not all(
+                isinstance(key, str) and torch.is_tensor(value) for key, value in contents.items()):
+            raise UserError(f'--weights {weights} holds no state dict (a dict of tensors by name)')
+        return contents
     file = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[1]
     hash_prefix = re.search(r'-([a-f0-9]{8,})\.pth$', file.name)[1]
     if not file.is_file():
@@ -167,9 +171,9 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
     try:
         network = timm.create_model(name, pretrained=weights == 'imagenet', num_classes=0)
     except Exception as error:  # the hub client has a family of network errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         if weights != 'imagenet':
-            raise
-        reason = str(error).strip().splitlines()[0][:160]
+            raise UserError(f'--backbone_type timm:{name} cannot be built ({reason})') from None
         raise UserError(f'the weights of timm:{name} could not be downloaded ({reason}); get the file elsewhere and '
                         'name it with --weights FILE, or train from scratch with --weights none') from None
     pretrained = network.pretrained_cfg
@@ -181,7 +185,12 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
         if not hasattr(network, 'set_input_size'):
             raise UserError(f'--backbone_type timm:{name} takes images of {pretrained["input_size"][-1]} px only; '
                             f'set --image_size {pretrained["input_size"][-1]}')
-        network.set_input_size(img_size=image_size)
+        try:
+            network.set_input_size(img_size=image_size)
+            with torch.no_grad():
+                network.forward_features(torch.zeros(1, 3, image_size, image_size))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f'--image_size {image_size} does not fit timm:{name} ({error})') from None
     return Trunk(TimmFeatures(network), network.num_features, pretrained['mean'], pretrained['std'],
                  interpolation=pretrained['interpolation'], prefix_tokens=getattr(network, 'num_prefix_tokens', 0))
 
@@ -344,10 +353,14 @@ class ProxyLoss(nn.Module):
         if self.proxy_update != 'positive':
             return embeddings @ proxies.T
         # Straight-through: the added term is zero and carries the gradient of the positive pairs alone to the proxies.
-        count = torch.bincount(labels, minlength=self.num_classes)[labels]
-        positive = (embeddings.detach() * proxies[labels]).sum(-1) / count
-        straight_through = torch.zeros_like(positive).add(positive - positive.detach())
-        return (embeddings @ proxies.detach().T).scatter_add(1, labels[:, None], straight_through[:, None])
+        positive = (embeddings.detach() * proxies[labels]).sum(-1) / self.count(labels)[labels]
+        zero = positive - positive.detach()
+        return (embeddings @ proxies.detach().T).scatter_add(1, labels[:, None], zero[:, None])
+
+    def count(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the number of samples of each class (C,); unlike bincount it does not wait for the device."""
+        ones = torch.ones_like(labels, dtype=self.proxies.dtype)
+        return torch.zeros(self.num_classes, dtype=ones.dtype, device=labels.device).index_add_(0, labels, ones)
 
     def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss () of similarities (N, C) and labels (N,); each loss writes its own."""
@@ -359,7 +372,7 @@ class ProxyLoss(nn.Module):
         features = embeddings.detach().to(self.proxies.dtype)
         sums = torch.zeros_like(self.proxies).index_add_(0, labels, features)
         moved = F.normalize((1 - self.momentum) * self.proxies + self.momentum * sums, dim=-1)
-        present = torch.bincount(labels, minlength=self.num_classes).bool()[:, None]
+        present = self.count(labels).bool()[:, None]
         self.proxies = torch.where(present, moved, self.proxies)  # a new tensor: the backward still needs the old one
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -410,8 +423,8 @@ class BalancedProxy(ProxyLoss):
     scale, margin = 32.0, 0.1
 
     def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        count = torch.bincount(labels, minlength=self.num_classes).to(similarity.dtype)  # (C,) positives of each class
-        own = F.one_hot(labels, self.num_classes).bool()
+        own = F.one_hot(labels, self.num_classes).bool()  # (N, C)
+        count = own.sum(0).to(similarity.dtype)  # (C,) positives of each class
         positive = -self.scale * (similarity - self.margin) - count.clamp(min=1).log()
         negative = self.scale * (similarity + self.margin) - (len(labels) - count).clamp(min=1).log()
         # A mean of exp(z) is the sum of exp(z - log count): each column is one logsumexp over all samples.

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from data_utils import BROKEN_IMAGE, find_root, load_image, make_transform
+from data_utils import BrokenImage, find_root, load_image, make_transform
 from evaluate import cosine_similarity, hamming_distance, load_data_base, load_model, pack_codes, use_amp
-from utils import GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, select_device
+from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, select_device,
+                   write_atomically)
 
 TILE = 224  # px, side of a written image inside its frame
 FRAME = 8  # px
+PER_ROW = 10  # retrieved images in a row of the figure
 
 
 def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None:
@@ -30,12 +32,14 @@ def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None
         UserError: if a bare file name occurs more than once, or nothing of that name exists.
     """
     subsets = [subset for subset in ('test', 'gallery') if f'{subset}_images' in data_base]
-    relative = Path(name)
-    if relative.is_absolute() and relative.is_relative_to(root.absolute()):
-        relative = relative.relative_to(root.absolute())
-    for subset in subsets:
-        if relative.as_posix() in data_base[f'{subset}_images']:
-            return subset, data_base[f'{subset}_images'].index(relative.as_posix())
+    candidates = [Path(name).as_posix()]
+    for path, folder in ((Path(name).absolute(), root.absolute()), (Path(name).resolve(), root.resolve())):
+        if path.is_relative_to(folder):
+            candidates.append(path.relative_to(folder).as_posix())
+    for candidate in candidates:
+        for subset in subsets:
+            if candidate in data_base[f'{subset}_images']:
+                return subset, data_base[f'{subset}_images'].index(candidate)
     same_name = [(subset, index) for subset in subsets for index, path in enumerate(data_base[f'{subset}_images'])
                  if path.rsplit('/', 1)[-1] == name]
     if len(same_name) == 1:
@@ -53,11 +57,16 @@ def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None
 
 def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -> torch.Tensor:
     """Embed an image file from outside of the data set with the run's model; returns (D,)."""
-    model, _ = load_model(model_file, device)
+    if not model_file.is_file():
+        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {model_file} to embed it '
+                        'with')
+    model, contents = load_model(model_file, device)
+    if contents['args'] != run:
+        raise UserError(f'{model_file} is of another run than the data base; keep the files of a run together')
     transform = make_transform(False, model.config['image_size'], run['resize_size'], model.interpolation)
     try:
         image = transform(load_image(path))
-    except BROKEN_IMAGE as error:
+    except BrokenImage as error:
         raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
                                                 enabled=use_amp(run['amp'], device, model, training=False)):
@@ -118,7 +127,7 @@ def read_tile(path: Path, colour: str) -> Image.Image:
     """Read an image as a square tile in a coloured frame."""
     try:
         image = load_image(path)
-    except BROKEN_IMAGE as error:
+    except BrokenImage as error:
         raise UserError(f'the image {path} is missing or broken ({error}); does --data_path name the folder that the '
                         'data base was made from?') from None
     tile = ImageOps.pad(image, (TILE, TILE), color='white')
@@ -131,16 +140,27 @@ def colour_of(correct: bool | None) -> str:
 
 
 def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
-    """Draw one row per query: the query in a dashed frame, then what it retrieves, similarity and class below."""
-    columns = 1 + len(answers[0]['retrieved'])
+    """Draw one row per query: the query in a dashed frame, then what it retrieves, similarity and class below.
+
+    More than PER_ROW images go on in further rows.
+    """
+    per_row = min(PER_ROW, len(answers[0]['retrieved']))
+    rows_each = -(-len(answers[0]['retrieved']) // per_row)
+    rows, columns = rows_each * len(answers), 1 + per_row
     with plot_style():
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(len(answers), columns, figsize=(1.25 * columns, 1.7 * len(answers)),
-                                       squeeze=False, layout='constrained')
-        for row, answer in zip(axes, answers, strict=True):
-            show_tile(row[0], answer['query'], '#000000', f'query\n{wrap(answer["class"] or "class unknown")}', '--')
-            for axis, found in zip(row[1:], answer['retrieved'], strict=True):
+        figure, axes = pyplot.subplots(rows, columns, figsize=(1.25 * columns, 1.72 * rows), squeeze=False)
+        # In inches: a margin of 0.04 around, and 0.45 below each tile for its text.
+        figure.subplots_adjust(left=0.04 / (1.25 * columns), right=1 - 0.04 / (1.25 * columns),
+                               top=1 - 0.04 / (1.72 * rows), bottom=0.45 / (1.72 * rows), wspace=0.06, hspace=0.4)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for first, answer in zip(range(0, rows, rows_each), answers, strict=True):
+            show_tile(axes[first, 0], answer['query'], '#000000',
+                      f'query\n{wrap(answer["class"] or "class unknown")}', '--')
+            places = axes[first:first + rows_each, 1:].flat
+            for axis, found in zip(places, answer['retrieved'], strict=False):  # the last row may have places left
                 show_tile(axis, root / found['image'], colour_of(found['correct']),
                           f'{found["similarity"]:.3f}\n{wrap(found["class"])}', '-')
         figure.savefig(target, dpi=160)
@@ -149,6 +169,7 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
 
 def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
     """Show an image on an axis in a frame, with text below."""
+    axis.set_axis_on()
     axis.imshow(ImageOps.crop(read_tile(path, 'white'), FRAME))
     axis.set_xticks([])
     axis.set_yticks([])
@@ -190,13 +211,20 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     for name in [*tiles, figure.name]:
         if (folder / name).exists() and name not in written:
             raise UserError(f'{folder / name} was not written by test.py and is not replaced; move it away')
+    lines = [{**answer, 'query': answer['query'].name} for answer in answers]
+
+    def record_as_ours(files):
+        contents = json.dumps({'files': sorted(files), 'answers': lines}, indent=1).encode()
+        write_atomically(record_file, lambda file: file.write(contents))
+
+    ours = {*tiles, figure.name}
+    record_as_ours(ours | written)  # first, so that a call cut short leaves nothing that the next one takes for foreign
     for name in written:
         (folder / name).unlink(missing_ok=True)
     for name, tile in tiles.items():
         tile.save(folder / name, quality=95)
     draw_rows(answers, root, figure)
-    lines = [{**answer, 'query': answer['query'].name} for answer in answers]
-    record_file.write_text(json.dumps({'files': [*tiles, figure.name], 'answers': lines}, indent=1))
+    record_as_ours(ours)
     return figure
 
 
@@ -234,15 +262,19 @@ def main() -> None:
     if root is None:
         raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
                         f'{file.name}; name the folder that does')
-    model_file = file.with_name(file.name.replace('_data_base.pth', '_model.pth'))
+    model_file = file.with_name(file.name.removesuffix('data_base.pth') + 'model.pth')
     device = select_device(args.device)
     answers = [look_up(name, data_base, root, model_file, args, device) for name in args.query_img_name]
+    folders = {}
     for answer in answers:
+        stem = answer['query'].stem
+        folders[stem] = folders.get(stem, 0) + 1
+        folder = Path(args.results_dir) / (stem if folders[stem] == 1 else f'{stem}_{folders[stem]}')
         print(f'{answer["query"].name} ({answer["class"] or "class unknown"}):')
         for rank, found in enumerate(answer['retrieved'], start=1):
             mark = {True: 'same class', False: 'other class', None: ''}[found['correct']]
             print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"]}  {mark}'.rstrip())
-        print(write_answers(Path(args.results_dir) / answer['query'].stem, [answer], root, singles=True))
+        print(write_answers(folder, [answer], root, singles=True))
     if len(answers) > 1:
         folder = Path(args.results_dir) / f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
         print(write_answers(folder, answers, root, singles=False))

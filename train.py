@@ -12,6 +12,8 @@ A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth
 the test classes), {run}_checkpoint.pth (for --resume).
 """
 import argparse
+import hashlib
+import json
 import shlex
 import time
 from pathlib import Path
@@ -37,12 +39,13 @@ SCHEDULES = {
     'step': lambda optimizer, args: torch.optim.lr_scheduler.StepLR(
         optimizer, args.lr_decay_step, args.lr_decay_gamma),
     'multistep': lambda optimizer, args: torch.optim.lr_scheduler.MultiStepLR(
-        optimizer, [round(share * args.num_epochs) for share in args.lr_milestones], args.lr_decay_gamma),
+        optimizer, [max(1, round(share * args.num_epochs)) for share in args.lr_milestones], args.lr_decay_gamma),
     'cosine': lambda optimizer, args: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.num_epochs),
     'constant': lambda optimizer, args: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
 }
 # Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
 PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'resume', 'overwrite')
+CHECKPOINT_VERSION = 1
 RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth')
 
 
@@ -92,7 +95,8 @@ def get_parser() -> Parser:
     group.add_argument('--max_pool', type=switch, default=True, metavar='{0,1}', help='the max-pool in the stem of a '
                        'ResNet; 0 for images below about 100 px [1]')
     group.add_argument('--freeze_bn', '--bn-freeze', type=switch, metavar='{0,1}', help='keep the BatchNorm statistics '
-                       'of the pretrained trunk; papers: 1, Proxy Anchor on sop and isc 0; 0 with --weights none')
+                       'of the pretrained trunk; papers: 1, Proxy Anchor on sop and isc 0. Set 0 with --weights none: '
+                       'the statistics of an untrained trunk say nothing')
 
     group = parser.add_argument_group('loss')
     group.add_argument('--scale', '--alpha', type=float, help='alpha; papers: 32, proxy_nca 9, cos_face, arc_face 64')
@@ -154,13 +158,13 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = get_parser().parse_args(argv)
     args.data_name = canonical_data_name(args.data_name)
     args.backbone_type = check_backbone({'bn_inception': 'inception'}.get(args.backbone_type, args.backbone_type))
-    if args.loss_name:
+    if args.loss_name is not None:
         check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES])
     if args.momentum is not None and not (args.recipe or args.loss_name or args.proxy_update or args.optimizer_type):
         raise UserError(f'--momentum {args.momentum} belongs to two systems: add --recipe asymptotic_proxy or '
                         '--recipe momentum_proxy')
     default = args.loss_name if args.loss_name in RECIPES else 'balanced_proxy'
-    args.recipe = check_choice('--recipe', args.recipe or default, RECIPES)
+    args.recipe = check_choice('--recipe', default if args.recipe is None else args.recipe, RECIPES)
     given = {name for name, value in vars(args).items() if value is not None}
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
     settle_loss(args, settings, given)
@@ -186,8 +190,6 @@ def settle_loss(args: argparse.Namespace, settings: dict, given: set) -> None:
     args.loss_name = args.loss_name or settings['loss_name']
     combined = COMBINED_LOSSES.get(args.loss_name, {})
     star = (args.optimizer_type or settings['optimizer_type']).endswith('*')
-    if not star and args.optimizer_type is None and settings['optimizer_type'].endswith('*'):
-        star = True
     said = {f'--loss_name {args.loss_name}': combined.get('proxy_update'),
             f'--proxy_update {args.proxy_update}': args.proxy_update,
             f'--optimizer_type {args.optimizer_type}': 'momentum' if star and 'optimizer_type' in given else None}
@@ -208,8 +210,8 @@ def settle_loss(args: argparse.Namespace, settings: dict, given: set) -> None:
     if args.temperature is None and args.scale is None:
         args.temperature = (settings.get('temperature') if own_loss else None) or combined.get('temperature')
     if args.temperature is not None:
-        if args.temperature <= 0:
-            raise UserError(f'--temperature {args.temperature} must be above 0')
+        if not 1e-6 <= args.temperature < float('inf'):
+            raise UserError(f'--temperature {args.temperature} must be a number above 1e-6')
         args.scale = 1 / args.temperature
     loss = LOSSES[args.base_loss]
     if args.margin is not None and loss.margin is None:
@@ -225,6 +227,7 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
         'lr_decay_step': args.lr_schedule != 'step' and f'--lr_schedule {args.lr_schedule} has no such step',
         'lr_milestones': args.lr_schedule != 'multistep' and f'--lr_schedule {args.lr_schedule} has no milestones',
         'lr_decay_gamma': args.lr_schedule in ('cosine', 'constant') and f'--lr_schedule {args.lr_schedule} has none',
+        'proxy_init': args.proxy_update == 'momentum' and 'proxies that move by momentum start as unit random rows',
         'drop_last': args.images_per_class > 0 and '--images_per_class makes full batches only',
     }
     for name, reason in useless.items():
@@ -236,11 +239,15 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
 
 def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers out of range, with the flag."""
+    at_most = {'feature_dim': 65536, 'image_size': 8192, 'resize_size': 8192, 'num_workers': 1024}
     at_least = {'feature_dim': 1, 'num_epochs': 1, 'image_size': 16, 'lr_decay_step': 1, 'warm_up': 0, 'num_workers': 0,
                 'weight_decay': 0, 'clip_value': 0, 'seed': 0, 'images_per_class': 0, 'batch_size': 1}
     for name, smallest in at_least.items():
-        if getattr(args, name) < smallest:
-            raise UserError(f'--{name} {getattr(args, name)} must be at least {smallest}')
+        largest = at_most.get(name, 2**63 - 1)
+        if not smallest <= getattr(args, name) <= largest:
+            raise UserError(f'--{name} {getattr(args, name)} must lie between {smallest} and {largest}')
+    if args.margin is not None and not 0 <= args.margin < float('inf'):
+        raise UserError(f'--margin {args.margin} must be a number of at least 0')
     for name in ('lr', 'proxy_lr', 'lr_decay_gamma', 'scale'):
         value = getattr(args, name)
         if value is not None and not 0 < value < float('inf'):
@@ -249,14 +256,16 @@ def check_ranges(args: argparse.Namespace) -> None:
         raise UserError(f'--momentum {args.momentum} must be above 0 and at most 1')
     if not 0 < args.min_crop <= 1 or not 0 <= args.flip <= 1:
         raise UserError(f'--min_crop {args.min_crop} must lie in (0, 1] and --flip {args.flip} in [0, 1]')
-    if args.resize_size is not None and args.resize_size < args.image_size:
-        raise UserError(f'--resize_size {args.resize_size} must be at least --image_size {args.image_size}')
+    if args.resize_size is not None and not args.image_size <= args.resize_size <= at_most['resize_size']:
+        raise UserError(f'--resize_size {args.resize_size} must lie between --image_size {args.image_size} and '
+                        f'{at_most["resize_size"]}')
 
 
 def name_run(args: argparse.Namespace, settings: dict, given: set) -> str:
     """Name the run: data set, trunk, loss, feature length, then what differs from the recipe of that loss."""
     loss_recipe = args.loss_name if args.loss_name in RECIPES else 'balanced_proxy'
-    recipe_rule = COMBINED_LOSSES.get(args.loss_name, {}).get('proxy_update', 'gradient')
+    star = settings['optimizer_type'].endswith('*')
+    recipe_rule = COMBINED_LOSSES.get(args.loss_name, {}).get('proxy_update', 'momentum' if star else 'gradient')
     return run_name(
         args.data_name, args.backbone_type, args.loss_name, args.feature_dim,
         args.recipe if args.recipe != loss_recipe else '',
@@ -320,13 +329,10 @@ def claim_run(args: argparse.Namespace) -> dict[str, Path]:
     """
     folder = make_folder('--results_dir', Path(args.results_dir))
     files = {name.split('.')[0]: folder / f'{args.run}_{name}' for name in RUN_FILES}
-    taken = [file for file in files.values() if file.exists()]
-    if args.overwrite:
-        for file in taken:
-            file.unlink()
-    elif args.resume and not files['checkpoint'].is_file():
+    taken = any(file.exists() for file in files.values())
+    if args.resume and not files['checkpoint'].is_file():
         raise UserError(f'--resume: there is no {files["checkpoint"]}; start the run without --resume')
-    elif taken and not args.resume:
+    if taken and not (args.resume or args.overwrite):
         raise UserError(f'a run named {args.run} is in {folder} already; add --resume to go on with it, --remark WORD '
                         'to name this one otherwise, or --overwrite to replace it')
     return files
@@ -339,13 +345,24 @@ def portable_args(args: argparse.Namespace) -> dict:
     return settings
 
 
-def load_checkpoint(file: Path, args: argparse.Namespace) -> dict:
-    """Load the checkpoint of a run and check that it was started with the same settings.
+def fingerprint(split: dict) -> str:
+    """Return a hash of the classes, images and subsets of a split."""
+    return hashlib.sha256(json.dumps(split).encode()).hexdigest()
+
+
+def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
+    """Load the checkpoint of a run and check that it was started with the same settings on the same data.
 
     Raises:
         UserError: naming the settings that differ.
     """
-    checkpoint = load(file, 'checkpoint', ('model', 'criterion', 'optimizer', 'schedule', 'epoch', 'rows', 'args'))
+    checkpoint = load(file, 'checkpoint', ('version', 'args', 'split', 'epoch', 'rows', 'model', 'criterion',
+                                           'optimizer', 'schedule', 'rng'))
+    if checkpoint['version'] != CHECKPOINT_VERSION:
+        raise UserError(f'--resume: {file} was written by another version of train.py; start again with --overwrite')
+    if checkpoint['split'] != fingerprint(split):
+        raise UserError(f'--resume: the data set {args.data_name} was converted anew since the run {args.run} began; '
+                        'convert it as it was, or name a new run with --remark')
     now, before = portable_args(args), checkpoint['args']
     differ = [f'--{name} {now.get(name)} (was {before.get(name)})' for name in sorted(now.keys() | before.keys())
               if now.get(name) != before.get(name)]
@@ -372,10 +389,12 @@ def print_end(rows: list[dict], args: argparse.Namespace, files: dict[str, Path]
     best = max(rows, key=lambda row: row['dense_R@1'])
     print(f'best epoch {best["epoch"]} (chosen on the test classes, as in the papers): {describe(best, args.recalls)}')
     print(f'last epoch {rows[-1]["epoch"]}: {describe(rows[-1], args.recalls)}')
-    data_base, path = (shlex.quote(str(value)) for value in (files['data_base'], args.data_path))
+    look_up = ['python', 'test.py', '--data_base', str(files['data_base']), '--data_path', args.data_path]
+    if args.results_dir != 'results':
+        look_up += ['--results_dir', args.results_dir]
     print('next:')
-    print(f'  python evaluate.py --data_base {data_base}')
-    print(f'  python test.py --data_base {data_base} --data_path {path} --query_img_name {shlex.quote(query)}')
+    print('  ' + shlex.join(['python', 'evaluate.py', '--data_base', str(files['data_base'])]))
+    print('  ' + shlex.join([*look_up, '--query_img_name', query]))
 
 
 # ---------------------------------------------------- main -----------------------------------------------------------
@@ -389,12 +408,18 @@ def main() -> None:
     root, split = read_split(args.data_path, args.data_name, args.crop_type)
     sampler = BatchSampler([number for number, paths in enumerate(split['train'].values()) for _ in paths],
                            args.batch_size, args.images_per_class, args.drop_last, args.seed)
+    if len(split['train']) < 2:
+        raise UserError(f'--data_name {args.data_name} has one training class; a loss needs at least two')
+    last_batch = count_images(split['train']) % args.batch_size
+    if not (args.freeze_bn or args.drop_last or args.images_per_class) and 1 in (args.batch_size, last_batch):
+        raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, which has no BatchNorm '
+                        'statistics; add --drop_last 1, or choose another size')
     searched = count_images(split['gallery']) if 'gallery' in split else count_images(split['test']) - 1
     if args.recalls[-1] > searched:
         raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched '
                         'in')
     files = claim_run(args)
-    checkpoint = load_checkpoint(files['checkpoint'], args) if args.resume else None
+    checkpoint = load_checkpoint(files['checkpoint'], args, split) if args.resume else None
 
     # ---- model, loss, optimizer ----
     model = EmbeddingNet(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
@@ -420,15 +445,22 @@ def main() -> None:
 
     first_epoch, rows = 1, []
     if checkpoint:
-        model.load_state_dict(checkpoint['model'])
-        criterion.load_state_dict(checkpoint['criterion'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        schedule.load_state_dict(checkpoint['schedule'])
-        torch.set_rng_state(checkpoint['rng'])
+        try:
+            for part, name in ((model, 'model'), (criterion, 'criterion'), (optimizer, 'optimizer'),
+                               (schedule, 'schedule')):
+                part.load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint['rng'])
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f'{files["checkpoint"]} is damaged ({str(error).splitlines()[0][:120]}); start again with '
+                            '--overwrite') from None
         first_epoch, rows = checkpoint['epoch'] + 1, checkpoint['rows']
     print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
           f'{len(train_set):,} images of {len(split["train"]):,} classes; {device}, '
           f'{"bfloat16" if train_amp else "float32"}')
+
+    if args.overwrite:
+        for file in files.values():
+            file.unlink(missing_ok=True)
 
     # ---- epochs ----
     for epoch in range(first_epoch, args.num_epochs + 1):
@@ -445,7 +477,8 @@ def main() -> None:
                **flatten(results)}
         print(f'epoch {epoch}/{args.num_epochs}: loss {row["loss"]:.4f}, accuracy {row["accuracy"]:.1f} %, '
               f'{row["img_s"]:.0f} img/s; {describe(row, args.recalls)}', flush=True)
-        if row['accuracy'] < 200 / len(split['train']) and epoch > args.warm_up:
+        chance = 100 / len(split['train'])
+        if row['accuracy'] < min(2 * chance, chance + 5) and epoch > args.warm_up:
             print(f'collapsed? an accuracy of {row["accuracy"]:.2f} % is chance for {len(split["train"])} classes; '
                   'try a smaller --lr' + (', or a --momentum nearer 0.5' if args.proxy_update == 'momentum' else ''))
 
@@ -459,7 +492,8 @@ def main() -> None:
         write_atomically(files['statistics'], lambda file: pd.DataFrame(rows).to_csv(file, index=False))
         save({'model': model.state_dict(), 'criterion': criterion.state_dict(), 'optimizer': optimizer.state_dict(),
               'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'epoch': epoch, 'rows': rows,
-              'args': portable_args(args)}, files['checkpoint'])
+              'args': portable_args(args), 'split': fingerprint(split), 'version': CHECKPOINT_VERSION},
+             files['checkpoint'])
     print_end(rows, args, files, test_loaders['test'].dataset.images[0])
 
 

@@ -39,13 +39,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main) -> None:
-    """Call `main` and end as a script should: exit code 2 and one line for a UserError, 130 for Ctrl-C."""
+    """Call `main` and end as a script should: 2 and one line for what the user can mend, 130 for Ctrl-C."""
+    script = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
-        # A DataLoader's worker sends its traceback along; the message is the last line.
-        message = str(error).strip().splitlines()[-1].removeprefix('utils.UserError: ')
-        sys.exit(_fail(f'{Path(sys.argv[0]).name}: error: {message}', 2))
+        message = str(error).rsplit('utils.UserError: ', 1)[-1]  # a DataLoader's worker sends its traceback along
+        sys.exit(_fail(f'{script}: error: {" ".join(message.split())}', 2))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing left to say
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.exit(_fail(f'{script}: error: cannot use {error.filename}: {error.strerror}; mend it or name another', 2))
     except KeyboardInterrupt:
         sys.exit(_fail('stopped by the keyboard', 130))
 
@@ -74,8 +81,8 @@ def canonical_data_name(name: str) -> str:
     for short, names in DATA_NAMES.items():
         if name.lower() in names:
             return short
-    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_. -]*', name):
-        raise UserError(f'--data_name {name!r} is no plain folder name; use letters, digits, _ . and -')
+    if name.startswith('.') or Path(name).name != name or not name.isprintable():
+        raise UserError(f'--data_name {name!r} is no plain folder name; name a folder in --data_path')
     return name
 
 
@@ -127,7 +134,7 @@ def select_device(name: str):
 
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if not re.fullmatch(r'cpu|mps|cuda(:\d+)?', name):
+    if not re.fullmatch(r'cpu|mps|cuda(:(0|[1-9]\d?))?', name):
         raise UserError(f'--device {name!r} is not known (there are: auto, cpu, mps, cuda, cuda:N)')
     device = torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -30,7 +30,8 @@ def make_car(data_path: Path, folder: str = 'car', classes=(1, 2, 98, 99, 100, 1
     annotations = np.array([tuple(np.array([[value]]) if isinstance(value, int) else np.array([value])
                                   for value in row) for row in rows], dtype=[(field, 'O') for field in fields])
     names = np.array([np.array([f'Maker Model {label}']) for label in range(1, 197)] + [None], dtype=object)[:-1]
-    savemat(root / 'cars_annos.mat', {'annotations': annotations[None], 'class_names': names[None]})
+    savemat(root / 'cars_annos.mat', {'annotations': annotations[None], 'class_names': names[None]},
+            do_compression=True)
     return root
 
 

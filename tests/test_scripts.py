@@ -66,7 +66,7 @@ def test_a_printed_command_that_two_systems_share_says_what_to_add(raw_sets, tmp
 
 @pytest.mark.parametrize(('recipe', 'run'), [
     ('asymptotic_proxy', 'car_resnet50_asymptotic_proxy_512_m0.6'),
-    ('momentum_proxy', 'car_resnet50_proxy_nca_512_momentum_proxy_momentum_m0.6')])
+    ('momentum_proxy', 'car_resnet50_proxy_nca_512_momentum_proxy_m0.6')])
 def test_with_the_recipe_it_trains(raw_sets, tmp_path, recipe, run):
     result = train(raw_sets, tmp_path, '--momentum', '0.6', '--recipe', recipe, *SMALL)
     assert result.returncode == 0, result.stderr
@@ -224,9 +224,11 @@ def look_up(run, raw_sets, *words, results=None):
                         '--results_dir', results or run[0], *words)
 
 
-@pytest.mark.parametrize('query', ['uncropped/000014.jpg', '000014.jpg', '{}/car/uncropped/000014.jpg'])
+@pytest.mark.parametrize('query', ['uncropped/000014.jpg', '000014.jpg', '{0}/car/uncropped/000014.jpg',
+                                   '{0}/../{1}/car/uncropped/000014.jpg'])
 def test_a_query_is_found_by_path_name_or_absolute_path(run, raw_sets, tmp_path, query):
-    result = look_up(run, raw_sets, '--query_img_name', query.format(raw_sets), '--retrieval_num', 3, results=tmp_path)
+    query = query.format(raw_sets, raw_sets.name)
+    result = look_up(run, raw_sets, '--query_img_name', query, '--retrieval_num', 3, results=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith('000014.jpg (Maker Model 99):')
     assert '000014.jpg' not in result.stdout.split('\n', 1)[1].split(str(tmp_path))[0]  # never its own neighbour
@@ -299,6 +301,7 @@ def test_only_files_that_it_wrote_are_replaced(run, raw_sets, tmp_path):
 
 @pytest.mark.parametrize(('words', 'parts'), [
     (('--query_img_name', '000041.jpg'), ('neither an image', 'did you mean')),
+    (('--query_img_name', 'a\nb'), ('--query_img_name a b is neither',)),
     (('--retrieval_num', 12), ('--retrieval_num 12', '11 images')), (('--retrieval_num', 0), ('at least 1',))])
 def test_a_query_that_cannot_be_answered_is_one_line(run, raw_sets, words, parts):
     defaults = ('--query_img_name', '000014.jpg') if '--query_img_name' not in words else ()
@@ -306,6 +309,48 @@ def test_a_query_that_cannot_be_answered_is_one_line(run, raw_sets, words, parts
 
 
 # ---------------------------------------------------- bad input ------------------------------------------------------
+def test_a_run_that_cannot_start_leaves_the_old_one_alone(run, raw_sets, tmp_path):
+    for file in run[0].glob(f'{NAME}_*'):
+        shutil.copy(file, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    result = train(raw_sets, tmp_path, *TINY, '--overwrite', '--weights', 'nowhere.pth')
+    assert_one_line_error(result, 'there is no weights file nowhere.pth')
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_resume_notices_that_the_data_set_changed(tmp_path):
+    root = make_car(tmp_path)
+    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
+    assert train(tmp_path, tmp_path / 'r', *TINY, '--num_epochs', 2).returncode == 0
+    (root / 'car_ims/000001.jpg').unlink()
+    assert type_command('data_utils.py', '--data_path', tmp_path, '--skip_bad').returncode == 0
+    result = train(tmp_path, tmp_path / 'r', *TINY, '--num_epochs', 2, '--resume')
+    assert_one_line_error(result, 'the data set car was converted anew')
+
+
+def test_a_batch_of_one_image_is_refused_where_batchnorm_learns(raw_sets, tmp_path):
+    result = train(raw_sets, tmp_path, *TINY, '--batch_size', 11, '--freeze_bn', 0)
+    assert_one_line_error(result, '--batch_size 11 leaves a batch of one image', '--drop_last 1')
+    assert train(raw_sets, tmp_path, *TINY, '--batch_size', 11, '--freeze_bn', 0, '--drop_last', 1).returncode == 0
+
+
+@pytest.mark.parametrize('contents', ['tensor', 'list', 'numbers', 'nested'])
+def test_weights_that_are_no_state_dict_are_refused(raw_sets, tmp_path, contents):
+    torch.save({'tensor': torch.zeros(3), 'list': [1], 'numbers': {1: torch.zeros(2)},
+                'nested': {'state_dict': 5}}[contents], tmp_path / 'w.pth')
+    result = train(raw_sets, tmp_path / 'r', *TINY, '--weights', tmp_path / 'w.pth')
+    assert_one_line_error(result, 'w.pth holds no state dict')
+
+
+@pytest.mark.parametrize(('words', 'part'), [
+    (('--batch_size', 0), '--batch_size 0'), (('--num_workers', -1), '--num_workers -1'),
+    (('--image_size', 0), '--image_size 0'), (('--resize_size', 100), '--resize_size 100')])
+def test_evaluation_refuses_numbers_out_of_range(raw_sets, words, part):
+    result = type_command('evaluate.py', '--zero_shot', '--data_path', raw_sets, '--backbone_type', 'timm:resnet10t',
+                          '--weights', 'nowhere.pth', *words)
+    assert_one_line_error(result, *([part] if part != '--resize_size 100' else ['nowhere.pth']))
+
+
 def test_data_that_is_not_there_is_named(raw_sets, tmp_path):
     assert_one_line_error(train(tmp_path / 'no', tmp_path, *TINY), '--data_path', 'does not exist')
     make_car(tmp_path)

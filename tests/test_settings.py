@@ -136,13 +136,15 @@ def test_the_rule_of_the_proxies_can_be_said_in_three_ways(words, rule, optimize
     (('--images_per_class', 4, '--drop_last', 1), ('--drop_last', 'no effect')),
     (('--recalls', '4,2'), ('ascending',)), (('--recalls', '0,2'), ('positive',)),
     (('--recalls', 'a'), ('--recalls', 'whole numbers')), (('--recalls', '2,2'), ('ascending',)),
-    (('--feature_dim', 0), ('--feature_dim 0 must be at least 1',)), (('--num_epochs', 0), ('--num_epochs 0',)),
+    (('--feature_dim', 0), ('--feature_dim 0 must lie between 1',)), (('--num_epochs', 0), ('--num_epochs 0',)),
     (('--batch_size', 0), ('--batch_size 0',)), (('--lr', -1), ('--lr -1.0 must be a positive number',)),
     (('--lr', 'nan'), ('--lr nan must be a positive number',)), (('--temperature', 0), ('--temperature 0.0',)),
     (('--recipe', 'asymptotic_proxy', '--momentum', 1.5), ('--momentum 1.5 must be above 0',)),
     (('--resume', '--overwrite'), ('contradict',)), (('--resize_size', 100), ('--resize_size 100',)),
     (('--lr_milestones', '0.8,0.5', '--lr_schedule', 'multistep'), ('ascending fractions',)),
     (('--batchsize', 3), ('--batchsize is no flag', "did you mean '--batch_size'")),
+    (('--margin', 'nan'), ('--margin nan must be',)), (('--seed', 10**20), ('--seed',)),
+    (('--recipe', 'asymptotic_proxy', '--proxy_init', 'unit'), ('--proxy_init unit has no effect',)),
     (('--data_name', '../etc'), ('no plain folder name',)), (('--min_crop', 0), ('--min_crop 0.0',))])
 def test_bad_settings_name_flag_value_and_remedy(words, parts):
     with pytest.raises(UserError) as error:
@@ -157,7 +159,7 @@ def test_bad_settings_name_flag_value_and_remedy(words, parts):
     (('--data_name', 'cub', '--backbone_type', 'inception', '--feature_dim', 256), 'cub_inception_balanced_proxy_256'),
     (('--recipe', 'asymptotic_proxy', '--temperature', 0.05), 'car_resnet50_asymptotic_proxy_512_t0.05'),
     (('--recipe', 'asymptotic_proxy', '--momentum', 0.9), 'car_resnet50_asymptotic_proxy_512_m0.9'),
-    (('--recipe', 'momentum_proxy'), 'car_resnet50_proxy_nca_512_momentum_proxy_momentum'),
+    (('--recipe', 'momentum_proxy'), 'car_resnet50_proxy_nca_512_momentum_proxy'),
     (('--proxy_update', 'positive', '--remark', 'My Run!'), 'car_resnet50_balanced_proxy_512_positive_my-run-'),
     (('--crop_type', 'cropped', '--seed', 3), 'car_resnet50_balanced_proxy_512_cropped_seed3'),
     (('--backbone_type', 'timm:vit_small_patch16_224.dino'), 'car_timm-vit_small_patch16_224.dino_balanced_proxy_512')])
