@@ -13,6 +13,7 @@ so that a second run reads only what is new.
 
 PyTorch is imported where it is used, so that a run with nothing to do ends at once.
 """
+import functools
 import json
 import math
 import os
@@ -236,11 +237,17 @@ GLYPH_CATEGORIES = ('Lu', 'Ll', 'Lo', 'Nd', 'Sm', 'So', 'Po', 'Sc')  # Unicode's
 GLYPH_LIKENESS = 0.85  # two characters whose outlines correlate more than this count as one
 
 
-def typeface(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """Load a typeface that matplotlib ships, at a size in pixels."""
+def typeface_file(name: str) -> str:
+    """Return the path of a typeface that matplotlib ships."""
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / 'fonts/ttf' / f'{name}.ttf', size)
+    return str(Path(matplotlib.get_data_path()) / 'fonts/ttf' / f'{name}.ttf')
+
+
+@functools.cache
+def typeface(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a typeface at a size in pixels."""
+    return ImageFont.truetype(typeface_file(name), size)
 
 
 def mask_of(character: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
@@ -259,7 +266,7 @@ def drawable_characters(count: int) -> list[tuple[str, list[str]]]:
     """
     from matplotlib.ft2font import FT2Font
 
-    charmaps = {name: set(FT2Font(typeface(name, 8).path).get_charmap()) for name in TYPEFACES}
+    charmaps = {name: set(FT2Font(typeface_file(name)).get_charmap()) for name in TYPEFACES}
     shared = charmaps['DejaVuSans']
     letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)) in GLYPH_CATEGORIES]
     faces = {letter: [name for name in TYPEFACES if ord(letter) in charmaps[name]] for letter in letters}

@@ -372,6 +372,17 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     return checkpoint
 
 
+def restore(checkpoint: dict, file: Path, **parts) -> None:
+    """Put the states of a checkpoint into model, criterion, optimizer, schedule and the random generator."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint['rng'])
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f'{file} is damaged ({reason}); start again with --overwrite') from None
+
+
 def flatten(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """Turn {'dense': {'R@1': ...}, ...} into {'dense_R@1': ...}, the columns of the statistics."""
     return {f'{kind}_{name}': value for kind, metrics in results.items() for name, value in metrics.items()
@@ -397,6 +408,20 @@ def print_end(rows: list[dict], args: argparse.Namespace, files: dict[str, Path]
     print('  ' + shlex.join([*look_up, '--query_img_name', query]))
 
 
+def check_data(args: argparse.Namespace, split: dict) -> None:
+    """Refuse settings that do not fit the data, before anything is built."""
+    if len(split['train']) < 2:
+        raise UserError(f'--data_name {args.data_name} has one training class; a loss needs at least two')
+    last_batch = count_images(split['train']) % args.batch_size
+    if not (args.freeze_bn or args.drop_last or args.images_per_class) and 1 in (args.batch_size, last_batch):
+        raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, which has no BatchNorm '
+                        'statistics; add --drop_last 1, or choose another size')
+    searched = count_images(split['gallery']) if 'gallery' in split else count_images(split['test']) - 1
+    if args.recalls[-1] > searched:
+        raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched '
+                        'in')
+
+
 # ---------------------------------------------------- main -----------------------------------------------------------
 def main() -> None:
     """Train as the command line says."""
@@ -408,16 +433,7 @@ def main() -> None:
     root, split = read_split(args.data_path, args.data_name, args.crop_type)
     sampler = BatchSampler([number for number, paths in enumerate(split['train'].values()) for _ in paths],
                            args.batch_size, args.images_per_class, args.drop_last, args.seed)
-    if len(split['train']) < 2:
-        raise UserError(f'--data_name {args.data_name} has one training class; a loss needs at least two')
-    last_batch = count_images(split['train']) % args.batch_size
-    if not (args.freeze_bn or args.drop_last or args.images_per_class) and 1 in (args.batch_size, last_batch):
-        raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, which has no BatchNorm '
-                        'statistics; add --drop_last 1, or choose another size')
-    searched = count_images(split['gallery']) if 'gallery' in split else count_images(split['test']) - 1
-    if args.recalls[-1] > searched:
-        raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched '
-                        'in')
+    check_data(args, split)
     files = claim_run(args)
     checkpoint = load_checkpoint(files['checkpoint'], args, split) if args.resume else None
 
@@ -445,24 +461,14 @@ def main() -> None:
 
     first_epoch, rows = 1, []
     if checkpoint:
-        try:
-            for part, name in ((model, 'model'), (criterion, 'criterion'), (optimizer, 'optimizer'),
-                               (schedule, 'schedule')):
-                part.load_state_dict(checkpoint[name])
-            torch.set_rng_state(checkpoint['rng'])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f'{files["checkpoint"]} is damaged ({str(error).splitlines()[0][:120]}); start again with '
-                            '--overwrite') from None
+        restore(checkpoint, files['checkpoint'], model=model, criterion=criterion, optimizer=optimizer,
+                schedule=schedule)
         first_epoch, rows = checkpoint['epoch'] + 1, checkpoint['rows']
     print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
           f'{len(train_set):,} images of {len(split["train"]):,} classes; {device}, '
           f'{"bfloat16" if train_amp else "float32"}')
 
-    if args.overwrite:
-        for file in files.values():
-            file.unlink(missing_ok=True)
-
-    # ---- epochs ----
+    # ---- epochs: the first one writes all four files, which is when --overwrite takes place ----
     for epoch in range(first_epoch, args.num_epochs + 1):
         model.freeze_trunk(epoch <= args.warm_up)
         train_set.set_epoch(epoch)

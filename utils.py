@@ -197,10 +197,18 @@ def _umask() -> int:
 
 
 def save(contents: dict, path: Path) -> None:
-    """Save a plain dict of tensors, lists, numbers and strings so that `load` can read it; atomic."""
+    """Save a plain dict of tensors, lists, numbers and strings, on the CPU, so that `load` can read it; atomic."""
     import torch
 
-    write_atomically(path, lambda file: torch.save(contents, file))
+    def to_cpu(value):
+        if isinstance(value, dict):
+            return {key: to_cpu(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(to_cpu(part) for part in value)
+        return value.cpu() if torch.is_tensor(value) else value
+
+    plain = to_cpu(contents)
+    write_atomically(path, lambda file: torch.save(plain, file))
 
 
 def load(path: Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
