@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
 DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+042F_0000.png
 
-.PHONY: demo test lint clean
+.PHONY: demo test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -18,11 +18,16 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/python -m pytest
 
+lowest:
+	$(PYTHON) -m venv .venv-lowest
+	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin pytest hypothesis pytorch-metric-learning
+	.venv-lowest/bin/python -m pytest
+
 lint: .venv/test
 	$(BIN)/ruff check
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -21,7 +21,7 @@ import random
 import shlex
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 from utils import (DATA_NAMES, Parser, UserError, canonical_data_name, load, make_folder, nearest, run_script, save,
-                   write_atomically)
+                   save_json)
 
 # Classes and images of the complete data sets: {subset: (classes, images)}, from the papers that introduced the splits.
 COUNTS = {
@@ -216,7 +216,7 @@ class RawSet(NamedTuple):
     """A known raw data set: the files that tell it, and its reader."""
 
     files: tuple[str, ...]
-    read: object
+    read: Callable[[Path], tuple[list[Item], dict[str, str]]]
 
 
 RAW_SETS = {
@@ -322,16 +322,17 @@ def draw_glyph(character: str, faces: list[str], rng: random.Random) -> Image.Im
 def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None:
     """Draw the data set `glyph` in the layout of a folder of one's own: two thirds of the characters train.
 
-    The same settings give the same bytes; a folder made with them already is left as it is.
+    The same settings give the same bytes (under the same versions of Pillow and matplotlib); a folder made with them
+    already is left as it is.
 
     Raises:
         UserError: if the settings are out of range or the typefaces do not hold so many characters.
     """
     if num_classes < 3 or num_images < 2:
         raise UserError(f'--glyph_classes {num_classes} and --glyph_images {num_images} must be at least 3 and 2')
-    recipe = {'classes': num_classes, 'images': num_images, 'seed': seed, 'size': GLYPH_SIZE, 'complete': True}
+    settings = {'classes': num_classes, 'images': num_images, 'seed': seed, 'size': GLYPH_SIZE, 'complete': True}
     stamp = root / 'glyph.json'
-    if stamp.is_file() and stamp.read_text() == json.dumps(recipe):
+    if stamp.is_file() and stamp.read_text() == json.dumps(settings):
         return
     characters = drawable_characters(num_classes)
     random.Random(seed).shuffle(characters)
@@ -340,7 +341,7 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
             image.unlink()
     elif any((root / folder).exists() for folder in ('train', 'test')):
         raise UserError(f'{root} holds train or test, but was not made by this script; move it away')
-    write_atomically(stamp, lambda file: file.write(json.dumps({**recipe, 'complete': False}).encode()))
+    save_json({**settings, 'complete': False}, stamp)
     num_train = round(num_classes * 2 / 3)
     for number, (character, faces) in enumerate(tqdm(characters, desc='glyph', unit='class', dynamic_ncols=True)):
         folder = root / ('train' if number < num_train else 'test') / f'U+{ord(character):04X}'
@@ -348,7 +349,7 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
         for index in range(num_images):
             image = draw_glyph(character, faces, random.Random(f'{seed} {ord(character)} {index}'))
             image.save(folder / f'{index:04d}.png')
-    write_atomically(stamp, lambda file: file.write(json.dumps(recipe).encode()))
+    save_json(settings, stamp)
 
 
 # ---------------------------------------------------- conversion ----------------------------------------------------
@@ -434,7 +435,10 @@ def unique_stems(items: list[Item]) -> list[str]:
 
 
 def open_manifest(root: Path, folders: list[str]) -> dict:
-    """Return what an earlier conversion wrote down, {'files': {source: [...]}, 'splits': {...}}, or an empty one.
+    """Return what an earlier conversion wrote down, or an empty manifest.
+
+    {'made_by': 'data_utils.py', 'splits': {file: [size, time]}, 'files': {source: [file name and size in uncropped/,
+    stem, box, subset, label, class name, size and time of the source]}}
 
     Raises:
         UserError: if files of these names are there, but not from an earlier conversion.
@@ -506,7 +510,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         make_folder('the folder', root / folder)
     manifest_file = root / 'conversion.json'
     if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
-        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
+        save_json(manifest, manifest_file)
     done, failures, todo = find_changes(root, items, class_names, manifest, folders)
 
     def decode(job: tuple[Item, list]):
@@ -526,7 +530,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     unchanged = list(done.items()) == list(manifest['files'].items())
     manifest['files'] = done
     if not unchanged:
-        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
+        save_json(manifest, manifest_file)
     if failures and not skip_bad:
         shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
         more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
@@ -540,7 +544,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         for name, split in files.items():
             save(split, root / name)
         manifest['splits'] = {name: stamp_of(root / name) for name in files}
-        write_atomically(manifest_file, lambda file: file.write(json.dumps(manifest).encode()))
+        save_json(manifest, manifest_file)
     return {'decoded': len(todo), 'skipped': len(failures), 'split': splits['uncropped']}
 
 
@@ -735,8 +739,8 @@ class RetrievalDataset:
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers into one seed of 63 bits that differs wherever one of them differs."""
-    return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    """Hash whole numbers of at least 0 into one seed of 63 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def resize_for(image_size: int) -> int:
@@ -864,7 +868,7 @@ def main() -> None:
             process(data_path, data_name, args)
             found = True
         else:
-            folders = ', '.join(DATA_NAMES[data_name])
+            folders = ', '.join(DATA_NAMES.get(data_name, (data_name,)))
             print(f'{data_name}: not found; looked in {data_path} for a folder {folders} with {", ".join(raw.files)}')
     if not found:
         raise UserError(f'--data_path {data_path} holds no known raw data set; name your own with --data_name, or make '

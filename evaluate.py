@@ -5,7 +5,7 @@
     python evaluate.py --zero_shot --data_path /home/data --data_name cub --backbone_type resnet50
 
 `--data_base` measures the features that a training run saved; `--resume` embeds the test images again with a run's
-model; `--zero_shot` measures the pooled features of a pretrained trunk, the floor under every trained number.
+model; `--zero_shot` measures the pooled features of a pretrained trunk, from which a training starts.
 All numbers are per cent. This file is the only home of metrics.
 """
 import json
@@ -17,11 +17,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data_utils import RetrievalDataset, make_transform, read_split, resize_for
-from model import POOLINGS, EmbeddingNet, check_backbone
-from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, check_choice, gpu_id, int_list, load,
+from model import POOLINGS, EmbeddingNet, canonical_backbone
+from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gpu_id, int_list, load,
                    run_script, select_device)
 
 BLOCK_ELEMENTS = 2**24  # similarities held at once: 128 MiB in float64
+COUNTS = ('queries', 'without_positive')  # the metrics that are no per cents
+# Flags of the command line: of embedding images, and of the trunk, which --resume takes from the model.
+EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size')
+TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')
 
 
 # ---------------------------------------------------- metrics --------------------------------------------------------
@@ -159,7 +163,6 @@ def use_amp(choice: str, device: torch.device, model: EmbeddingNet, training: bo
     Depthwise convolutions are the exception: on a CPU their backward is slower in bfloat16 than in float32, their
     forward is not.
     """
-    check_choice('--amp', choice, ('auto', 'on', 'off'))
     if choice != 'auto':
         return choice == 'on'
     depthwise = any(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in model.modules())
@@ -282,22 +285,17 @@ def load_data_base(path: str | Path) -> dict:
 
 def format_table(results: dict[str, dict[str, float]]) -> str:
     """Format {'dense': metrics, 'binary': metrics} as a table of per cents."""
-    columns = [key for key in results['dense'] if key not in ('queries', 'without_positive')]
-    lines = [' ' * 8 + ''.join(f'{column:>13}' if len(column) > 7 else f'{column:>9}' for column in columns)]
+    columns = [key for key in results['dense'] if key not in COUNTS]
+    widths = {column: max(9, len(column) + 2) for column in columns}
+    lines = [' ' * 8 + ''.join(f'{column:>{widths[column]}}' for column in columns)]
     for kind, metrics in results.items():
-        cells = ''.join(f'{metrics[column]:13.2f}' if len(column) > 7 else f'{metrics[column]:9.2f}'
-                        for column in columns)
-        lines.append(f'{kind:<8}{cells}')
+        lines.append(f'{kind:<8}' + ''.join(f'{metrics[column]:{widths[column]}.2f}' for column in columns))
     dense = results['dense']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
     return '\n'.join([*lines, f'{dense["queries"]:,} queries{left_out}'])
 
 
 # ---------------------------------------------------- command line ---------------------------------------------------
-EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size')
-TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')  # --resume: must agree with the model
-
-
 def get_args(argv: list[str] | None = None):
     """Parse the command line; a flag that does not belong to the chosen source is an error."""
     parser = Parser(description=__doc__)
@@ -310,11 +308,14 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--crop_type', choices=('uncropped', 'cropped'), help='which split file [that of the model]')
     parser.add_argument('--backbone_type', '--model', help='trunk, or timm:MODEL [that of the model; resnet50]')
     parser.add_argument('--weights', help='of the trunk for --zero_shot: imagenet or a file [imagenet]')
-    parser.add_argument('--pooling', choices=POOLINGS, help='of the trunk for --zero_shot [avg]')
+    parser.add_argument('--pooling', choices=POOLINGS,
+                        help='of the trunk for --zero_shot [avg]; must agree with the model of --resume')
     parser.add_argument('--feature_dim', '--embedding-size', type=int, help='must agree with the model of --resume')
-    parser.add_argument('--image_size', type=int, help='side of the centre crop in pixels [that of the model; 224]')
-    parser.add_argument('--resize_size', type=int, help='short side before the crop [image_size x 256/224]')
-    parser.add_argument('--batch_size', '--batch-size', type=int, help='images embedded at once [64]')
+    parser.add_argument('--image_size', type=int, help='side of the centre crop in pixels for --zero_shot [224]; must '
+                        'agree with the model of --resume')
+    parser.add_argument('--resize_size', type=int,
+                        help='short side before the crop [that of the model; image_size x 256/224]')
+    parser.add_argument('--batch_size', '--batch-size', type=int, help="images embedded at once [the model's; 64]")
     parser.add_argument('--num_workers', '--workers', type=int, help='processes that decode images [2]')
     parser.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model; auto]')
     parser.add_argument('--recalls', type=int_list, help='values of K [those of the run; 1,2,4,8]')
@@ -366,20 +367,19 @@ def main() -> None:
         run = contents['args']
         for flag in TRUNK_FLAGS:
             given = getattr(args, flag)
-            given = {'bn_inception': 'inception'}.get(given, given)
+            given = canonical_backbone(given) if flag == 'backbone_type' and given else given
             if given is not None and given != model.config[flag]:
                 raise UserError(f'--{flag} {given} is not that of {args.resume} ({model.config[flag]}); leave it out')
         data_base = embed_for(args, model, run, device)
     else:
         run = {}
-        backbone_type = {'bn_inception': 'inception'}.get(args.backbone_type, args.backbone_type or 'resnet50')
-        model = EmbeddingNet(check_backbone(backbone_type), 0, args.pooling or 'avg', layer_norm=False,
+        model = EmbeddingNet(args.backbone_type or 'resnet50', 0, args.pooling or 'avg', layer_norm=False,
                              weights=args.weights or 'imagenet', image_size=args.image_size or 224)
         model = model.to(device, memory_format=torch.channels_last)
         data_base = embed_for(args, model, run, device)
     results = measure(data_base, tuple(args.recalls or run.get('recalls', (1, 2, 4, 8))), device)
     if args.zero_shot:
-        del results['binary']  # a trunk's features end in a ReLU: their signs say nothing
+        del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     print(json.dumps(results) if args.json else format_table(results))
 
 

@@ -9,6 +9,7 @@ one function and one entry in BACKBONES. Every loss works with each of the three
 """
 import math
 import re
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from utils import UserError, check_choice, load
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POOLINGS = ('max', 'avg', 'avg_max', 'cls')
+MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
 PROXY_UPDATES = ('gradient', 'positive', 'momentum')
 BN_INCEPTION_URL = 'http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth'
 
@@ -89,20 +91,20 @@ def fill(module: nn.Module, state_dict: dict | None, head: tuple[str, ...], name
     return module
 
 
-def resnet(name: str, weights: str, max_pool: bool = True) -> Trunk:
+def headless(network: nn.Module, *head: str) -> nn.Sequential:
+    """Return a network without the layers of its head, under the same names, so that its weights still fit."""
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in network.named_children()
+                                     if name not in head and layer is not None))
+
+
+def resnet(name: str, weights: str) -> Trunk:
     """Build a torchvision ResNet up to its last feature map (He et al., CVPR 2016, arXiv 1512.03385)."""
     from torchvision import models
 
     url = models.get_model_weights(name)['IMAGENET1K_V1'].url
     whole = models.get_model(name, weights=None)
-    layers = {key: layer for key, layer in whole.named_children() if key not in ('avgpool', 'fc')}
-    trunk = nn.Sequential()
-    for key, layer in layers.items():
-        trunk.add_module(key, layer)
-    fill(trunk, load_weights(weights, url), ('fc.',), name)
-    if not max_pool:
-        trunk.maxpool = nn.Identity()
-    return Trunk(trunk, whole.fc.in_features)
+    trunk = headless(whole, 'avgpool', 'fc')
+    return Trunk(fill(trunk, load_weights(weights, url), ('fc.',), name), whole.fc.in_features)
 
 
 def googlenet(name: str, weights: str) -> Trunk:
@@ -110,10 +112,7 @@ def googlenet(name: str, weights: str) -> Trunk:
     from torchvision import models
 
     whole = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=weights == 'none')
-    trunk = nn.Sequential()
-    for key, layer in whole.named_children():
-        if key not in ('avgpool', 'dropout', 'fc') and layer is not None:
-            trunk.add_module(key, layer)
+    trunk = headless(whole, 'avgpool', 'dropout', 'fc')
     url = models.GoogLeNet_Weights.IMAGENET1K_V1.url
     return Trunk(fill(trunk, load_weights(weights, url), ('fc.', 'aux1.', 'aux2.'), name), whole.fc.in_features)
 
@@ -164,7 +163,7 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
     """Build any model of timm by its name, with timm's own mean, std and interpolation (github.com/rwightman/timm)."""
     import timm
 
-    if name not in timm.list_models(pretrained=True) and not timm.is_model(name):
+    if not timm.is_model(name):
         families = timm.list_models(f'*{name[:6]}*')[:8]
         raise UserError(f'--backbone_type timm:{name} is no model of timm {timm.__version__}; '
                         f'timm.list_models() lists them' + (f' (near it: {", ".join(families)})' if families else ''))
@@ -200,8 +199,9 @@ BACKBONES = {
 }
 
 
-def check_backbone(name: str) -> str:
-    """Return the name of a trunk, or raise a UserError that lists them."""
+def canonical_backbone(name: str) -> str:
+    """Return the name of a trunk (`bn_inception` -> `inception`), or raise a UserError that lists them."""
+    name = 'inception' if name == 'bn_inception' else name
     return name if name.startswith('timm:') else check_choice('--backbone_type', name, [*BACKBONES, 'timm:MODEL'])
 
 
@@ -235,14 +235,15 @@ class EmbeddingNet(nn.Module):
         check_choice('--pooling', pooling, POOLINGS)
         if feature_dim < 0:
             raise UserError(f'--feature_dim {feature_dim} must be at least 1')
-        if check_backbone(backbone_type).startswith('timm:'):
-            trunk = timm_trunk(backbone_type.removeprefix('timm:'), weights, image_size)
-        elif not max_pool and BACKBONES[backbone_type] is resnet:
-            trunk = resnet(backbone_type, weights, max_pool=False)
-        else:
-            trunk = BACKBONES[backbone_type](backbone_type, weights)
+        backbone_type = canonical_backbone(backbone_type)
         if not max_pool and BACKBONES.get(backbone_type) is not resnet:
             raise UserError(f'--max_pool 0 is for the ResNets; leave it out with --backbone_type {backbone_type}')
+        if backbone_type.startswith('timm:'):
+            trunk = timm_trunk(backbone_type.removeprefix('timm:'), weights, image_size)
+        else:
+            trunk = BACKBONES[backbone_type](backbone_type, weights)
+        if not max_pool:
+            trunk.module.maxpool = nn.Identity()
         if pooling == 'cls' and not trunk.prefix_tokens:
             raise UserError(f'--pooling cls needs a transformer with a class token, not {backbone_type}')
 
@@ -322,7 +323,7 @@ class ProxyLoss(nn.Module):
     scale: float
     margin: float | None = None  # None: the formula has no margin
 
-    def __init__(self, num_classes: int, feature_dim: int, proxy_update: str = 'gradient', momentum: float = 0.5,
+    def __init__(self, num_classes: int, feature_dim: int, proxy_update: str = 'gradient', momentum: float = MOMENTUM,
                  scale: float | None = None, margin: float | None = None, proxy_init: str = 'unit'):
         super().__init__()
         check_choice('--proxy_update', proxy_update, PROXY_UPDATES)

@@ -1,9 +1,8 @@
 """The papers' hyper-parameters as data: one entry a recipe, each with its source.
 
-`train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as it was
-published; what the paper changes for a data set or a trunk stands in `overrides`, later entries win.
+`train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as its
+system's own page prints it; what that changes for a data set or a trunk stands in `overrides`, later entries win.
 
-    name            the keys are the flags of train.py
     proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
     lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
     optimizer_type  a star (adam*) means: this optimizer, and the proxies move by momentum (Momentum Proxy's spelling)

@@ -7,9 +7,11 @@
 A query is an image of the data base (its path in the split, an absolute path, or its file name where that is unique),
 or any other image file: the run's model embeds it then, and no class is known. Writes results/{query}/query_img.jpg,
 retrieval_img_{rank}_{similarity}.jpg and one figure, top{K}.png: green frames where the class is the query's, red
-elsewhere. retrieval.json beside them lists the same; files that this script did not write are never replaced.
+elsewhere, grey where it is not known. retrieval.json beside them lists the same; files that this script did not write
+are never replaced.
 """
 import json
+import textwrap
 from pathlib import Path
 
 import torch
@@ -17,8 +19,8 @@ from PIL import Image, ImageOps
 
 from data_utils import BrokenImage, find_root, load_image, make_transform
 from evaluate import cosine_similarity, hamming_distance, load_data_base, load_model, pack_codes, use_amp
-from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, select_device,
-                   write_atomically)
+from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_json,
+                   select_device)
 
 TILE = 224  # px, side of a written image inside its frame
 FRAME = 8  # px
@@ -73,6 +75,11 @@ def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -
         return model(image[None].to(device))[0].cpu()
 
 
+def searched_subset(data_base: dict) -> str:
+    """Return the subset that queries are searched in: the gallery where there is one."""
+    return 'gallery' if 'gallery_images' in data_base else 'test'
+
+
 def retrieve(feature: torch.Tensor, data_base: dict, skip: tuple[str, int] | None, retrieval_num: int,
              binary: bool) -> list[tuple[int, float]]:
     """Return the nearest images as (index, similarity), nearest first, of the gallery or else of the test images.
@@ -82,7 +89,7 @@ def retrieve(feature: torch.Tensor, data_base: dict, skip: tuple[str, int] | Non
         skip: the query's own place, which is not retrieved.
         binary: rank by Hamming distance; the similarity is then the share of equal bits.
     """
-    subset = 'gallery' if 'gallery_images' in data_base else 'test'
+    subset = searched_subset(data_base)
     features = data_base[f'{subset}_features']
     if binary:
         distance = hamming_distance(pack_codes(feature[None]), pack_codes(features))[0]
@@ -113,7 +120,7 @@ def look_up(name: str, data_base: dict, root: Path, model_file: Path, args, devi
     else:
         path, label = Path(name), None
         feature = embed_image(path, model_file, data_base['args'], device)
-    subset = 'gallery' if 'gallery_images' in data_base else 'test'
+    subset = searched_subset(data_base)
     retrieved = []
     for index, similarity in retrieve(feature, data_base, place, args.retrieval_num, args.binary):
         found = int(data_base[f'{subset}_labels'][index])
@@ -123,15 +130,14 @@ def look_up(name: str, data_base: dict, root: Path, model_file: Path, args, devi
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
-def read_tile(path: Path, colour: str) -> Image.Image:
-    """Read an image as a square tile in a coloured frame."""
+def read_tile(path: Path) -> Image.Image:
+    """Read an image as a square tile, padded with white."""
     try:
         image = load_image(path)
     except BrokenImage as error:
         raise UserError(f'the image {path} is missing or broken ({error}); does --data_path name the folder that the '
                         'data base was made from?') from None
-    tile = ImageOps.pad(image, (TILE, TILE), color='white')
-    return ImageOps.expand(tile, FRAME, colour)
+    return ImageOps.pad(image, (TILE, TILE), color='white')
 
 
 def colour_of(correct: bool | None) -> str:
@@ -170,7 +176,7 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
 def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
     """Show an image on an axis in a frame, with text below."""
     axis.set_axis_on()
-    axis.imshow(ImageOps.crop(read_tile(path, 'white'), FRAME))
+    axis.imshow(read_tile(path))
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -180,8 +186,6 @@ def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
 
 def wrap(name: str) -> str:
     """Break a class name into at most two lines that fit under a tile."""
-    import textwrap
-
     return '\n'.join(textwrap.wrap(name.replace('_', ' '), 20, max_lines=2, placeholder=' ...'))
 
 
@@ -203,28 +207,25 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     tiles = {}
     if singles:
         answer = answers[0]
-        tiles['query_img.jpg'] = read_tile(answer['query'], GREY)
+        tiles['query_img.jpg'] = ImageOps.expand(read_tile(answer['query']), FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = read_tile(root / found['image'], colour_of(found['correct']))
+            tiles[name] = ImageOps.expand(read_tile(root / found['image']), FRAME, colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
     for name in [*tiles, figure.name]:
         if (folder / name).exists() and name not in written:
             raise UserError(f'{folder / name} was not written by test.py and is not replaced; move it away')
     lines = [{**answer, 'query': answer['query'].name} for answer in answers]
 
-    def record_as_ours(files):
-        contents = json.dumps({'files': sorted(files), 'answers': lines}, indent=1).encode()
-        write_atomically(record_file, lambda file: file.write(contents))
-
     ours = {*tiles, figure.name}
-    record_as_ours(ours | written)  # first, so that a call cut short leaves nothing that the next one takes for foreign
+    # Before anything is written, so that a call cut short leaves nothing that the next one takes for foreign.
+    save_json({'files': sorted(ours | written), 'answers': lines}, record_file)
     for name in written:
         (folder / name).unlink(missing_ok=True)
     for name, tile in tiles.items():
         tile.save(folder / name, quality=95)
     draw_rows(answers, root, figure)
-    record_as_ours(ours)
+    save_json({'files': sorted(ours), 'answers': lines}, record_file, indent=1)
     return figure
 
 

@@ -14,6 +14,7 @@ the test classes), {run}_checkpoint.pth (for --resume).
 import argparse
 import hashlib
 import json
+import math
 import shlex
 import time
 from pathlib import Path
@@ -25,11 +26,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data_utils import BatchSampler, RetrievalDataset, count_images, make_transform, read_split, resize_for
-from evaluate import make_data_base, make_test_loaders, measure, use_amp
-from model import COMBINED_LOSSES, LOSSES, POOLINGS, PROXY_UPDATES, EmbeddingNet, check_backbone
+from evaluate import COUNTS, make_data_base, make_test_loaders, measure, use_amp
+from model import (BACKBONES, COMBINED_LOSSES, LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, EmbeddingNet,
+                   canonical_backbone)
 from recipes import RECIPES, recipe_settings
 from utils import (Parser, UserError, canonical_data_name, check_choice, fraction_list, gpu_id, int_list, load,
-                   make_folder, run_name, run_script, save, seed_everything, select_device, switch, write_atomically)
+                   make_folder, run_name, run_script, save, select_device, switch, write_atomically)
 
 OPTIMIZERS = {
     'adamw': torch.optim.AdamW, 'adam': torch.optim.Adam,
@@ -52,7 +54,7 @@ RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth')
 # ---------------------------------------------------- command line ---------------------------------------------------
 def get_parser() -> Parser:
     """Build the parser; a default of None means: as the recipe says."""
-    parser = Parser(description=__doc__)
+    parser = Parser(description=__doc__, epilog='In brackets the default; a flag without one takes that of the recipe.')
     group = parser.add_argument_group('what to train')
     group.add_argument('--recipe', help='paper whose hyper-parameters are the defaults: ' + ', '.join(RECIPES) +
                        ' [the one named like --loss_name, else balanced_proxy]')
@@ -61,8 +63,8 @@ def get_parser() -> Parser:
                        'temperature 0.03; positive_proxy is normalized_softmax with --proxy_update positive')
     group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, '
                        'by that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
-    group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: resnet50, inception '
-                       '(BN-Inception), googlenet, resnet18, resnet101, or timm:MODEL [%(default)s]')
+    group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: ' + ', '.join(BACKBONES) +
+                       ' (BN-Inception is inception), or timm:MODEL [%(default)s]')
     group.add_argument('--weights', default='imagenet', help='of the trunk: imagenet (downloaded once, checked), none '
                        '(random), or the path of a state dict [%(default)s]')
 
@@ -157,7 +159,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     args = get_parser().parse_args(argv)
     args.data_name = canonical_data_name(args.data_name)
-    args.backbone_type = check_backbone({'bn_inception': 'inception'}.get(args.backbone_type, args.backbone_type))
+    args.backbone_type = canonical_backbone(args.backbone_type)
     if args.loss_name is not None:
         check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES])
     if args.momentum is not None and not (args.recipe or args.loss_name or args.proxy_update or args.optimizer_type):
@@ -202,7 +204,7 @@ def settle_loss(args: argparse.Namespace, settings: dict, given: set) -> None:
         raise UserError(f'--momentum {args.momentum} has no effect while the proxies move by {args.proxy_update}; add '
                         '--proxy_update momentum, or leave it out')
     if args.proxy_update == 'momentum' and args.momentum is None:
-        args.momentum = 0.5  # Asymptotic Proxy and Momentum Proxy alike
+        args.momentum = MOMENTUM
     args.base_loss = combined.get('loss_name', args.loss_name)
     if args.scale is not None and args.temperature is not None:
         raise UserError(f'--scale {args.scale} and --temperature {args.temperature} say the same (temperature = '
@@ -315,7 +317,7 @@ def train_one_epoch(model: EmbeddingNet, criterion: nn.Module, optimizer: torch.
 def read_totals(totals: torch.Tensor, seconds: float) -> dict[str, float]:
     """Read the meter of an epoch; this waits for the device."""
     loss, accuracy, count = totals.tolist()
-    if loss - loss != 0:  # infinite or NaN
+    if not math.isfinite(loss):
         raise UserError(f'the loss is not finite after {count:.0f} images of this epoch; lower --lr or --proxy_lr')
     return {'loss': loss / count, 'accuracy': 100 * accuracy / count, 'img_s': count / seconds}
 
@@ -386,13 +388,14 @@ def restore(checkpoint: dict, file: Path, **parts) -> None:
 def flatten(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """Turn {'dense': {'R@1': ...}, ...} into {'dense_R@1': ...}, the columns of the statistics."""
     return {f'{kind}_{name}': value for kind, metrics in results.items() for name, value in metrics.items()
-            if name not in ('queries', 'without_positive')}
+            if name not in COUNTS}
 
 
 def describe(row: dict, recalls: tuple[int, ...]) -> str:
     """Return the recalls of an epoch as a phrase: `R@1 72.09 R@2 81.24 (binary 70.11 79.30)`."""
     dense = ' '.join(f'R@{k} {row[f"dense_R@{k}"]:.2f}' for k in recalls)
-    return f'{dense} (binary {" ".join(f"""{row[f"binary_R@{k}"]:.2f}""" for k in recalls)})'
+    binary = ' '.join(f'{row[f"binary_R@{k}"]:.2f}' for k in recalls)
+    return f'{dense} (binary {binary})'
 
 
 def print_end(rows: list[dict], args: argparse.Namespace, files: dict[str, Path], query: str) -> None:
@@ -427,7 +430,7 @@ def main() -> None:
     """Train as the command line says."""
     args = get_args()
     device = select_device(args.device)
-    seed_everything(args.seed)
+    torch.manual_seed(args.seed)
 
     # ---- data ----
     root, split = read_split(args.data_path, args.data_name, args.crop_type)
@@ -441,8 +444,8 @@ def main() -> None:
     model = EmbeddingNet(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
                          args.freeze_bn, 'none' if checkpoint else args.weights, args.image_size, args.max_pool)
     model = model.to(device, memory_format=torch.channels_last)
-    criterion = LOSSES[args.base_loss](len(split['train']), model.feature_dim, args.proxy_update, args.momentum or 0.5,
-                                       args.scale, args.margin, args.proxy_init).to(device)
+    criterion = LOSSES[args.base_loss](len(split['train']), model.feature_dim, args.proxy_update,
+                                       args.momentum or MOMENTUM, args.scale, args.margin, args.proxy_init).to(device)
     groups = [{'params': list(model.parameters()), 'lr': args.lr}]
     if args.proxy_update != 'momentum':
         groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr})
@@ -493,7 +496,7 @@ def main() -> None:
             made_by = {'args': portable_args(args), 'epoch': epoch}
             save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
             save({**data_base, 'train_proxies': nn.functional.normalize(criterion.proxies.detach(), dim=-1).cpu(),
-                  'train_class_names': train_set.class_names, 'config': model.config, **made_by}, files['data_base'])
+                  'train_class_names': train_set.class_names, **made_by}, files['data_base'])
         rows.append(row)
         write_atomically(files['statistics'], lambda file: pd.DataFrame(rows).to_csv(file, index=False))
         save({'model': model.state_dict(), 'criterion': criterion.state_dict(), 'optimizer': optimizer.state_dict(),

@@ -4,8 +4,8 @@ This module imports no other module of the project.
 """
 import argparse
 import difflib
+import json
 import os
-import random
 import re
 import sys
 import tempfile
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that teaches: defaults shown, no abbreviations, and errors of one line with a suggestion."""
+    """An argument parser without abbreviations, whose errors are one line with a suggestion."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -116,19 +116,11 @@ def switch(text: str) -> bool:
 
 
 # ---------------------------------------------------- randomness, device ---------------------------------------------
-def seed_everything(seed: int) -> None:
-    """Seed Python's and PyTorch's generators."""
-    import torch
-
-    random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def select_device(name: str):
     """Return the torch.device for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
 
     Raises:
-        UserError: if that device is not there; a run never moves to another device in silence.
+        UserError: if that device is not there; no other one is taken in its place.
     """
     import torch
 
@@ -157,12 +149,14 @@ def gpu_id(text: str) -> str:
 
 
 def bfloat16_is_fast(device) -> bool:
-    """Tell whether the device multiplies bfloat16 natively (GPUs since Ampere, CPUs with AVX512-BF16 or AMX)."""
+    """Tell whether the device multiplies bfloat16 natively: GPUs since Ampere, CPUs with AVX512-BF16 or AMX."""
     import torch
 
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Any core with AVX-512 is able to, most of them by slow emulation.
+    native = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return device.type == 'cpu' and any(is_supported() for is_supported in native)
 
 
 # ---------------------------------------------------- files ----------------------------------------------------------
@@ -237,6 +231,11 @@ def load(path: Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
     if missing:
         raise UserError(f'{path} is no {kind} of this project: it lacks {", ".join(missing)}')
     return contents
+
+
+def save_json(contents, path: Path, indent: int | None = None) -> None:
+    """Save what JSON can hold; atomic."""
+    write_atomically(path, lambda file: file.write(json.dumps(contents, indent=indent).encode()))
 
 
 def make_folder(flag: str, path: Path) -> Path:

@@ -18,7 +18,7 @@ def type_command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPro
 
 
 def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> None:
-    """Check exit code 2 and one line on stderr, with no traceback, that holds all parts."""
+    """Check exit code 2 and one error line that holds all parts, no traceback; a progress bar may stand before it."""
     lines = [line for line in result.stderr.splitlines() if ': error: ' in line]
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1, result.stderr

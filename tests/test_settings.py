@@ -45,7 +45,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_a_recipe_sets_what_its_paper_prints(recipe):
+def test_a_recipe_sets_what_its_page_prints(recipe):
     settings = settle('--recipe', recipe)
     for name, value in PUBLISHED[recipe].items():
         assert settings[name] == (pytest.approx(value) if isinstance(value, float) else value), name
@@ -163,5 +163,5 @@ def test_bad_settings_name_flag_value_and_remedy(words, parts):
     (('--proxy_update', 'positive', '--remark', 'My Run!'), 'car_resnet50_balanced_proxy_512_positive_my-run-'),
     (('--crop_type', 'cropped', '--seed', 3), 'car_resnet50_balanced_proxy_512_cropped_seed3'),
     (('--backbone_type', 'timm:vit_small_patch16_224.dino'), 'car_timm-vit_small_patch16_224.dino_balanced_proxy_512')])
-def test_run_names_hold_what_tells_two_runs_apart(words, name):
+def test_run_names_hold_loss_rule_seed_and_remark(words, name):
     assert settle(*words)['run'] == name
