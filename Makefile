@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
-DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+042F_0000.png
+DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+0416_0000.png
 
 .PHONY: demo test lowest lint clean
 

@@ -487,7 +487,8 @@ def main() -> None:
         print(f'epoch {epoch}/{args.num_epochs}: loss {row["loss"]:.4f}, accuracy {row["accuracy"]:.1f} %, '
               f'{row["img_s"]:.0f} img/s; {describe(row, args.recalls)}', flush=True)
         chance = 100 / len(split['train'])
-        if row['accuracy'] < min(2 * chance, chance + 5) and epoch > args.warm_up:
+        # Not in the first epoch of the whole network: from random weights it starts at chance.
+        if row['accuracy'] < min(2 * chance, chance + 5) and epoch > args.warm_up + 1:
             print(f'collapsed? an accuracy of {row["accuracy"]:.2f} % is chance for {len(split["train"])} classes; '
                   'try a smaller --lr' + (', or a --momentum nearer 0.5' if args.proxy_update == 'momentum' else ''))
 
