@@ -20,7 +20,7 @@ test: .venv/test
 
 lowest:
 	$(PYTHON) -m venv .venv-lowest
-	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin pytest hypothesis pytorch-metric-learning
+	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin pytest pytest-xdist hypothesis pytorch-metric-learning
 	.venv-lowest/bin/python -m pytest
 
 lint: .venv/test

@@ -8,12 +8,13 @@ import pytest
 from raw_trees import make_car, make_cub, make_isc, make_sop
 
 REPOSITORY = Path(__file__).parent.parent
+# One thread: the tests run side by side, and sums depend on the number of threads in their last bits.
+ENVIRONMENT = {**os.environ, 'COLUMNS': '120', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
 
 
 def type_command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
     """Run `python words...` as a user would, from the repository."""
-    environment = {**os.environ, 'COLUMNS': '120', 'HF_HUB_OFFLINE': '1'}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True,
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
                           timeout=300, check=False)
 
 
