@@ -25,7 +25,7 @@ NAME = 'car_resnet18_balanced_proxy_16'
 
 
 @pytest.fixture
-def refuse(monkeypatch):
+def expect_refusal(monkeypatch):
     """Call a script's main in this process and check that it ends in a UserError of one line that holds all parts.
 
     The way from a UserError to exit code 2 is tested with real processes; this spares the start of one per case.
@@ -357,18 +357,18 @@ def test_a_batch_of_one_image_is_refused_where_batchnorm_learns(raw_sets, tmp_pa
 
 
 @pytest.mark.parametrize('contents', ['tensor', 'list', 'numbers', 'nested'])
-def test_weights_that_are_no_state_dict_are_refused(raw_sets, tmp_path, refuse, contents):
+def test_weights_that_are_no_state_dict_are_refused(raw_sets, tmp_path, expect_refusal, contents):
     torch.save({'tensor': torch.zeros(3), 'list': [1], 'numbers': {1: torch.zeros(2)},
                 'nested': {'state_dict': 5}}[contents], tmp_path / 'w.pth')
     words = (*TINY, '--weights', tmp_path / 'w.pth', '--data_path', raw_sets, '--results_dir', tmp_path / 'r')
-    refuse(train_script, words, 'w.pth holds no state dict')
+    expect_refusal(train_script, words, 'w.pth holds no state dict')
 
 
 @pytest.mark.parametrize(('words', 'part'), [
     (('--batch_size', 0), '--batch_size 0'), (('--num_workers', -1), '--num_workers -1'),
     (('--image_size', 0), '--image_size 0'), (('--resize_size', 8), '--resize_size 8')])
-def test_evaluation_refuses_numbers_out_of_range(raw_sets, refuse, words, part):
-    refuse(evaluate, ('--zero_shot', '--data_path', raw_sets, '--weights', 'nowhere.pth', *words), part)
+def test_evaluation_refuses_numbers_out_of_range(raw_sets, expect_refusal, words, part):
+    expect_refusal(evaluate, ('--zero_shot', '--data_path', raw_sets, '--weights', 'nowhere.pth', *words), part)
 
 
 def test_data_that_is_not_there_is_named(raw_sets, tmp_path):
@@ -401,8 +401,8 @@ def test_an_image_that_breaks_is_named_from_a_worker_too(tmp_path):
     (('--device', 'cuda:9'), ('--device cuda:9', '--device cpu')), (('--device', 'tpu'), ("--device 'tpu'",)),
     (('--backbone_type', 'timm:resnet10t', '--weights', 'nowhere.pth'), ('there is no weights file nowhere.pth',)),
     (('--weights', REPOSITORY / 'README.md'), ('README.md cannot be read as a weights file',))])
-def test_settings_that_do_not_fit_data_or_machine_are_one_line(raw_sets, tmp_path, refuse, words, parts):
-    refuse(train_script, (*TINY, *words, '--data_path', raw_sets, '--results_dir', tmp_path), *parts)
+def test_settings_that_do_not_fit_data_or_machine_are_one_line(raw_sets, tmp_path, expect_refusal, words, parts):
+    expect_refusal(train_script, (*TINY, *words, '--data_path', raw_sets, '--results_dir', tmp_path), *parts)
     assert not list(tmp_path.glob('*statistics.csv'))
 
 
@@ -411,7 +411,7 @@ def test_a_results_folder_that_cannot_be_written_is_named(raw_sets, tmp_path):
     assert_one_line_error(train(raw_sets, tmp_path / 'file', *TINY), '--results_dir', 'cannot be written to')
 
 
-def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path, refuse):
+def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path, expect_refusal):
     class Evil:
         def __reduce__(self):
             return (tmp_path.joinpath('executed').touch, ())
@@ -429,7 +429,7 @@ def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path, refu
                         (('--resume', tmp_path / 'other.pth', '--data_path', raw_sets), 'does not fit its own'),
                         (('--data_base', data_base, '--weights', 'none'), '--weights has no effect'),
                         (('--resume', model, '--model', 'resnet50', '--data_path', raw_sets), 'is not that of')):
-        refuse(evaluate, words, part)
+        expect_refusal(evaluate, words, part)
     assert not (tmp_path / 'executed').exists()
 
 
