@@ -186,8 +186,10 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
                             f'set --image_size {pretrained["input_size"][-1]}')
         try:
             network.set_input_size(img_size=image_size)
+            network.eval()  # a trial must not move BatchNorm statistics
             with torch.no_grad():
                 network.forward_features(torch.zeros(1, 3, image_size, image_size))
+            network.train()
         except (AssertionError, ValueError, RuntimeError) as error:
             raise UserError(f'--image_size {image_size} does not fit timm:{name} ({error})') from None
     return Trunk(TimmFeatures(network), network.num_features, pretrained['mean'], pretrained['std'],
