@@ -1,10 +1,14 @@
 # make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
+# make sweep: R@1 over the momentum of moving proxies, 21 small runs.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
 DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+0416_0000.png
 
-.PHONY: demo test lowest lint clean
+SWEEP_MOMENTA := 0.05 0.1 0.3 0.5 0.7 0.9 0.95
+SWEEP_SEEDS := 1 2 3
+
+.PHONY: demo sweep test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -14,6 +18,19 @@ demo: .venv/demo
 		--batch_size 50 --num_epochs 7 --warm_up 0 --lr 1e-3 --proxy_lr 1e-2 --lr_schedule cosine --overwrite
 	$(BIN)/python evaluate.py --data_base results/$(DEMO_RUN)_data_base.pth
 	$(BIN)/python test.py --data_path data --data_base $(DEMO_RUN)_data_base.pth --query_img_name $(DEMO_QUERIES)
+
+# Runs that are there already are kept, so that a sweep that was cut short goes on.
+sweep: .venv/demo
+	$(BIN)/python data_utils.py --data_path data/sweep --data_name glyph --glyph_classes 150
+	set -e; for momentum in $(SWEEP_MOMENTA); do for seed in $(SWEEP_SEEDS); do \
+		test -f results/sweep/glyph_timm-resnet10t_asymptotic_proxy_64_m$${momentum}_seed$${seed}_curves.png || \
+		$(BIN)/python train.py --data_path data/sweep --data_name glyph --recipe asymptotic_proxy \
+			--backbone_type timm:resnet10t --weights none --freeze_bn 0 --feature_dim 64 \
+			--image_size 32 --resize_size 32 --min_crop 0.8 --flip 0 --batch_size 25 --num_epochs 5 --lr 1e-3 \
+			--lr_schedule cosine --recalls 1,2,4 --num_workers 0 \
+			--momentum $$momentum --seed $$seed --results_dir results/sweep --overwrite; \
+	done; done
+	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
 test: .venv/test
 	$(BIN)/python -m pytest

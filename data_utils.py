@@ -20,6 +20,7 @@ import os
 import random
 import shlex
 import shutil
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -385,6 +386,22 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
 def load_image(path: Path) -> Image.Image:
     """Read an image as RGB, upright as its EXIF orientation says; raises BrokenImage."""
     return open_image(path)[0]
+
+
+def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
+    """Load an image as a square tile, padded with white; returns it and whether it could be read.
+
+    An image that is missing or broken becomes a grey tile with its name.
+    """
+    try:
+        return ImageOps.pad(load_image(path), (side, side), color='white'), True
+    except BrokenImage:
+        tile = Image.new('RGB', (side, side), '#BBBBBB')
+        font = ImageFont.load_default(max(8, side // 12))
+        letters = max(1, int(side / font.getlength('m')))  # in a line
+        name = '\n'.join(textwrap.wrap(path.name, letters))
+        ImageDraw.Draw(tile).multiline_text((side / 2, side / 2), name, '#333333', font, 'mm', align='center')
+        return tile, False
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data_utils import RetrievalDataset, make_transform, read_split, resize_for
 from model import POOLINGS, EmbeddingNet, canonical_backbone
-from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gpu_id, int_list, load,
+from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gpu_id, int_list, load, nearest,
                    run_script, select_device)
 
 BLOCK_ELEMENTS = 2**24  # similarities held at once: 128 MiB in float64
@@ -52,6 +52,24 @@ def hamming_distance(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     for word in range(query.shape[1]):
         distance += np.bitwise_count(query[:, word, None] ^ gallery[None, :, word])
     return distance
+
+
+def similarity_to(gallery_features: torch.Tensor, binary: bool):
+    """Return a function from query features (Q, D) to similarities (Q, G), float64, larger is nearer.
+
+    Args:
+        gallery_features: (G, D).
+        binary: the share of equal bits of sign(features) instead of the cosine.
+    """
+    if not binary:
+        return lambda query: cosine_similarity(query, gallery_features)
+    codes, dim = pack_codes(gallery_features), gallery_features.shape[1]
+
+    def share_of_equal_bits(query: torch.Tensor) -> torch.Tensor:
+        distance = torch.from_numpy(hamming_distance(pack_codes(query), codes))
+        return 1 - distance.to(gallery_features.device).double() / dim
+
+    return share_of_equal_bits
 
 
 def best_positive_rank(similarity: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
@@ -89,28 +107,24 @@ def precision_at_r(similarity: torch.Tensor, positive: torch.Tensor) -> tuple[to
     return (counts * order / rank).sum(1) / num_positive, counts.sum(1) / num_positive
 
 
-def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
+def similarity_blocks(query_features: torch.Tensor, query_labels: torch.Tensor,
                       gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
-                      recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
-    """Compute Recall@K, MAP@R and R-precision exactly, block by block.
+                      binary: bool = False):
+    """Compare all queries with the gallery, block by block.
 
-    R@K is the share of queries with a positive among their K nearest, from the rank of the best positive; tied
-    negatives count as half. Without a gallery the queries are searched in each other, each left out of its own search
-    by its index. A query without any positive is left out. The result does not depend on the order of the gallery.
+    Without a gallery the queries are searched in each other, each left out of its own search by its index.
 
     Args:
         query_features: (Q, D) float32, unit rows.
         query_labels: (Q,) int64.
         gallery_features, gallery_labels: (G, D), (G,); None: the queries themselves.
-        recalls: the values of K, ascending.
         binary: compare sign(features) by Hamming distance instead of features by cosine.
 
-    Returns:
-        {'R@1': per cent, ..., 'MAP@R': per cent, 'R-precision': per cent, 'queries': number measured,
-        'without_positive': number left out}.
+    Yields:
+        similarity (n, G) float64, -inf where a query meets itself, and positive (n, G) bool, for n queries at a time.
 
     Raises:
-        UserError: if a K is larger than the gallery, features are not finite, or no query has a positive.
+        UserError: if features are not finite.
     """
     itself = gallery_features is None
     gallery_features = query_features if itself else gallery_features
@@ -120,26 +134,45 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
         if broken:
             raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
                             'broken')
-    searched = len(gallery_features) - itself
-    if recalls[-1] > searched:
-        raise UserError(f'--recalls {recalls[-1]} is larger than the {searched} images that a query is searched in')
-    query_codes, gallery_codes = (pack_codes(query_features), pack_codes(gallery_features)) if binary else (None, None)
-
-    ranks, maps, precisions = [], [], []
+    compare = similarity_to(gallery_features, binary)
     block = max(1, BLOCK_ELEMENTS // len(gallery_features))
     starts = range(0, len(query_features), block)
     for start in tqdm(starts, desc='recall', leave=False, dynamic_ncols=True, disable=len(starts) < 20):
         rows = slice(start, start + block)
-        if binary:
-            similarity = -torch.from_numpy(hamming_distance(query_codes[rows], gallery_codes)).float()
-            similarity = similarity.to(query_features.device)
-        else:
-            similarity = cosine_similarity(query_features[rows], gallery_features)
+        similarity = compare(query_features[rows])
         positive = query_labels[rows, None] == gallery_labels
         if itself:
             own = torch.arange(len(similarity), device=similarity.device)
             similarity[own, start + own] = -torch.inf
             positive[own, start + own] = False
+        yield similarity, positive
+
+
+def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
+                      gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                      recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
+    """Compute Recall@K, MAP@R and R-precision exactly.
+
+    R@K is the share of queries with a positive among their K nearest, from the rank of the best positive; tied
+    negatives count as half. A query without any positive is left out. The result does not depend on the order of the
+    gallery. The arguments are those of `similarity_blocks`, and
+
+    Args:
+        recalls: the values of K, ascending.
+
+    Returns:
+        {'R@1': per cent, ..., 'MAP@R': per cent, 'R-precision': per cent, 'queries': number measured,
+        'without_positive': number left out}.
+
+    Raises:
+        UserError: if a K is larger than the gallery, features are not finite, or no query has a positive.
+    """
+    searched = len(query_features) - 1 if gallery_features is None else len(gallery_features)
+    if recalls[-1] > searched:
+        raise UserError(f'--recalls {recalls[-1]} is larger than the {searched} images that a query is searched in')
+    ranks, maps, precisions = [], [], []
+    for similarity, positive in similarity_blocks(query_features, query_labels, gallery_features, gallery_labels,
+                                                  binary):
         found = positive.any(1)
         similarity, positive = similarity[found], positive[found]
         if len(similarity):
@@ -154,6 +187,74 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
     metrics['MAP@R'] = 100 * torch.cat(maps).mean().item()
     metrics['R-precision'] = 100 * torch.cat(precisions).mean().item()
     return {**metrics, 'queries': len(rank), 'without_positive': len(query_features) - len(rank)}
+
+
+# ---------------------------------------------------- single queries -------------------------------------------------
+def searched_subset(data_base: dict) -> str:
+    """Return the subset that queries are searched in: the gallery where there is one."""
+    return 'gallery' if 'gallery_images' in data_base else 'test'
+
+
+def rank_queries(data_base: dict, binary: bool = False) -> dict[str, torch.Tensor]:
+    """Look at each query of a data base alone.
+
+    Returns:
+        {'rank': (Q,) float64, negatives nearer than the best positive, half of the tied, NaN without any positive;
+        'margin': (Q,) float64, similarity of the best positive less that of the best negative;
+        'nearest': (Q,) int64, the nearest image of the searched subset}.
+    """
+    tensors = [data_base.get(f'{subset}_{kind}') for subset in ('test', 'gallery') for kind in ('features', 'labels')]
+    ranks, margins, nearest = [], [], []
+    for similarity, positive in similarity_blocks(*tensors, binary=binary):
+        ranks.append(best_positive_rank(similarity, positive).where(positive.any(1), torch.nan))
+        best = [similarity.masked_fill(left_out, -torch.inf).amax(1) for left_out in (~positive, positive)]
+        margins.append(best[0] - best[1])
+        nearest.append(similarity.argmax(1))  # of ties the first, as in nearest_images
+    return {'rank': torch.cat(ranks), 'margin': torch.cat(margins), 'nearest': torch.cat(nearest)}
+
+
+def choose_queries(ranked: dict[str, torch.Tensor], how: str, number: int, seed: int = 0) -> list[int]:
+    """Choose queries that have a positive.
+
+    Args:
+        ranked: of `rank_queries`.
+        how: `worst`: the rank of the best positive is largest, then the margin smallest; `best`: the reverse;
+            `random`.
+        number: how many.
+        seed: of the random choice.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    rank, margin = ranked['rank'].tolist(), ranked['margin'].tolist()
+    order = [index for index, value in enumerate(rank) if value == value]
+    if number > len(order):
+        raise UserError(f'--num_queries {number} is more than the {len(order)} queries that have another image of '
+                        'their class to find')
+    if how == 'random':
+        return np.random.default_rng(seed).permutation(order)[:number].tolist()
+    order.sort(key=lambda index: (rank[index], -margin[index], index), reverse=how == 'worst')
+    return order[:number]
+
+
+def nearest_images(feature: torch.Tensor, data_base: dict, skip: tuple[str, int] | None, number: int,
+                   binary: bool = False, compare=None) -> list[tuple[int, float]]:
+    """Return the nearest images of the searched subset as (index, similarity), nearest first, ties in their order.
+
+    Args:
+        feature: (D,) of the query.
+        skip: the query's own subset and index, which is not retrieved.
+        number: how many; fewer where the subset holds fewer.
+        binary: rank by Hamming distance; the similarity is then the share of equal bits.
+        compare: of `similarity_to`, to spare its preparation for each of many queries.
+    """
+    subset = searched_subset(data_base)
+    compare = compare or similarity_to(data_base[f'{subset}_features'], binary)
+    similarity = compare(feature[None])[0]
+    if skip and skip[0] == subset:
+        similarity[skip[1]] = -torch.inf
+    order = similarity.argsort(descending=True, stable=True)[:number].tolist()
+    return [(index, similarity[index].item()) for index in order if similarity[index].isfinite()]
 
 
 # ---------------------------------------------------- embeddings -----------------------------------------------------
@@ -253,6 +354,16 @@ def check_run(path: str | Path, run) -> None:
             right = False
         if not right:
             raise UserError(f'{path}: its settings lack a sound {name}; it was damaged, or made by another program')
+
+
+def find_data_base(name: str, results_dir: str) -> Path:
+    """Return the file of a data base: as it is named, or in the results folder."""
+    file = Path(name) if Path(name).is_file() else Path(results_dir) / name
+    if not file.is_file():
+        there = sorted(path.name for path in Path(results_dir).glob('*_data_base.pth'))
+        raise UserError(f'--data_base {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
+                        f'{", ".join(there) or "none; train first"})')
+    return file
 
 
 def load_data_base(path: str | Path) -> dict:

@@ -3,28 +3,32 @@
     python test.py --retrieval_num 10
     python test.py --query_img_name 008055.jpg --data_base car_resnet50_balanced_proxy_512_data_base.pth
     python test.py --query_img_name my_photo.jpg --data_base results/car_resnet50_balanced_proxy_512_data_base.pth
+    python test.py --num_queries 8 --select worst          # a sheet: those whose first hit comes last
 
 A query is an image of the data base (its path in the split, an absolute path, or its file name where that is unique),
 or any other image file: the run's model embeds it then, and no class is known. Writes results/{query}/query_img.jpg,
-retrieval_img_{rank}_{similarity}.jpg and one figure, top{K}.png: green frames where the class is the query's, red
-elsewhere, grey where it is not known. retrieval.json beside them lists the same; files that this script did not write
-are never replaced.
+retrieval_img_{rank}_{similarity}.jpg and one figure, top{K}.png and .pdf: green frames where the class is the query's,
+red elsewhere, grey where it is not known. retrieval.json beside them lists the same; files that this script did not
+write are never replaced. A sheet goes to results/{run}_{select}/. An image that is no longer there is drawn as a grey
+tile with its name.
 """
 import json
 import textwrap
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from data_utils import BrokenImage, find_root, load_image, make_transform
-from evaluate import cosine_similarity, hamming_distance, load_data_base, load_model, pack_codes, use_amp
-from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_json,
-                   select_device)
+from data_utils import BrokenImage, find_root, load_image, load_tile, make_transform
+from evaluate import (choose_queries, find_data_base, load_data_base, load_model, nearest_images, rank_queries,
+                      searched_subset, use_amp)
+from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_figure,
+                   save_json, select_device)
 
 TILE = 224  # px, side of a written image inside its frame
 FRAME = 8  # px
 PER_ROW = 10  # retrieved images in a row of the figure
+MOST_QUERIES = 200  # rows of a sheet; PNG readers give up at 65,535 px
 
 
 def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None:
@@ -75,71 +79,45 @@ def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -
         return model(image[None].to(device))[0].cpu()
 
 
-def searched_subset(data_base: dict) -> str:
-    """Return the subset that queries are searched in: the gallery where there is one."""
-    return 'gallery' if 'gallery_images' in data_base else 'test'
-
-
-def retrieve(feature: torch.Tensor, data_base: dict, skip: tuple[str, int] | None, retrieval_num: int,
-             binary: bool) -> list[tuple[int, float]]:
-    """Return the nearest images as (index, similarity), nearest first, of the gallery or else of the test images.
-
-    Args:
-        feature: (D,) of the query.
-        skip: the query's own place, which is not retrieved.
-        binary: rank by Hamming distance; the similarity is then the share of equal bits.
-    """
-    subset = searched_subset(data_base)
-    features = data_base[f'{subset}_features']
-    if binary:
-        distance = hamming_distance(pack_codes(feature[None]), pack_codes(features))[0]
-        similarity = 1 - torch.from_numpy(distance).double() / features.shape[1]
-    else:
-        similarity = cosine_similarity(feature[None], features)[0]
-    if skip and skip[0] == subset:
-        similarity[skip[1]] = -torch.inf
-    found = similarity.isfinite().sum().item()
-    if retrieval_num > found:
-        raise UserError(f'--retrieval_num {retrieval_num} is larger than the {found} images to retrieve from')
-    order = similarity.argsort(descending=True, stable=True)[:retrieval_num]
-    return [(int(index), float(similarity[index])) for index in order]
-
-
-def look_up(name: str, data_base: dict, root: Path, model_file: Path, args, device: torch.device) -> dict:
-    """Retrieve for one query.
+def look_up(place: tuple[str, int] | None, path: Path, data_base: dict, model_file: Path, args,
+            device: torch.device) -> dict:
+    """Retrieve for one query: the image at `place` in the data base, or an image file from elsewhere.
 
     Returns:
-        {'query': file, 'class': name or None, 'retrieved': [{'image', 'class', 'similarity', 'correct'}, ...]};
-        `correct` is None where the query's class is not known.
+        {'query': file, 'class': name or None, 'note': '', 'retrieved': [{'image', 'class', 'similarity', 'correct'},
+        ...]}; `correct` is None where the query's class is not known.
     """
-    place = find_query(name, data_base, root)
     if place:
         subset, index = place
-        path = root / data_base[f'{subset}_images'][index]
         feature, label = data_base[f'{subset}_features'][index], int(data_base[f'{subset}_labels'][index])
     else:
-        path, label = Path(name), None
-        feature = embed_image(path, model_file, data_base['args'], device)
+        feature, label = embed_image(path, model_file, data_base['args'], device), None
     subset = searched_subset(data_base)
+    found = nearest_images(feature, data_base, place, args.retrieval_num, args.binary)
+    if len(found) < args.retrieval_num:
+        raise UserError(f'--retrieval_num {args.retrieval_num} is larger than the {len(found)} images to retrieve from')
     retrieved = []
-    for index, similarity in retrieve(feature, data_base, place, args.retrieval_num, args.binary):
-        found = int(data_base[f'{subset}_labels'][index])
-        retrieved.append({'image': data_base[f'{subset}_images'][index], 'class': data_base['class_names'][found],
-                          'similarity': similarity, 'correct': None if label is None else found == label})
-    return {'query': path, 'class': None if label is None else data_base['class_names'][label], 'retrieved': retrieved}
+    for index, similarity in found:
+        own = int(data_base[f'{subset}_labels'][index])
+        retrieved.append({'image': data_base[f'{subset}_images'][index], 'class': data_base['class_names'][own],
+                          'similarity': similarity, 'correct': None if label is None else own == label})
+    return {'query': path, 'class': None if label is None else data_base['class_names'][label], 'note': '',
+            'retrieved': retrieved}
+
+
+def look_up_chosen(data_base: dict, root: Path, model_file: Path, args, device: torch.device) -> list[dict]:
+    """Retrieve for `--num_queries` of the test images, chosen as `--select` says; the rank becomes the note."""
+    ranked = rank_queries(data_base, args.binary)
+    answers = []
+    for index in choose_queries(ranked, args.select, args.num_queries, args.seed):
+        path = root / data_base['test_images'][index]
+        answer = look_up(('test', index), path, data_base, model_file, args, device)
+        # Negatives before it, and one for itself; a tie is drawn in the middle.
+        answers.append({**answer, 'note': f'first hit at rank {ranked["rank"][index].item() + 1:g}'})
+    return answers
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
-def read_tile(path: Path) -> Image.Image:
-    """Read an image as a square tile, padded with white."""
-    try:
-        image = load_image(path)
-    except BrokenImage as error:
-        raise UserError(f'the image {path} is missing or broken ({error}); does --data_path name the folder that the '
-                        'data base was made from?') from None
-    return ImageOps.pad(image, (TILE, TILE), color='white')
-
-
 def colour_of(correct: bool | None) -> str:
     """Return the colour of a frame: green, red, or grey where the query's class is not known."""
     return {True: GREEN, False: RED, None: GREY}[correct]
@@ -164,19 +142,18 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
             axis.set_axis_off()
         for first, answer in zip(range(0, rows, rows_each), answers, strict=True):
             show_tile(axes[first, 0], answer['query'], '#000000',
-                      f'query\n{wrap(answer["class"] or "class unknown")}', '--')
+                      f'{answer["note"] or "query"}\n{wrap(answer["class"] or "class unknown")}', '--')
             places = axes[first:first + rows_each, 1:].flat
             for axis, found in zip(places, answer['retrieved'], strict=False):  # the last row may have places left
                 show_tile(axis, root / found['image'], colour_of(found['correct']),
                           f'{found["similarity"]:.3f}\n{wrap(found["class"])}', '-')
-        figure.savefig(target, dpi=160)
-        pyplot.close(figure)
+        save_figure(figure, target, dpi=160)
 
 
 def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
     """Show an image on an axis in a frame, with text below."""
     axis.set_axis_on()
-    axis.imshow(read_tile(path))
+    axis.imshow(load_tile(path, TILE)[0])
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -207,17 +184,18 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     tiles = {}
     if singles:
         answer = answers[0]
-        tiles['query_img.jpg'] = ImageOps.expand(read_tile(answer['query']), FRAME, GREY)
+        tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], TILE)[0], FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = ImageOps.expand(read_tile(root / found['image']), FRAME, colour_of(found['correct']))
+            tiles[name] = ImageOps.expand(load_tile(root / found['image'], TILE)[0], FRAME,
+                                          colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
-    for name in [*tiles, figure.name]:
+    ours = {*tiles, figure.name, figure.with_suffix('.pdf').name}
+    for name in ours:
         if (folder / name).exists() and name not in written:
             raise UserError(f'{folder / name} was not written by test.py and is not replaced; move it away')
     lines = [{**answer, 'query': answer['query'].name} for answer in answers]
 
-    ours = {*tiles, figure.name}
     # Before anything is written, so that a call cut short leaves nothing that the next one takes for foreign.
     save_json({'files': sorted(ours | written), 'answers': lines}, record_file)
     for name in written:
@@ -233,9 +211,14 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--query_img_name', nargs='+', default=['008055.jpg'], metavar='Q',
+    parser.add_argument('--query_img_name', nargs='+', metavar='Q',
                         help='one or more queries: path in the split, absolute path, unique file name, or an image '
-                             'file of your own [%(default)s]')
+                             'file of your own [008055.jpg]')
+    parser.add_argument('--num_queries', type=int, metavar='N', help='draw a sheet of N test images instead, chosen by '
+                        '--select')
+    parser.add_argument('--select', choices=('random', 'best', 'worst'), help='--num_queries: at random, or those '
+                        'whose best positive has the smallest or the largest rank [random]')
+    parser.add_argument('--seed', type=int, help='of --select random [0]')
     parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
                         help='file, or its name in --results_dir [%(default)s]')
     parser.add_argument('--retrieval_num', type=int, default=8, help='images to retrieve [%(default)s]')
@@ -246,39 +229,77 @@ def get_args(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.retrieval_num < 1:
         raise UserError(f'--retrieval_num {args.retrieval_num} must be at least 1')
+    if args.num_queries is None:
+        for flag in ('select', 'seed'):
+            if getattr(args, flag) is not None:
+                raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --num_queries; add it')
+        args.query_img_name = args.query_img_name or ['008055.jpg']
+    else:
+        if args.query_img_name:
+            raise UserError('--query_img_name and --num_queries contradict each other; leave one of them out')
+        if not 1 <= args.num_queries <= MOST_QUERIES:
+            raise UserError(f'--num_queries {args.num_queries} must lie between 1 and {MOST_QUERIES}')
+        args.select = args.select or 'random'
+        if args.seed is not None and args.select != 'random':
+            raise UserError(f'--seed {args.seed} has no effect with --select {args.select}; leave it out')
+        args.seed = args.seed or 0
+        if args.seed < 0:
+            raise UserError(f'--seed {args.seed} must be at least 0')
     return args
+
+
+def print_answer(answer: dict) -> None:
+    """Print what a query retrieves, a line each."""
+    print(f'{answer["query"].name} ({answer["class"] or "class unknown"}):{answer["note"] and " "}{answer["note"]}')
+    for rank, found in enumerate(answer['retrieved'], start=1):
+        mark = {True: 'same class', False: 'other class', None: ''}[found['correct']]
+        print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"]}  {mark}'.rstrip())
+
+
+def report_lost(answers: list[dict], root: Path) -> None:
+    """Say how many of the images of some answers are no longer there."""
+    paths = {path for answer in answers for path in
+             (answer['query'], *(root / found['image'] for found in answer['retrieved']))}
+    lost = sorted(str(path) for path in paths if not load_tile(path, 8)[1])
+    if lost:
+        print(f'{len(lost)} of {len(paths)} images are missing or broken and drawn grey, the first: {lost[0]}')
 
 
 def main() -> None:
     """Look up, print and draw what the command line names."""
     args = get_args()
-    file = Path(args.data_base)
-    file = file if file.is_file() else Path(args.results_dir) / args.data_base
-    if not file.is_file():
-        there = sorted(path.name for path in Path(args.results_dir).glob('*_data_base.pth'))
-        raise UserError(f'--data_base {args.data_base} is neither a file nor in {args.results_dir}'
-                        f'{nearest(args.data_base, there)} (there are: {", ".join(there) or "none; train first"})')
+    file = find_data_base(args.data_base, args.results_dir)
     data_base = load_data_base(file)
     root = find_root(args.data_path, data_base['args']['data_name'])
     if root is None:
         raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
                         f'{file.name}; name the folder that does')
-    model_file = file.with_name(file.name.removesuffix('data_base.pth') + 'model.pth')
+    run = file.name.removesuffix('.pth').removesuffix('_data_base')
+    model_file = file.with_name(f'{run}_model.pth')
     device = select_device(args.device)
-    answers = [look_up(name, data_base, root, model_file, args, device) for name in args.query_img_name]
-    folders = {}
-    for answer in answers:
-        stem = answer['query'].stem
-        folders[stem] = folders.get(stem, 0) + 1
-        folder = Path(args.results_dir) / (stem if folders[stem] == 1 else f'{stem}_{folders[stem]}')
-        print(f'{answer["query"].name} ({answer["class"] or "class unknown"}):')
-        for rank, found in enumerate(answer['retrieved'], start=1):
-            mark = {True: 'same class', False: 'other class', None: ''}[found['correct']]
-            print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"]}  {mark}'.rstrip())
-        print(write_answers(folder, [answer], root, singles=True))
-    if len(answers) > 1:
-        folder = Path(args.results_dir) / f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
-        print(write_answers(folder, answers, root, singles=False))
+    results = Path(args.results_dir)
+    if args.num_queries is not None:
+        answers = look_up_chosen(data_base, root, model_file, args, device)
+        for answer in answers:
+            print_answer(answer)
+        print(write_answers(results / f'{run}_{args.select}', answers, root, singles=False))
+    else:
+        answers = []
+        for name in args.query_img_name:
+            place = find_query(name, data_base, root)
+            path = root / data_base[f'{place[0]}_images'][place[1]] if place else Path(name)
+            answers.append(look_up(place, path, data_base, model_file, args, device))
+        folders = {}
+        for answer in answers:
+            print_answer(answer)
+            stem = answer['query'].stem
+            folders[stem] = folders.get(stem, 0) + 1
+            folder = stem if folders[stem] == 1 else f'{stem}_{folders[stem]}'
+            print(write_answers(results / folder, [answer], root, singles=True))
+        if len(answers) > 1:
+            folder = f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
+            print(write_answers(results / folder, answers, root, singles=False))
+    report_lost(answers, root)
 
 
 if __name__ == '__main__':

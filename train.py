@@ -9,7 +9,7 @@
 
 A recipe (recipes.py) sets the defaults of a paper for the data set and trunk at hand; a flag on the command line wins.
 A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_data_base.pth (best R@1 on
-the test classes), {run}_checkpoint.pth (for --resume).
+the test classes), {run}_checkpoint.pth (for --resume), and at its end {run}_curves.png and .pdf.
 """
 import argparse
 import hashlib
@@ -29,9 +29,10 @@ from data_utils import BatchSampler, RetrievalDataset, count_images, make_transf
 from evaluate import COUNTS, make_data_base, make_test_loaders, measure, use_amp
 from model import (BACKBONES, COMBINED_LOSSES, LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, EmbeddingNet,
                    canonical_backbone)
+from plot import draw_curves
 from recipes import RECIPES, recipe_settings
 from utils import (Parser, UserError, canonical_data_name, check_choice, fraction_list, gpu_id, int_list, load,
-                   make_folder, run_name, run_script, save, select_device, switch, write_atomically)
+                   make_folder, run_name, run_script, save, save_statistics, select_device, switch)
 
 OPTIMIZERS = {
     'adamw': torch.optim.AdamW, 'adam': torch.optim.Adam,
@@ -48,7 +49,7 @@ SCHEDULES = {
 # Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
 PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'resume', 'overwrite')
 CHECKPOINT_VERSION = 1
-RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth')
+RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth', 'curves.png')
 
 
 # ---------------------------------------------------- command line ---------------------------------------------------
@@ -499,11 +500,12 @@ def main() -> None:
             save({**data_base, 'train_proxies': nn.functional.normalize(criterion.proxies.detach(), dim=-1).cpu(),
                   'train_class_names': train_set.class_names, **made_by}, files['data_base'])
         rows.append(row)
-        write_atomically(files['statistics'], lambda file: pd.DataFrame(rows).to_csv(file, index=False))
+        save_statistics(rows, portable_args(args), files['statistics'])
         save({'model': model.state_dict(), 'criterion': criterion.state_dict(), 'optimizer': optimizer.state_dict(),
               'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'epoch': epoch, 'rows': rows,
               'args': portable_args(args), 'split': fingerprint(split), 'version': CHECKPOINT_VERSION},
              files['checkpoint'])
+    draw_curves(pd.DataFrame(rows), files['curves'], args.run)
     print_end(rows, args, files, test_loaders['test'].dataset.images[0])
 
 

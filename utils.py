@@ -159,6 +159,85 @@ def bfloat16_is_fast(device) -> bool:
     return device.type == 'cpu' and any(is_supported() for is_supported in native)
 
 
+# ---------------------------------------------------- distributed ----------------------------------------------------
+# In a world of one process each of these does nothing. With GPUs the process group needs a backend for the CPU beside
+# NCCL (`cpu:gloo,cuda:nccl`, what init_process_group takes by itself): sizes travel without waiting for the device.
+def world_size() -> int:
+    """Return the number of processes that train together, 1 without torch.distributed."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def world_rank() -> int:
+    """Return the number of this process, from 0."""
+    from torch import distributed
+
+    return distributed.get_rank() if world_size() > 1 else 0
+
+
+def shard(count: int) -> range:
+    """Return which of `count` rows this process holds when all processes share them, in rank order."""
+    return range(count * world_rank() // world_size(), count * (world_rank() + 1) // world_size())
+
+
+def sum_over_processes(tensor):
+    """Return the sum of a tensor over all processes; it takes the tensor's place and carries no gradient."""
+    from torch import distributed
+
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor) -> None:
+    """Give a tensor the values that it has on the first process."""
+    from torch import distributed
+
+    if world_size() > 1:
+        distributed.broadcast(tensor, 0)
+
+
+def gather_rows(tensor):
+    """Concatenate the rows of all processes in rank order; differentiable, and every process has to call it.
+
+    Its backward sums the gradient over the processes and returns the own rows. Where each process computes the same
+    loss of all rows, the network's gradients are then those of `world_size()` losses, until the mean that
+    DistributedDataParallel takes makes them those of one: a process alone would have the same, without a factor.
+
+    Args:
+        tensor: (n, ...), n >= 0 may differ between processes; it requires a gradient on all of them or on none.
+
+    Returns:
+        (sum of n, ...), the same on every process.
+    """
+    import torch
+    from torch import distributed
+
+    if world_size() == 1:
+        return tensor
+    size = torch.tensor([len(tensor)])
+    sizes = [torch.empty_like(size) for _ in range(world_size())]
+    distributed.all_gather(sizes, size)
+    sizes = [int(size) for size in sizes]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # Gloo gathers equal shapes only
+    padded[:len(tensor)] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded)
+    parts = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    parts[world_rank()] = tensor  # the one part that carries a gradient
+    rows = torch.cat(parts)
+    if rows.requires_grad:
+        rows.register_hook(lambda gradient: sum_over_processes(gradient.clone(memory_format=torch.contiguous_format)))
+    return rows
+
+
+def check_same(what: str, tensor) -> None:
+    """Raise a UserError if a tensor is not the same on every process."""
+    if any((row != tensor).any() for row in gather_rows(tensor[None])):
+        raise UserError(f'{what} differs between the processes; give all of them the same --seed')
+
+
 # ---------------------------------------------------- files ----------------------------------------------------------
 def write_atomically(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, sync it to the disk, then rename it over `path`.
@@ -238,6 +317,16 @@ def save_json(contents, path: Path, indent: int | None = None) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(contents, indent=indent).encode()))
 
 
+def save_statistics(rows: list[dict], settings: dict, path: Path) -> None:
+    """Save a run's statistics as CSV, a row an epoch; behind what was measured, a column `args.NAME` per setting."""
+    import pandas as pd
+
+    plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+             for name, value in settings.items()}
+    table = pd.DataFrame([{**row, **plain} for row in rows])
+    write_atomically(path, lambda file: table.to_csv(file, index=False))
+
+
 def make_folder(flag: str, path: Path) -> Path:
     """Create a folder that can be written to, or say which flag names another."""
     path = Path(path)
@@ -258,7 +347,9 @@ def run_name(*parts) -> str:
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
-GREEN, RED, GREY = '#009E73', '#D55E00', '#999999'  # Okabe & Ito: told apart by the colour-blind too
+# Okabe & Ito, told apart by the colour-blind too: blue, orange, green, purple, sky blue, vermilion, yellow, black.
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000')
+GREEN, RED, GREY = '#009E73', '#D55E00', '#999999'
 
 
 def plot_style():
@@ -273,5 +364,19 @@ def plot_style():
         import scienceplots  # noqa: F401  registers the styles
     from matplotlib import pyplot
 
-    fonts = {'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'text.parse_math': False}
-    return pyplot.style.context(['science', 'no-latex', fonts])
+    # Plain text everywhere: a class or file name may hold a dollar sign.
+    text = {'font.family': 'sans-serif', 'font.sans-serif': ['DejaVu Sans'], 'text.parse_math': False,
+            'axes.formatter.use_mathtext': False, 'font.size': 8, 'axes.labelsize': 8, 'axes.titlesize': 8,
+            'xtick.labelsize': 7, 'ytick.labelsize': 7, 'legend.fontsize': 7, 'figure.titlesize': 9}
+    return pyplot.style.context(['science', 'no-latex', text])
+
+
+def save_figure(figure, target: Path, dpi: int = 200) -> Path:
+    """Save a figure as PNG and PDF, `target` with either suffix, and close it; returns the PNG's path. Atomic."""
+    from matplotlib import pyplot
+
+    for suffix, metadata in (('.pdf', {'CreationDate': None}), ('.png', None)):  # the same picture, the same bytes
+        write_atomically(target.with_suffix(suffix), lambda file, kind=suffix[1:], metadata=metadata: figure.savefig(
+            file, format=kind, dpi=dpi, metadata=metadata))
+    pyplot.close(figure)
+    return target.with_suffix('.png')

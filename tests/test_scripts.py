@@ -71,7 +71,7 @@ PRINTED = [
 def test_the_printed_training_command_runs(raw_sets, tmp_path, words, run):
     result = train(raw_sets, tmp_path, *words.split(), *SMALL)
     assert result.returncode == 0, result.stderr
-    files = ('checkpoint.pth', 'data_base.pth', 'model.pth', 'statistics.csv')
+    files = ('checkpoint.pth', 'curves.pdf', 'curves.png', 'data_base.pth', 'model.pth', 'statistics.csv')
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'{run}_{file}' for file in files]
     if run == 'cub_inception_proxy_anchor_512':  # Proxy Anchor's page evaluates this one
         words = '--gpu-id 0 --batch-size 120 --model bn_inception --embedding-size 512 --dataset cub --resume'
@@ -148,7 +148,7 @@ def test_the_end_names_best_and_last_epoch_and_commands_that_work(run):
 @pytest.mark.parametrize('source', ['data_base', 'resume'])
 def test_evaluation_gives_the_numbers_of_the_training_to_the_last_digit(run, raw_sets, source):
     results, _ = run
-    table = pd.read_csv(results / f'{NAME}_statistics.csv', dtype=str).map(float)
+    table = pd.read_csv(results / f'{NAME}_statistics.csv', dtype=str).filter(regex='^(?!args)').map(float)
     best = table.loc[table['dense_R@1'].idxmax()]
     words = ('--data_base', results / f'{NAME}_data_base.pth') if source == 'data_base' else \
         ('--resume', results / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_workers', 0)
@@ -433,7 +433,8 @@ def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path, expe
     assert not (tmp_path / 'executed').exists()
 
 
-@pytest.mark.parametrize('script', ['data_utils.py', 'train.py', 'evaluate.py', 'test.py'])
+@pytest.mark.parametrize('script', ['data_utils.py', 'train.py', 'evaluate.py', 'test.py', 'toy.py', 'plot.py',
+                                    'report.py'])
 def test_help_is_printed(script):
     result = type_command(script, '--help')
     assert result.returncode == 0

@@ -1,0 +1,278 @@
+"""Write one HTML file that shows what a run finds, what it confuses, and what it has learnt.
+
+    python report.py --data_base results/car_resnet50_balanced_proxy_512_data_base.pth --data_path /home/data
+
+The file stands alone: it opens from the disk, fetches nothing, and holds thumbnails of the images it shows. In it: the
+run's settings, Recall@K, the curves (from {run}_statistics.csv beside the data base), the hardest and the easiest
+queries, the classes that are confused most, R@1 of each class, a map of the embeddings (PCA, and UMAP where umap-learn
+is installed), and a search box in which one picks an image and sees its nearest neighbours, in the order of test.py.
+"""
+import base64
+import io
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_utils import find_root, load_tile
+from evaluate import (COUNTS, choose_queries, find_data_base, load_data_base, measure, nearest_images, rank_queries,
+                      searched_subset, similarity_to)
+from plot import draw_curves, read_statistics
+from utils import Parser, UserError, make_folder, run_script, write_atomically
+
+NUM_NEIGHBOURS = 20
+NUM_QUERIES = 8  # hardest, and easiest
+NUM_PAIRS = 15  # of confused classes
+MOST_IMAGES = 5000  # with thumbnails; a larger data base is shown in part
+SIDES = (160, 128, 112, 96, 80, 64, 48, 32)  # px of a thumbnail, the largest that fits is taken
+QUALITY = 60  # of WebP
+THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64: with the rest the file stays below 15 MB
+SAMPLE = 100  # images from which the size of all is estimated
+TEMPLATE = 'report_template.html'
+
+
+# ---------------------------------------------------- what to show --------------------------------------------------
+class Places:
+    """Number the images of a data base: test images first, then the gallery, if there is one."""
+
+    def __init__(self, data_base: dict):
+        subsets = [subset for subset in ('test', 'gallery') if f'{subset}_images' in data_base]
+        self.paths = [path for subset in subsets for path in data_base[f'{subset}_images']]
+        self.labels = torch.cat([data_base[f'{subset}_labels'] for subset in subsets]).tolist()
+        self.features = torch.cat([data_base[f'{subset}_features'] for subset in subsets])
+        self.num_queries = len(data_base['test_images'])
+        self.searched_from = self.num_queries if len(subsets) == 2 else 0  # number of the first searched image
+
+
+def choose_images(first: list[int], places: Places, data_base: dict, most: int, binary: bool, seed: int) -> dict:
+    """Choose queries, with their neighbours, as long as all images together are not more than `most`.
+
+    Args:
+        first: queries that are taken before the others, which follow at random.
+        most: images to show.
+
+    Returns:
+        {query: [(image, similarity), ...]}, images as numbered by `places`.
+    """
+    compare = similarity_to(data_base[f'{searched_subset(data_base)}_features'], binary)
+    others = np.random.default_rng(seed).permutation(places.num_queries).tolist()
+    neighbours, shown = {}, set()
+    bar = tqdm(dict.fromkeys([*first, *others]), desc='neighbours', leave=False, dynamic_ncols=True)
+    for query in bar:
+        found = [(places.searched_from + index, similarity) for index, similarity in nearest_images(
+            places.features[query], data_base, ('test', query), NUM_NEIGHBOURS, binary, compare)]
+        together = shown | {query, *(image for image, _ in found)}
+        if len(together) > most:
+            break
+        neighbours[query], shown = found, together
+    bar.close()
+    return dict(sorted(neighbours.items()))
+
+
+def confused_pairs(ranked: dict, places: Places) -> list[dict]:
+    """Return the pairs of classes of which one is most often found nearest to the other.
+
+    Returns:
+        [{'classes': (a, b), 'counts': (queries of a whose nearest image is of b, and the reverse),
+        'example': a query}, ...], most first.
+    """
+    counts, examples = Counter(), {}
+    for query, nearest in enumerate(ranked['nearest'].tolist()):
+        pair = places.labels[query], places.labels[places.searched_from + nearest]
+        if pair[0] != pair[1] and ranked['rank'][query] >= 1:
+            counts[pair] += 1
+            examples.setdefault(pair, query)
+    both = Counter()
+    for pair, count in counts.items():
+        both[min(pair), max(pair)] += count
+    pairs = []
+    for (a, b), _ in sorted(both.items(), key=lambda item: (-item[1], item[0]))[:NUM_PAIRS]:
+        a, b = (a, b) if counts[a, b] >= counts[b, a] else (b, a)
+        pairs.append({'classes': (a, b), 'counts': (counts[a, b], counts[b, a]), 'example': examples[a, b]})
+    return pairs
+
+
+def measure_classes(ranked: dict[str, dict], places: Places) -> list[dict]:
+    """Return R@1 of each class: [{'label', 'queries', 'dense', 'binary': per cent}, ...], the lowest first."""
+    labels = torch.tensor(places.labels[:places.num_queries])
+    classes = []
+    for label in labels.unique().tolist():
+        row = {'label': label}
+        for kind, ranks in ranked.items():
+            own = ranks['rank'][(labels == label) & ~ranks['rank'].isnan()]
+            row |= {'queries': len(own), kind: 100 * (own < 1).double().mean().item()}
+        if row['queries']:
+            classes.append(row)
+    return sorted(classes, key=lambda row: (row['dense'], row['label']))
+
+
+def principal_components(features: torch.Tensor) -> np.ndarray:
+    """Project features (N, D) to the two directions (N, 2) in which they vary most; D = 1 leaves the second at 0."""
+    centred = (features - features.mean(0)).double().numpy()
+    _, axes = np.linalg.eigh(centred.T @ centred)  # ascending
+    axes = axes[:, ::-1][:, :2]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])  # an axis has no sign of its own
+    points = centred @ axes
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
+
+
+def map_embeddings(features: torch.Tensor) -> dict[str, np.ndarray]:
+    """Map features (N, D) to the plane: {'PCA': (N, 2), 'UMAP': (N, 2) where umap-learn is installed}, in [0, 1].
+
+    Source: McInnes et al., UMAP, 2018, arXiv 1802.03426.
+    """
+    maps = {'PCA': principal_components(features)}
+    if len(features) >= 20:  # fewer have no neighbourhoods to speak of
+        try:
+            from umap import UMAP
+        except ImportError:
+            pass
+        else:
+            maps['UMAP'] = UMAP(metric='cosine', random_state=0, n_jobs=1).fit_transform(features.numpy())
+    for name, points in maps.items():
+        extent = np.ptp(points, axis=0)
+        maps[name] = (points - points.min(0)) / np.where(extent > 0, extent, 1)
+    return maps
+
+
+# ---------------------------------------------------- pictures ------------------------------------------------------
+def encode(path: Path, side: int) -> str | None:
+    """Return a thumbnail as base64 of a WebP, or None if the image is missing or broken."""
+    tile, readable = load_tile(path, side)
+    if not readable:
+        return None
+    buffer = io.BytesIO()
+    tile.save(buffer, 'WEBP', quality=QUALITY)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def make_thumbnails(paths: list[Path]) -> tuple[list[str | None], int]:
+    """Return a thumbnail for each path, None where there is no image, and their side in px: the largest that fits."""
+    sample = [paths[index] for index in np.linspace(0, len(paths) - 1, min(SAMPLE, len(paths))).astype(int)]
+    for side in SIDES:
+        sizes = [len(thumbnail) for path in sample if (thumbnail := encode(path, side))]
+        if not sizes or sum(sizes) / len(sizes) * len(paths) <= THUMBNAIL_BYTES:
+            break
+    with ThreadPoolExecutor(2) as pool:
+        thumbnails = list(tqdm(pool.map(lambda path: encode(path, side), paths), desc='thumbnails', unit='img',
+                               total=len(paths), leave=False, dynamic_ncols=True))
+    return thumbnails, side
+
+
+def draw_curves_inline(statistics: Path) -> str:
+    """Return the curves of a run as base64 of a PNG."""
+    run = statistics.name.removesuffix('_statistics.csv')
+    with tempfile.TemporaryDirectory() as folder:
+        return base64.b64encode(draw_curves(read_statistics(statistics), Path(folder) / 'curves.png',
+                                            run).read_bytes()).decode()
+
+
+# ---------------------------------------------------- report --------------------------------------------------------
+def gather(data_base: dict, root: Path, args) -> dict:
+    """Compute what the template shows.
+
+    Returns:
+        the template's variables; `data` is what its script reads. Images are numbered by their place among those
+        shown.
+    """
+    places, kind = Places(data_base), 'binary' if args.binary else 'dense'
+    results = measure(data_base, tuple(data_base['args']['recalls']), torch.device('cpu'))
+    ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
+    chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']))
+              for how in ('worst', 'best')}
+    pairs = confused_pairs(ranked[kind], places)
+    first = [*chosen['worst'], *chosen['best'], *(pair['example'] for pair in pairs)]
+    neighbours = choose_images(first, places, data_base, args.max_images, args.binary, args.seed)
+    if not neighbours:
+        raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
+    shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
+    number = {image: place for place, image in enumerate(shown)}
+    thumbnails, side = make_thumbnails([root / places.paths[image] for image in shown])
+    ranks = ranked[kind]['rank'].tolist()
+    maps = map_embeddings(places.features[shown])
+    return {
+        'kind': kind, 'side': side, 'results': results,
+        'columns': [name for name in results['dense'] if name not in COUNTS],
+        'chosen': {how: [{'image': number[query], 'rank': ranks[query] + 1, 'found': [number[image] for image, _ in
+                                                                                    neighbours[query][:8]]}
+                         for query in queries if query in neighbours] for how, queries in chosen.items()},
+        'pairs': [{**pair, 'example': number.get(pair['example'])} for pair in pairs],
+        'classes': measure_classes(ranked, places), 'class_names': data_base['class_names'],
+        'num_queries': places.num_queries, 'num_images': len(places.paths), 'num_shown': len(shown),
+        'num_lost': thumbnails.count(None),
+        'data': {
+            'classes': data_base['class_names'],
+            'paths': [places.paths[image] for image in shown], 'labels': [places.labels[image] for image in shown],
+            'thumbnails': thumbnails,
+            'ranks': [ranks[image] + 1 if image in neighbours and ranks[image] == ranks[image] else None
+                      for image in shown],
+            'neighbours': [[[number[found], round(similarity, 4)] for found, similarity in neighbours[image]]
+                           if image in neighbours else None for image in shown],
+            'maps': {name: np.round(points, 4).tolist() for name, points in maps.items()},
+        },
+    }
+
+
+def render(variables: dict) -> str:
+    """Fill the template; everything from a file is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(TEMPLATE).render(variables)
+
+
+# ---------------------------------------------------- command line --------------------------------------------------
+def get_args(argv: list[str] | None = None):
+    """Parse the command line."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
+                        help='file, or its name in --results_dir [%(default)s]')
+    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    parser.add_argument('--statistics', help='of the run [RUN_statistics.csv beside the data base]')
+    parser.add_argument('--binary', action='store_true', help='rank by the Hamming distance of sign(features)')
+    parser.add_argument('--max_images', type=int, default=MOST_IMAGES, help='images with thumbnails; of a larger data '
+                        'base the hardest, the easiest and random queries are shown with their neighbours '
+                        '[%(default)s]')
+    parser.add_argument('--seed', type=int, default=0, help='of the random queries [%(default)s]')
+    parser.add_argument('--results_dir', default='results', help='where data bases are [%(default)s]')
+    parser.add_argument('--output', help='HTML file [RUN_report.html beside the data base]')
+    args = parser.parse_args(argv)
+    if args.max_images < 2:
+        raise UserError(f'--max_images {args.max_images} must be at least 2')
+    if args.seed < 0:
+        raise UserError(f'--seed {args.seed} must be at least 0')
+    return args
+
+
+def main() -> None:
+    """Write the report that the command line names."""
+    args = get_args()
+    file = find_data_base(args.data_base, args.results_dir)
+    data_base = load_data_base(file)
+    root = find_root(args.data_path, data_base['args']['data_name'])
+    if root is None:
+        raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
+                        f'{file.name}; name the folder that does')
+    run = file.name.removesuffix('.pth').removesuffix('_data_base')
+    statistics = Path(args.statistics) if args.statistics is not None else file.with_name(f'{run}_statistics.csv')
+    output = Path(args.output) if args.output is not None else file.with_name(f'{run}_report.html')
+    make_folder('--output', output.parent)
+    curves = draw_curves_inline(statistics) if args.statistics is not None or statistics.is_file() else None
+    variables = gather(data_base, root, args)
+    html = render({**variables, 'run': run, 'settings': data_base['args'], 'epoch': data_base.get('epoch'),
+                   'curves': curves, 'statistics': statistics.name}).encode()
+    write_atomically(output, lambda target: target.write(html))
+    if variables['num_lost']:
+        print(f'{variables["num_lost"]:,} of {variables["num_shown"]:,} images are missing or broken and shown as grey '
+              'tiles')
+    print(f'{output} ({len(html) / 1e6:.1f} MB, {variables["num_shown"]:,} of {variables["num_images"]:,} images, '
+          f'thumbnails of {variables["side"]} px)')
+
+
+if __name__ == '__main__':
+    run_script(main)

@@ -1,0 +1,352 @@
+"""The toy experiment, curves and sweeps: what they draw is what was measured."""
+import math
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_one_line_error, type_command
+from matplotlib import pyplot
+from PIL import Image
+
+import plot
+import toy
+from evaluate import load_model, retrieval_metrics
+from utils import UserError, save_statistics
+
+
+@pytest.fixture
+def call_script(monkeypatch, capsys):
+    """Call a script's main in this process as if these words had been typed; returns what it printed."""
+    def call(script, *words):
+        monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, words)])
+        script.main()
+        return capsys.readouterr().out
+    return call
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Keep the figures that are saved, so that a test can look into them."""
+    kept = []
+
+    def keep(figure, target, dpi=0):
+        kept.append(figure)
+        return target
+
+    monkeypatch.setattr(plot, 'save_figure', keep)
+    monkeypatch.setattr(toy, 'save_figure', keep)
+    yield kept
+    for figure in kept:
+        pyplot.close(figure)
+
+
+# ---------------------------------------------------- toy -----------------------------------------------------------
+EPOCHS = 3
+MOVING, LEARNABLE = 'toy_glyph_asymptotic_proxy_moving_m0.5_t0.03', 'toy_glyph_asymptotic_proxy_learnable_t0.03'
+
+
+@pytest.fixture(scope='module')
+def toys(tmp_path_factory):
+    """A small comparison with its animation: the folder, and what train_toy returned for both."""
+    folder = tmp_path_factory.mktemp('toy')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, 'TRAIN_GLYPHS', 6)
+        patch.setattr(toy, 'TEST_IMAGES', 5)
+        trained = {}
+        train_toy = toy.train_toy
+        patch.setattr(toy, 'train_toy', lambda args, learnable, device: trained.setdefault(
+            learnable, train_toy(args, learnable, device)))
+        patch.setattr(sys, 'argv', ['toy.py', '--data_name', 'glyph', '--compare', '--animate', '--batch_size', '7',
+                                    '--num_epochs', str(EPOCHS), '--results_dir', str(folder)])
+        toy.main()
+    return folder, trained
+
+
+def test_a_toy_leaves_statistics_model_embeddings_and_pictures(toys):
+    names = {path.name for path in toys[0].iterdir()}
+    files = {f'{run}_{kind}' for run in (MOVING, LEARNABLE) for kind in ('statistics.csv', 'model.pth',
+                                                                         'embeddings.pth')}
+    assert names == files | {f'{MOVING}_compared.{suffix}' for suffix in ('png', 'pdf', 'gif')}
+
+
+@pytest.mark.parametrize('run', [MOVING, LEARNABLE])
+def test_a_toy_keeps_its_best_epoch(toys, run):
+    table = pd.read_csv(toys[0] / f'{run}_statistics.csv')
+    frame = torch.load(toys[0] / f'{run}_embeddings.pth', weights_only=True)
+    assert table['epoch'].tolist() == list(range(1, EPOCHS + 1))
+    assert frame['epoch'] == table['epoch'][table['dense_R@1'].idxmax()]
+    again = retrieval_metrics(frame['test_embeddings'], frame['test_labels'], recalls=(1,))['R@1']
+    assert again == pytest.approx(table['dense_R@1'].max(), abs=1e-9)
+    contents = torch.load(toys[0] / f'{run}_model.pth', weights_only=True)
+    assert contents['epoch'] == frame['epoch']
+    assert contents['args']['with_learnable_proxy'] is (run == LEARNABLE)
+
+
+def test_toy_embeddings_and_proxies_lie_on_the_circle(toys):
+    for trained in toys[1].values():
+        for frame in trained['frames']:
+            assert frame['proxies'].shape == (7, 2)
+            for name in ('train_embeddings', 'test_embeddings', 'proxies'):
+                torch.testing.assert_close(frame[name].norm(dim=1), torch.ones(len(frame[name])))
+
+
+def test_both_toys_start_from_the_same_network_and_part_ways(toys):
+    moving, learnable = (toys[1][kind]['frames'] for kind in (False, True))
+    torch.testing.assert_close(moving[0]['train_embeddings'], learnable[0]['train_embeddings'], atol=0, rtol=0)
+    torch.testing.assert_close(moving[0]['proxies'], learnable[0]['proxies'])
+    assert (moving[1]['proxies'] - learnable[1]['proxies']).abs().max() > 0.01
+
+
+def test_train_and_test_classes_of_a_toy_are_disjoint(toys):
+    frame = toys[1][False]['best']
+    assert len(frame['train_classes']) == 7
+    assert len(frame['test_classes']) == 3
+    assert not set(frame['train_classes']) & set(frame['test_classes'])
+    assert frame['test_labels'].bincount().tolist() == [5, 5, 5]
+
+
+def test_the_animation_has_a_picture_before_the_training_and_after_each_epoch(toys):
+    with Image.open(toys[0] / f'{MOVING}_compared.gif') as gif:
+        assert gif.n_frames == EPOCHS + 1
+
+
+def test_the_angle_between_class_mean_and_proxy_is_that_of_the_loops():
+    rng = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(11, 2, generator=rng, dtype=torch.float64), dim=1)
+    proxies = torch.nn.functional.normalize(torch.randn(3, 2, generator=rng, dtype=torch.float64), dim=1)
+    labels = torch.arange(11) % 3
+    for label, angle in enumerate(toy.angles_to_proxies(embeddings, labels, proxies)):
+        x = sum(embeddings[i, 0].item() for i in range(11) if labels[i] == label)
+        y = sum(embeddings[i, 1].item() for i in range(11) if labels[i] == label)
+        between = abs(math.degrees(math.atan2(y, x) - math.atan2(proxies[label, 1].item(), proxies[label, 0].item())))
+        assert angle.item() == pytest.approx(min(between, 360 - between), abs=1e-9)
+
+
+def test_the_toy_plot_shows_points_directions_and_proxies(toys, figures, tmp_path):
+    toy.draw_toys({'moving': toys[1][False]}, tmp_path / 'toy.png')
+    frame = toys[1][False]['best']
+    for axis, subset in zip(figures[0].axes, ('test', 'train'), strict=True):
+        shown = np.concatenate([collection.get_offsets() for collection in axis.collections])
+        expected = torch.cat([frame[f'{subset}_embeddings'], 1.3 * frame['proxies']]).numpy()
+        np.testing.assert_allclose(np.sort(shown, axis=0), np.sort(expected, axis=0), atol=1e-6)
+        names = [text.get_text() for text in axis.texts if text.get_text()]
+        assert names == frame['train_classes']
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == frame['test_classes']
+
+
+def test_a_toy_model_embeds_again(toys):
+    contents = torch.load(toys[0] / f'{MOVING}_model.pth', weights_only=True)
+    model = toy.EmbeddingNet(**contents['config'], weights='none')
+    model.load_state_dict(contents['state_dict'])
+    assert model.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2)
+    with pytest.raises(UserError, match='crop_type'):  # it is no run of train.py
+        load_model(toys[0] / f'{MOVING}_model.pth', torch.device('cpu'))
+
+
+def write_stl10(root, monkeypatch):
+    """Write STL10's binary files with 12 images a class, and make torchvision expect their md5."""
+    import hashlib
+
+    from torchvision.datasets import STL10
+
+    folder = root / 'stl10_binary'
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(1, 11, dtype=np.uint8), 12)
+    names = ('airplane', 'bird', 'car', 'cat', 'deer', 'dog', 'horse', 'monkey', 'ship', 'truck')
+    (folder / 'class_names.txt').write_text('\n'.join(names) + '\n')
+    (folder / 'fold_indices.txt').write_text('0 1\n' * 10)
+    (folder / 'unlabeled_X.bin').write_bytes(b'')
+    for split in ('train', 'test'):
+        rng.integers(0, 256, (120, 3, 96, 96), dtype=np.uint8).tofile(folder / f'{split}_X.bin')
+        labels.tofile(folder / f'{split}_y.bin')
+    for files in ('train_list', 'test_list'):
+        sums = [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name, _ in getattr(STL10, files)]
+        monkeypatch.setattr(STL10, files, sums)
+    monkeypatch.setattr(STL10, 'url', (root / 'nothing.tar.gz').as_uri())
+    return folder
+
+
+@pytest.mark.parametrize('words', [['--with_learnable_proxy'], ['--momentum', '0.3', '--temperature', '0.1']])
+def test_the_toy_trains_on_stl10(tmp_path, monkeypatch, call_script, words):
+    write_stl10(tmp_path / 'stl10', monkeypatch)
+    monkeypatch.setitem(toy.IMAGE_SIZE, 'stl10', 32)
+    printed = call_script(toy, *words, '--data_path', tmp_path / 'stl10', '--weights', 'none', '--num_epochs', 1,
+                          '--batch_size', 42, '--results_dir', tmp_path)
+    run = 'learnable_t0.03' if len(words) == 1 else 'moving_m0.3_t0.1'
+    assert printed.endswith(f'toy_stl10_asymptotic_proxy_{run}.png\n')
+    frame = torch.load(next(tmp_path.glob('*_embeddings.pth')), weights_only=True)
+    assert frame['train_classes'] == ['airplane', 'bird', 'car', 'cat', 'deer', 'dog', 'horse']
+    assert frame['test_classes'] == ['monkey', 'ship', 'truck']
+    assert frame['test_labels'].bincount().tolist() == [12, 12, 12]
+
+
+def test_stl10_takes_train_images_from_train_and_at_most_so_many_test_images_from_test(tmp_path, monkeypatch):
+    folder = write_stl10(tmp_path, monkeypatch)
+    monkeypatch.setattr(toy, 'TEST_IMAGES', 5)
+    images, labels, _ = toy.load_stl10(str(tmp_path))
+    assert np.bincount(labels).tolist() == [12] * 7 + [5] * 3
+    pixels = {split: np.fromfile(folder / f'{split}_X.bin', np.uint8).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
+              for split in ('train', 'test')}  # the files are in columns
+    np.testing.assert_array_equal(np.asarray(images[13]), pixels['train'][13])
+    np.testing.assert_array_equal(np.asarray(images[-1]), pixels['test'][9 * 12 + 4])
+
+
+def test_stl10_that_is_damaged_or_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch, call_script):
+    folder = write_stl10(tmp_path, monkeypatch)
+    with open(folder / 'test_X.bin', 'r+b') as file:
+        file.write(b'\0\0\0\0\0\0\0\0')
+    with pytest.raises(UserError, match='--data_name glyph'):
+        call_script(toy, '--data_path', tmp_path, '--weights', 'none', '--results_dir', tmp_path)
+
+
+@pytest.mark.parametrize(('words', 'parts'), [
+    (['--with_learnable_proxy', '--momentum', '0.3'], ['--momentum 0.3', 'no effect']),
+    (['--with_learnable_proxy', '--compare'], ['--with_learnable_proxy', '--compare']),
+    (['--temperature', '0'], ['--temperature 0']), (['--lr', 'nan'], ['--lr nan']),
+    (['--num_epochs', '0'], ['--num_epochs 0']), (['--momentum', '2'], ['--momentum 2']),
+    (['--batch_size', '0'], ['--batch_size 0']), (['--loss_name', 'positive_proxy'], ['positive_proxy']),
+    (['--animations'], ['--animations', "'--animate'"])])
+def test_a_toy_flag_that_cannot_be_is_one_line(tmp_path, call_script, words, parts):
+    with pytest.raises(UserError) as error:
+        call_script(toy, '--data_name', 'glyph', '--results_dir', tmp_path, *words)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_toy_never_replaces_another_in_silence(toys, call_script):
+    with pytest.raises(UserError, match='--overwrite'):
+        call_script(toy, '--data_name', 'glyph', '--results_dir', toys[0])
+
+
+# ---------------------------------------------------- plot ----------------------------------------------------------
+def write_run(folder, name, recalls, **settings):
+    """Write the statistics of a run whose R@1 takes these values."""
+    rows = [{'epoch': epoch, 'loss': 5.0 / epoch, 'accuracy': 10.0 * epoch, 'img_s': 100.0, 'lr': 1e-4,
+             'proxy_lr': 1e-2, 'dense_R@1': recall, 'binary_R@1': recall / 2}
+            for epoch, recall in enumerate(recalls, start=1)]
+    settings = {'seed': 0, 'loss_name': 'asymptotic_proxy', 'num_epochs': len(recalls), 'momentum': 0.5, **settings}
+    path = folder / f'{name}_statistics.csv'
+    save_statistics(rows, {**settings, 'run': name}, path)
+    return path
+
+
+def points_of(axis):
+    """Return {label: [(x, y), ...]} of the labelled lines of an axis."""
+    return {line.get_label(): list(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True))
+            for line in axis.lines if not line.get_label().startswith('_')}
+
+
+def test_curves_show_the_statistics_and_mark_the_best_epoch(tmp_path, figures, call_script):
+    path = write_run(tmp_path, 'run', [10.0, 30.0, 20.0])
+    call_script(plot, path)
+    loss, accuracy, rate, recall = figures[0].axes
+    assert points_of(loss)['dense'] == [(1, 5.0), (2, 2.5), (3, 5 / 3)]
+    assert points_of(accuracy)['dense'] == [(1, 10.0), (2, 20.0), (3, 30.0)]
+    assert points_of(rate) == {'network': [(1, 1e-4), (2, 1e-4), (3, 1e-4)],
+                               'proxies': [(1, 1e-2), (2, 1e-2), (3, 1e-2)]}
+    assert points_of(recall) == {'dense': [(1, 10.0), (2, 30.0), (3, 20.0)], 'binary': [(1, 5.0), (2, 15.0), (3, 10.0)],
+                                 'best: epoch 2, 30.0 %': [(2, 30.0)]}
+
+
+def test_several_runs_are_named_by_what_differs(tmp_path, figures, call_script):
+    paths = [write_run(tmp_path, f'car_resnet50_{loss}_512', [1.0, 2.0]) for loss in ('proxy_nca', 'arc_face')]
+    call_script(plot, *paths, '--metric', 'dense_R@1', 'loss')
+    recall, loss = figures[0].axes
+    assert points_of(recall) == {name: [(1, 1.0), (2, 2.0)] for name in ('proxy_nca_512', 'arc_face_512')}
+    assert set(points_of(loss)) == {'proxy_nca_512', 'arc_face_512'}
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ['proxy_nca_512', 'arc_face_512']
+
+
+def test_pictures_are_written_as_png_and_pdf(tmp_path):
+    path = write_run(tmp_path, 'a_run_with_m0.5', [10.0, 30.0])
+    for words in ([path], [path, '--metric', 'loss', '--output', tmp_path / 'new' / 'x.png']):
+        result = type_command('plot.py', *words)
+        assert result.returncode == 0, result.stderr
+    for stem in ('a_run_with_m0.5_curves', 'new/x'):
+        with Image.open(tmp_path / f'{stem}.png') as image:
+            assert min(image.size) > 400
+        assert (tmp_path / f'{stem}.pdf').read_bytes().startswith(b'%PDF')
+
+
+SWEPT = {(momentum, seed): 50 * momentum + 3 * seed ** 2 for momentum in (0.1, 0.5, 0.9) for seed in (1, 2, 3)}
+
+
+def write_sweep(folder, **settings):
+    for (momentum, seed), recall in SWEPT.items():
+        for loss, offset in (('asymptotic_proxy', 0), ('proxy_nca', 1)):
+            write_run(folder, f'{loss}_m{momentum}_seed{seed}', [99.0, recall + offset], momentum=momentum, seed=seed,
+                      loss_name=loss, scale=9.0 + offset, **settings)
+
+
+def test_a_sweep_draws_mean_and_deviation_over_the_seeds(tmp_path, figures, call_script):
+    write_sweep(tmp_path)
+    printed = call_script(plot, '--sweep', tmp_path)
+    lines = points_of(figures[0].axes[0])
+    mean = 3 * (1 + 4 + 9) / 3
+    for name, offset in (('asymptotic_proxy', 0), ('proxy_nca', 1)):
+        assert [x for x, _ in lines[name]] == [0.1, 0.5, 0.9]
+        assert [y for _, y in lines[name]] == pytest.approx([50 * m + mean + offset for m in (0.1, 0.5, 0.9)])
+    spread = 3 * math.sqrt(((1 - 14 / 3) ** 2 + (4 - 14 / 3) ** 2 + (9 - 14 / 3) ** 2) / 2)
+    band = figures[0].axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(45 + mean + spread)
+    assert f'{5 + mean:.4g}' in printed
+    assert f'{spread:.4g}' in printed
+
+
+def test_a_sweep_of_the_best_epoch_says_so(tmp_path, figures, call_script):
+    write_sweep(tmp_path)
+    call_script(plot, '--sweep', tmp_path, '--epoch', 'best')
+    axis = figures[0].axes[0]
+    assert all(y == 99.0 for line in points_of(axis).values() for _, y in line)
+    assert axis.get_ylabel() == 'R@1, dense (%), best epoch'
+
+
+def test_runs_that_differ_in_more_than_the_sweep_are_not_averaged(tmp_path, call_script):
+    write_sweep(tmp_path)
+    write_run(tmp_path, 'other', [1.0, 2.0], momentum=0.7, seed=1, scale=9.0, batch_size=7)
+    with pytest.raises(UserError, match='asymptotic_proxy differ in batch_size'):
+        call_script(plot, '--sweep', tmp_path)
+
+
+def test_a_sweep_refuses_a_run_that_is_not_finished(tmp_path, call_script):
+    write_run(tmp_path, 'half', [1.0, 2.0], num_epochs=3)
+    with pytest.raises(UserError, match=r'half_statistics.csv: 2 of 3 epochs.*--resume'):
+        call_script(plot, '--sweep', tmp_path)
+
+
+def test_the_same_run_twice_is_refused(tmp_path, call_script):
+    write_run(tmp_path, 'one', [1.0])
+    write_run(tmp_path, 'two', [2.0])
+    with pytest.raises(UserError, match='two_statistics.csv has the loss_name, momentum and seed of another run'):
+        call_script(plot, '--sweep', tmp_path)
+
+
+@pytest.mark.parametrize(('words', 'parts'), [
+    (['{0}', '--metric', 'dense_R@2'], ['dense_R@2', "'dense_R@1'"]),
+    (['{0}', '--metric', 'epoch'], ['--metric epoch']),
+    (['{0}', '--metric', 'args.seed'], ['--metric args.seed']), ([], ['nothing to draw']),
+    (['{0}', '--sweep', '{2}'], ['not both']), (['{0}', '{0}'], ['twice']), (['{1}'], ['no statistics file']),
+    (['{2}/none.csv'], ['none.csv']), (['--sweep', '{2}/nothing'], ['nothing', '--results_dir']),
+    (['--sweep', '{2}', '--over', 'momentun'], ['momentun', "'momentum'"]),
+    (['--sweep', '{2}', '--line', 'los'], ['--line los']), (['--sweep', '{2}', '--over', 'loss_name', '--line', 'seed'],
+                                                            ['--over loss_name', 'number']),
+    (['{0}', '--epoch', 'best'], ['--epoch best', '--sweep']), (['{0}', '--output', 'x.jpg'], ['x.jpg', '.png']),
+    (['--sweep', '{2}', '--metric', 'loss', 'lr'], ['one metric'])])
+def test_what_cannot_be_drawn_is_one_line(tmp_path, call_script, words, parts):
+    good = write_run(tmp_path, 'good', [1.0])
+    (tmp_path / 'bad.csv').write_text('these are\nno, statistics, at all\n')
+    with pytest.raises(UserError) as error:
+        call_script(plot, *[word.format(good, tmp_path / 'bad.csv', tmp_path) for word in words])
+    assert all(part in str(error.value) for part in parts), error.value
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('contents', [b'', b'\x89PNG\r\n\x1a\n\xff\xfe', b'epoch\n', b'epoch,loss\nfirst,1\n',
+                                      b'epoch,dense_R@1\n1,\n', b'epoch,dense_R@1\n1,often\n', b'\0' * 40])
+def test_a_broken_statistics_file_ends_with_code_2(tmp_path, contents):
+    path = tmp_path / 'x_statistics.csv'
+    path.write_bytes(contents)
+    assert_one_line_error(type_command('plot.py', path, '--metric', 'dense_R@1'), 'x_statistics.csv')

@@ -1,0 +1,319 @@
+"""The idea in two dimensions: embeddings on a circle, and the proxies that lead or follow them.
+
+    python toy.py --data_path /home/data/stl10                          # proxies move by momentum (Asymptotic Proxy)
+    python toy.py --data_path /home/data/stl10 --with_learnable_proxy   # proxies learn by the gradient
+    python toy.py --data_name glyph --compare --animate                 # both, of ten characters: nothing to download
+
+The first 7 classes of STL10 (Coates et al., AISTATS 2011; torchvision downloads and checks it) train a ResNet18 without
+its max-pool, pooled by maximum, with a linear layer to 2 dimensions; at most 60 images of each of the last 3 classes
+test it. A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_embeddings.pth (best
+R@1 on the test classes), and the plot, {run}.png and {run}.pdf.
+"""
+import math
+import random
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from data_utils import BatchSampler, RetrievalDataset, draw_glyph, drawable_characters, make_transform
+from evaluate import extract_embeddings, make_loader, retrieval_metrics, use_amp
+from model import COMBINED_LOSSES, LOSSES, MOMENTUM, EmbeddingNet
+from train import train_one_epoch
+from utils import (COLOURS, GREY, Parser, UserError, check_choice, make_folder, plot_style, run_name, run_script, save,
+                   save_figure, save_statistics, select_device, write_atomically)
+
+NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
+IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
+BATCH_SIZE = {'stl10': 128, 'glyph': 64}  # 128: Asymptotic Proxy
+MIN_CROP = {'stl10': 0.6, 'glyph': 0.8}  # smallest share of the area in a random crop
+FLIP = {'stl10': 0.5, 'glyph': 0.0}  # a mirrored character is another one
+TRAIN_GLYPHS = 90  # images of each character that trains
+TRAIN_IMAGES = 30  # of each training class in the plot
+GLYPH_RANGE = 60  # characters that the ten are chosen from
+MARKERS = ('o', 's', '^')  # of the test classes
+PLACE = ('data_path', 'results_dir', 'device', 'compare', 'animate', 'overwrite')  # change nothing in a run
+
+
+# ---------------------------------------------------- data ----------------------------------------------------------
+class MemoryDataset(RetrievalDataset):
+    """Images that are held in memory, with their labels 0..C-1."""
+
+    def __init__(self, images: list[Image.Image], labels: list[int], class_names: list[str], transform, seed: int):
+        places = {name: [f'{name}/{index}' for index, label in enumerate(labels) if label == number]
+                  for number, name in enumerate(class_names)}
+        super().__init__(Path(), places, transform, seed)
+        self.pictures = [images[int(place.rsplit('/', 1)[1])] for place in self.images]
+
+    def read(self, index: int) -> Image.Image:
+        return self.pictures[index]
+
+
+def load_stl10(data_path: str) -> tuple[list, list, list[str]]:
+    """Return images, labels and class names of the 7 + 3 classes, the first from STL10's train, the last from its test.
+
+    Raises:
+        UserError: if the data set is neither there nor can be downloaded, or a file does not have its md5.
+    """
+    from torchvision.datasets import STL10
+
+    images, labels = [], []
+    for split, classes in (('train', range(NUM_TRAIN_CLASSES)), ('test', range(NUM_TRAIN_CLASSES, 10))):
+        try:
+            data = STL10(data_path, split, download=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the md5 differs
+            raise UserError(f'--data_path {data_path}: STL10 is neither there nor could it be downloaded ({error}); '
+                            'put stl10_binary.tar.gz there, or use --data_name glyph') from None
+        for label in classes:
+            found = [index for index, known in enumerate(data.labels) if known == label]
+            for index in found if split == 'train' else found[:TEST_IMAGES]:
+                images.append(Image.fromarray(data.data[index].transpose(1, 2, 0)))
+                labels.append(label)
+    return images, labels, list(data.classes)
+
+
+def make_glyphs(seed: int) -> tuple[list, list, list[str]]:
+    """Draw ten characters: 7 to train, 3 to test."""
+    characters = random.Random(seed).sample(drawable_characters(GLYPH_RANGE), NUM_TRAIN_CLASSES + NUM_TEST_CLASSES)
+    images, labels = [], []
+    for label, (character, faces) in enumerate(characters):
+        for index in range(TRAIN_GLYPHS if label < NUM_TRAIN_CLASSES else TEST_IMAGES):
+            images.append(draw_glyph(character, faces, random.Random(f'{seed} {ord(character)} {index}')))
+            labels.append(label)
+    return images, labels, [character for character, _ in characters]
+
+
+def make_sets(args, interpolation: str) -> dict[str, MemoryDataset]:
+    """Return {'augmented': the training images, 'train': some of them as they are, 'test': unseen classes}."""
+    images, labels, names = load_stl10(args.data_path) if args.data_name == 'stl10' else make_glyphs(args.seed)
+    size = IMAGE_SIZE[args.data_name]
+    augment = make_transform(True, size, interpolation=interpolation, min_crop=MIN_CROP[args.data_name],
+                             flip=FLIP[args.data_name])
+    plain = make_transform(False, size, size, interpolation)
+    places = [[index for index, label in enumerate(labels) if label == number] for number in range(len(names))]
+    train, test = slice(0, NUM_TRAIN_CLASSES), slice(NUM_TRAIN_CLASSES, None)
+
+    def build(classes, transform, most):
+        chosen = [(index, label) for label, own in enumerate(places[classes]) for index in own[:most]]
+        return MemoryDataset([images[index] for index, _ in chosen], [label for _, label in chosen], names[classes],
+                             transform, args.seed)
+
+    return {'augmented': build(train, augment, None), 'train': build(train, plain, TRAIN_IMAGES),
+            'test': build(test, plain, TEST_IMAGES)}
+
+
+# ---------------------------------------------------- training ------------------------------------------------------
+def angles_to_proxies(embeddings: torch.Tensor, labels: torch.Tensor, proxies: torch.Tensor) -> torch.Tensor:
+    """Return the angle in degrees (C,) between the mean of each class's embeddings (N, D) and its proxy (C, D)."""
+    means = torch.stack([embeddings[labels == label].mean(0) for label in range(len(proxies))])
+    return torch.rad2deg(torch.arccos(F.cosine_similarity(means, proxies).clamp(-1, 1)))
+
+
+def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: torch.device, amp: bool) -> dict:
+    """Embed the training and test images and measure where they lie.
+
+    Returns:
+        {'epoch', 'proxies': (7, 2), 'R@1': per cent, 'angle': mean angle in degrees between class means and proxies,
+        '{train,test}_embeddings': (n, 2), '{train,test}_labels': (n,), '{train,test}_classes': names}.
+    """
+    frame = {'epoch': epoch, 'proxies': F.normalize(criterion.proxies.detach(), dim=-1).cpu()}
+    for name in ('train', 'test'):
+        loader = make_loader(sets[name], 128, 0, device)
+        frame[f'{name}_embeddings'] = extract_embeddings(model, loader, device, amp)
+        frame[f'{name}_labels'] = torch.tensor(sets[name].labels)
+        frame[f'{name}_classes'] = sets[name].class_names
+    frame['R@1'] = retrieval_metrics(frame['test_embeddings'], frame['test_labels'], recalls=(1,))['R@1']
+    frame['angle'] = angles_to_proxies(frame['train_embeddings'], frame['train_labels'],
+                                       frame['proxies']).mean().item()
+    return frame
+
+
+def train_toy(args, learnable: bool, device: torch.device) -> dict:
+    """Train one toy and write its statistics, model and embeddings.
+
+    Returns:
+        {'run': name, 'best': frame with the best R@1, 'frames': [before the training, after each epoch]}.
+    """
+    torch.manual_seed(args.seed)
+    model = EmbeddingNet('resnet18', 2, 'max', freeze_bn=args.weights != 'none', weights=args.weights, max_pool=False,
+                         image_size=IMAGE_SIZE[args.data_name]).to(device, memory_format=torch.channels_last)
+    loss = LOSSES[COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)]
+    criterion = loss(NUM_TRAIN_CLASSES, 2, 'gradient' if learnable else 'momentum', args.momentum or MOMENTUM,
+                     1 / args.temperature).to(device)
+    optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
+    train_amp, test_amp = (use_amp('auto', device, model, training) for training in (True, False))
+
+    sets = make_sets(args, model.interpolation)
+    sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
+    loader = DataLoader(sets['augmented'], batch_sampler=sampler)
+
+    run = name_run(args, learnable)
+    folder = Path(args.results_dir)
+    settings = {name: value for name, value in vars(args).items() if name not in PLACE}
+    settings.update(with_learnable_proxy=learnable, weights=Path(args.weights).name,
+                    momentum=None if learnable else args.momentum)
+    rows, frames = [], [take_frame(0, model, criterion, sets, device, test_amp)]
+    for epoch in range(1, args.num_epochs + 1):
+        sets['augmented'].set_epoch(epoch)
+        sampler.set_epoch(epoch)
+        trained = train_one_epoch(model, criterion, optimizer, loader, device, train_amp, 0.0, f'epoch {epoch}')
+        frame = take_frame(epoch, model, criterion, sets, device, test_amp)
+        print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy {trained["accuracy"]:.1f} '
+              f'%, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from their proxies', flush=True)
+        if all(frame['R@1'] > row['dense_R@1'] for row in rows):
+            save({'config': model.config, 'state_dict': model.state_dict(), 'args': settings, 'epoch': epoch},
+                 folder / f'{run}_model.pth')
+            save(frame, folder / f'{run}_embeddings.pth')
+        rows.append({'epoch': epoch, **trained, 'dense_R@1': frame['R@1'], 'angle_to_proxy': frame['angle']})
+        frames.append(frame)
+        save_statistics(rows, settings, folder / f'{run}_statistics.csv')
+    return {'run': run, 'best': max(frames[1:], key=lambda frame: frame['R@1']), 'frames': frames}
+
+
+def name_run(args, learnable: bool) -> str:
+    """Name a run: data set, loss, how the proxies move, temperature, seed."""
+    moved = 'learnable' if learnable else f'moving_m{args.momentum or MOMENTUM:g}'
+    return run_name('toy', args.data_name, args.loss_name, moved, f't{args.temperature:g}',
+                    f'seed{args.seed}' if args.seed else '')
+
+
+# ---------------------------------------------------- pictures ------------------------------------------------------
+def draw_circle(axis, frame: dict, subset: str, title: str) -> None:
+    """Draw a subset's points on the unit circle, the mean direction of each class, and the train proxies outside."""
+    embeddings, labels, names = (frame[f'{subset}_{part}'] for part in ('embeddings', 'labels', 'classes'))
+    training = subset == 'train'
+    turn = torch.linspace(0, 2 * math.pi, 200)
+    for radius in (1.0, 1.3):
+        axis.plot(radius * turn.cos(), radius * turn.sin(), color='#DDDDDD', linewidth=0.6, zorder=0)
+    for label, name in enumerate(names):
+        points = embeddings[labels == label]
+        axis.scatter(*points.T, s=14, color=COLOURS[label], alpha=0.5, linewidths=0,
+                     marker='o' if training else MARKERS[label], label=name)
+        mean = F.normalize(points.mean(0), dim=0)
+        axis.annotate('', xy=0.95 * mean, xytext=(0, 0),
+                      arrowprops={'arrowstyle': '->', 'color': COLOURS[label], 'linewidth': 1.3, 'shrinkA': 0})
+    for label, (proxy, name) in enumerate(zip(frame['proxies'], frame['train_classes'], strict=True)):
+        colour = COLOURS[label] if training else GREY
+        axis.scatter(*(1.3 * proxy), s=55, marker='*', color=colour, linewidths=0, zorder=3)
+        axis.annotate(name, 1.5 * proxy, fontsize=7, ha='center', va='center', color='#333333')
+    axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal', xticks=[], yticks=[])
+    axis.set_title(title)
+    if not training:
+        axis.legend(loc='lower right', title='test classes', title_fontsize=7, handletextpad=0.1, borderaxespad=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def describe(frame: dict, kind: str) -> str:
+    """Return a panel's title."""
+    return (f'{kind}, epoch {frame["epoch"]}: R@1 {frame["R@1"]:.1f} %\n'
+            f'class means {frame["angle"]:.1f}° from their proxies')
+
+
+def draw_toys(toys: dict[str, dict], target: Path) -> Path:
+    """Draw one row per toy: its test points, and its training points; returns the PNG's path."""
+    with plot_style():
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(len(toys), 2, figsize=(7.2, 3.8 * len(toys)), squeeze=False,
+                                       layout='constrained')
+        for row, (kind, toy) in zip(axes, toys.items(), strict=True):
+            draw_circle(row[0], toy['best'], 'test', f'{kind}, epoch {toy["best"]["epoch"]}: test classes\n'
+                        f'R@1 {toy["best"]["R@1"]:.1f} %')
+            draw_circle(row[1], toy['best'], 'train', 'training classes and their proxies (stars)\n'
+                        f'class means {toy["best"]["angle"]:.1f}° from their proxies')
+        return save_figure(figure, target)
+
+
+def animate(toys: dict[str, dict], target: Path) -> Path:
+    """Write a GIF with a picture per epoch of the training classes: proxies follow them, or lead them."""
+    from io import BytesIO
+
+    pictures = []
+    with plot_style():
+        from matplotlib import pyplot
+
+        for frames in zip(*(toy['frames'] for toy in toys.values()), strict=True):
+            figure, axes = pyplot.subplots(1, len(toys), figsize=(3.7 * len(toys), 3.9), squeeze=False)
+            figure.subplots_adjust(0, 0, 1, 0.9, 0)  # the same in every picture
+            for axis, kind, frame in zip(axes[0], toys, frames, strict=True):
+                draw_circle(axis, frame, 'train', describe(frame, kind))
+            buffer = BytesIO()
+            figure.savefig(buffer, dpi=100)
+            pyplot.close(figure)
+            pictures.append(Image.open(buffer).convert('RGB').quantize(128, dither=Image.Dither.NONE))
+    write_atomically(target, lambda file: pictures[0].save(
+        file, format='GIF', save_all=True, append_images=pictures[1:], loop=0,
+        duration=[300] * (len(pictures) - 1) + [2000]))  # ms
+    return target
+
+
+# ---------------------------------------------------- command line --------------------------------------------------
+def get_args(argv: list[str] | None = None):
+    """Parse the command line and settle what depends on the data set and the weights."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data_path', default='/home/data/stl10', help='where STL10 is or goes [%(default)s]')
+    parser.add_argument('--data_name', choices=tuple(IMAGE_SIZE), default='stl10',
+                        help='STL10, or ten characters that need no download [%(default)s]')
+    parser.add_argument('--loss_name', default='asymptotic_proxy', help=f'asymptotic_proxy, {", ".join(LOSSES)} '
+                        '[%(default)s, which is normalized_softmax]')
+    parser.add_argument('--temperature', type=float, default=0.03, help='1 / scale of the loss [%(default)s]')
+    parser.add_argument('--with_learnable_proxy', action='store_true',
+                        help='proxies learn by the gradient instead of moving by momentum')
+    parser.add_argument('--momentum', type=float, help=f'of the moving proxies [{MOMENTUM}]')
+    parser.add_argument('--batch_size', type=int, help='images in a step [128; 64 for glyph]')
+    parser.add_argument('--num_epochs', type=int, default=30, help='[%(default)s]')
+    parser.add_argument('--lr', type=float, help='learning rate [1e-4; 1e-3 with --weights none]')
+    parser.add_argument('--weights', help='of the ResNet18: imagenet, none, or a file [imagenet; none for glyph]')
+    parser.add_argument('--compare', action='store_true', help='train moving and learnable proxies, side by side')
+    parser.add_argument('--animate', action='store_true', help='write a GIF too, a picture per epoch')
+    parser.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
+    parser.add_argument('--seed', type=int, default=0, help='of weights, characters and order [%(default)s]')
+    parser.add_argument('--results_dir', default='results', help='where files go [%(default)s]')
+    parser.add_argument('--overwrite', action='store_true', help='replace the files of a run of the same name')
+    args = parser.parse_args(argv)
+    check_choice('--loss_name', args.loss_name, ['asymptotic_proxy', *LOSSES])
+    if args.with_learnable_proxy and args.compare:
+        raise UserError('--with_learnable_proxy has no effect with --compare, which trains both; leave it out')
+    if args.with_learnable_proxy and args.momentum is not None:
+        raise UserError(f'--momentum {args.momentum} has no effect with --with_learnable_proxy; leave one of them out')
+    if args.weights is None:
+        args.weights = 'imagenet' if args.data_name == 'stl10' else 'none'
+    args.batch_size = BATCH_SIZE[args.data_name] if args.batch_size is None else args.batch_size
+    if args.lr is None:
+        args.lr = 1e-3 if args.weights == 'none' else 1e-4
+    if args.momentum is None and not args.with_learnable_proxy:
+        args.momentum = MOMENTUM
+    for flag in ('temperature', 'lr'):
+        if not 1e-6 <= getattr(args, flag) < math.inf:
+            raise UserError(f'--{flag} {getattr(args, flag)} must be a number of at least 1e-6')
+    if args.num_epochs < 1:
+        raise UserError(f'--num_epochs {args.num_epochs} must be at least 1')
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f'--seed {args.seed} must be a number of at least 0')
+    return args
+
+
+def main() -> None:
+    """Train the toy as the command line says and draw it."""
+    args = get_args()
+    device = select_device(args.device)
+    folder = make_folder('--results_dir', Path(args.results_dir))
+    kinds = {'moving proxies': False, 'learnable proxies': True}
+    if not args.compare:
+        kinds = {kind: learnable for kind, learnable in kinds.items() if learnable == args.with_learnable_proxy}
+    for learnable in kinds.values():
+        statistics = folder / f'{name_run(args, learnable)}_statistics.csv'
+        if statistics.exists() and not args.overwrite:
+            raise UserError(f'{statistics} is there already; add --overwrite, or choose another --results_dir')
+    toys = {kind: train_toy(args, learnable, device) for kind, learnable in kinds.items()}
+    name = next(iter(toys.values()))['run'] + ('_compared' if args.compare else '')
+    print(draw_toys(toys, folder / f'{name}.png'))
+    if args.animate:
+        print(animate(toys, folder / f'{name}.gif'))
+
+
+if __name__ == '__main__':
+    run_script(main)
