@@ -567,7 +567,11 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
 
 def stamp_of(file: Path) -> list[int] | None:
     """Return size and time of a file, or None."""
-    return [file.stat().st_size, file.stat().st_mtime_ns] if file.is_file() else None
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def check_items(root: Path, items: list[Item]) -> None:
@@ -652,6 +656,13 @@ def process(data_path: Path, data_name: str, args) -> None:
     note = check_counts(data_name, counts)
     if note:
         print(f'{data_name}: {note}')
+    if args.cache_size is not None:
+        from cache import build_cache
+
+        for crop_type in ('uncropped', 'cropped'):
+            if (root / f'{crop_type}_data_dicts.pth').is_file():
+                images, size = build_cache(data_path, data_name, crop_type, args.cache_size)
+                print(f'{data_name}: cache of {images:,} {crop_type} images, {size / 1e6:,.0f} MB')
 
 
 # ---------------------------------------------------- data set, transforms, batches -----------------------------------
@@ -705,17 +716,18 @@ class RetrievalDataset:
     Args:
         root: the data set's folder.
         classes: {label: [path, ...]}.
-        transform: a function from a PIL image to a uint8 tensor (3, H, W).
+        transform: a function from a PIL image or a uint8 tensor (3, H, W) to one of its size.
         seed: of the augmentation.
         class_names: {label: name}; a label without one is its own name.
         labels: {label: number}; None numbers the classes as they come. Query and gallery share one.
+        cache: of cache.py, to read pixels from instead of decoding files.
     """
 
     def __init__(self, root: Path, classes: dict[str, list[str]], transform, seed: int = 0,
-                 class_names: dict[str, str] | None = None, labels: dict[str, int] | None = None):
+                 class_names: dict[str, str] | None = None, labels: dict[str, int] | None = None, cache=None):
         import torch
 
-        self.root, self.transform, self.seed = Path(root), transform, seed
+        self.root, self.transform, self.seed, self.cache = Path(root), transform, seed, cache
         numbers = labels or {label: number for number, label in enumerate(classes)}
         self.class_names = [(class_names or {}).get(label, label) for label in numbers]
         self.images = [path for paths in classes.values() for path in paths]
@@ -745,8 +757,10 @@ class RetrievalDataset:
         finally:
             torch.set_rng_state(state)
 
-    def read(self, index: int) -> Image.Image:
-        """Return the image as it is on the disk, RGB."""
+    def read(self, index: int):
+        """Return the image as it is on the disk, RGB, or a uint8 tensor (3, H, W) from the cache."""
+        if self.cache is not None:
+            return self.cache.read(self.images[index])
         path = self.root / self.images[index]
         try:
             return load_image(path)
@@ -767,7 +781,7 @@ def resize_for(image_size: int) -> int:
 
 def make_transform(training: bool, image_size: int, resize_size: int | None = None, interpolation: str = 'bilinear',
                    min_crop: float = 0.08, flip: float = 0.5):
-    """Build the transform from a PIL image to a uint8 tensor (3, image_size, image_size).
+    """Build the transform from a PIL image or a uint8 tensor to a uint8 tensor (3, image_size, image_size).
 
     Training crops a random part and flips it; testing resizes the short side to `resize_size` and takes the centre.
     Scaling, channel order, mean and std belong to the trunk and happen on the device (`EmbeddingNet.preprocess`).
@@ -779,7 +793,7 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
         min_crop: smallest share of the image's area in a training crop.
         flip: probability of a horizontal flip.
     """
-    from torchvision import transforms
+    from torchvision.transforms import v2 as transforms
 
     mode = transforms.InterpolationMode(interpolation)
     if training:
@@ -801,13 +815,14 @@ class BatchSampler:
             only where a class has fewer than k (Proxy Anchor's balanced sampling, `--IPC`).
         drop_last: leave a last, smaller batch out.
         seed: of the order.
+        rank, num_ranks: yield this process's contiguous share of each batch.
 
     Raises:
         UserError: if the batch does not fit the data.
     """
 
     def __init__(self, labels: list[int], batch_size: int, images_per_class: int = 0, drop_last: bool = False,
-                 seed: int = 0):
+                 seed: int = 0, rank: int = 0, num_ranks: int = 1):
         if not 1 <= batch_size <= len(labels):
             raise UserError(f'--batch_size {batch_size} must lie between 1 and the {len(labels)} training images')
         if images_per_class < 0 or images_per_class and batch_size % images_per_class:
@@ -820,6 +835,7 @@ class BatchSampler:
                             f'{batch_size // images_per_class} classes, but the data has {len(self.by_class)}')
         self.length, self.batch_size, self.images_per_class = len(labels), batch_size, images_per_class
         self.drop_last, self.seed, self.epoch = drop_last or images_per_class > 0, seed, 0
+        self.rank, self.num_ranks = rank, num_ranks
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of another epoch from now on."""
@@ -829,6 +845,11 @@ class BatchSampler:
         return self.length // self.batch_size if self.drop_last else math.ceil(self.length / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.whole_batches():
+            yield batch[len(batch) * self.rank // self.num_ranks:len(batch) * (self.rank + 1) // self.num_ranks]
+
+    def whole_batches(self) -> Iterator[list[int]]:
+        """Yield the batches of all processes."""
         rng = np.random.default_rng([self.seed, self.epoch])
         if not self.images_per_class:
             order = rng.permutation(self.length).tolist()
@@ -850,6 +871,8 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--test_ratio', type=float,
                         help='share of the classes that become test classes, for a folder of your own with one folder '
                              'per class [0.5]')
+    parser.add_argument('--cache_size', type=int, help='also pack all images, their short side reduced to this many '
+                        'pixels, into one file for train.py --cache_size')
     parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out')
     parser.add_argument('--glyph_classes', type=int, help=f'characters of glyph, 2/3 train [{GLYPH_CLASSES}]')
     parser.add_argument('--glyph_images', type=int, help=f'images per character of glyph [{GLYPH_IMAGES}]')
@@ -864,6 +887,8 @@ def get_args(argv: list[str] | None = None):
                         'it out')
     if not 0 <= args.seed < 2**63:
         raise UserError(f'--seed {args.seed} must be a number of at least 0')
+    if args.cache_size is not None and not 16 <= args.cache_size <= 8192:
+        raise UserError(f'--cache_size {args.cache_size} must lie between 16 and 8192')
     return args
 
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from data_utils import RetrievalDataset, make_transform, read_split, resize_for
 from model import POOLINGS, EmbeddingNet, canonical_backbone
-from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gpu_id, int_list, load, nearest,
-                   run_script, select_device)
+from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gather_rows, gpu_id, int_list, load,
+                   nearest, progress, run_script, select_device, shard, start_processes)
 
 BLOCK_ELEMENTS = 2**24  # similarities held at once: 128 MiB in float64
 COUNTS = ('queries', 'without_positive')  # the metrics that are no per cents
@@ -271,30 +271,35 @@ def use_amp(choice: str, device: torch.device, model: EmbeddingNet, training: bo
 
 
 def make_loader(dataset: RetrievalDataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
-    """Build a loader that goes through a data set in its order."""
-    return DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == 'cuda',
+    """Build a loader that goes through a data set in its order; each process gets its share of the batches.
+
+    Whole batches are shared, since the last bits of an embedding can depend on the size of its batch.
+    """
+    batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    own = [batches[number] for number in shard(len(batches))]
+    return DataLoader(dataset, batch_sampler=own, num_workers=num_workers, pin_memory=device.type == 'cuda',
                       persistent_workers=num_workers > 0)
 
 
 @torch.inference_mode()
 def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.device, amp: bool) -> torch.Tensor:
-    """Embed the images of a loader in their order; returns (N, D) float32 on the CPU."""
+    """Embed the images of a loader in their order; returns (N, D) float32 on the CPU, of all processes."""
     model.eval()
-    embeddings = []
-    for images, _ in tqdm(loader, desc='embed', leave=False, dynamic_ncols=True):
+    embeddings = [torch.zeros(0, model.feature_dim, device=device)]  # a process may have no batch
+    for images, _ in progress(loader, desc='embed'):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            embeddings.append(model(images.to(device, non_blocking=True)).cpu())
-    return torch.cat(embeddings)
+            embeddings.append(model(images.to(device, non_blocking=True)))
+    return gather_rows(torch.cat(embeddings)).cpu()
 
 
 def make_test_loaders(root: Path, split: dict, transform, batch_size: int, num_workers: int,
-                      device: torch.device) -> dict[str, DataLoader]:
+                      device: torch.device, cache=None) -> dict[str, DataLoader]:
     """Return {'test': loader}, or {'test': loader of the queries, 'gallery': loader} where there is a gallery."""
     subsets = {'test': split['test']} if 'test' in split else {'test': split['query'], 'gallery': split['gallery']}
     names = dict.fromkeys(label for classes in subsets.values() for label in classes)
     labels = {label: number for number, label in enumerate(names)}
     return {subset: make_loader(RetrievalDataset(root, classes, transform, class_names=split['class_names'],
-                                                 labels=labels), batch_size, num_workers, device)
+                                                 labels=labels, cache=cache), batch_size, num_workers, device)
             for subset, classes in subsets.items()}
 
 
@@ -469,7 +474,7 @@ def embed_for(args, model: EmbeddingNet, run: dict, device: torch.device) -> dic
 def main() -> None:
     """Measure what the command line names and print a table or JSON."""
     args = get_args()
-    device = select_device(args.device)
+    device = select_device(start_processes(args.device))
     if args.data_base is not None:
         data_base = load_data_base(args.data_base)
         run = data_base['args']

@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from utils import UserError, check_choice, load
+from utils import (UserError, broadcast, check_choice, check_same, gather_rows, load, shard, sum_over_processes,
+                   world_size)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POOLINGS = ('max', 'avg', 'avg_max', 'cls')
@@ -294,14 +296,110 @@ class EmbeddingNet(nn.Module):
         return pooled[self.pooling]()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (N, D), float32, unit rows, of uint8 RGB images (N, 3, H, W)."""
+        """Return the embeddings (N, D), float32 or wider, unit rows, of uint8 RGB images (N, 3, H, W)."""
         features = self.pool(self.trunk(self.preprocess(images)))
         if self.layer_norm:
             features = F.layer_norm(features, features.shape[-1:])
-        return F.normalize(self.refactor(features).float(), dim=-1)
+        features = self.refactor(features)
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 # ---------------------------------------------------- losses ---------------------------------------------------------
+LOG_ZERO = -1e30  # unlike -inf it gives no NaN in a difference of two of them
+# Similarities worked on at one time: on a CPU so many that they stay in its cache, elsewhere enough to fill the device.
+BLOCK_ELEMENTS = {'cpu': 2**18}
+
+
+def place(labels: torch.Tensor, classes: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the row (N,) of each label among those of `classes`, 0 for others, and whether it is among them (N,)."""
+    here = (labels >= classes.start) & (labels < classes.stop)
+    return torch.where(here, labels - classes.start, 0), here
+
+
+def block_rows(z: torch.Tensor) -> int:
+    """Return how many rows of a matrix make a block."""
+    return max(1, BLOCK_ELEMENTS.get(z.device.type, 2**24) // z.shape[1])
+
+
+class Similarities(torch.autograd.Function):
+    """Compare embeddings with proxies by their cosine, and reduce the (N, C) similarities to what a loss needs.
+
+    A loss here depends on s_ic = x_i . p_c / |p_c| through two vectors: the similarity to the own proxy, and a
+    log-sum-exp over the other pairs. Autograd sees these vectors only. The similarities are held once, from forward to
+    backward; exponentials and gradients exist for a block of classes at a time, and unit proxies not at all.
+
+    Args of `apply`:
+        embeddings: (N, D), unit rows.
+        proxies: (c, D), of any length; the rows of `classes`.
+        labels: (N,) in [0, C).
+        alpha: factor of s in the exponentials.
+        negatives: `of_class`, the samples of other classes, or `of_sample`, the other classes.
+        classes: the classes whose proxies this process holds.
+        num_classes: C; where `classes` are fewer, vectors and embedding gradients are joined over the processes.
+
+    Returns:
+        own (N,), s_iy of a sample i of class y; negative, log sum_{i: y_i != c} exp(alpha s_ic) (C,) `of_class`, or
+        log sum_{c != y_i} exp(alpha s_ic) (N,) `of_sample`; hit (N,), whether the own proxy is nearer than all others.
+    """
+
+    @staticmethod
+    def forward(ctx, embeddings, proxies, labels, alpha, negatives, classes, num_classes):
+        join = gather_rows if len(classes) < num_classes else nn.Identity()
+        norms = torch.linalg.vector_norm(proxies, dim=1, keepdim=True).clamp_(min=1e-12)  # (c, 1)
+        z = proxies.new_empty(len(proxies), len(embeddings))  # (c, N), alpha s, transposed: a class is one row
+        parts, columns = (tensor.split(block_rows(z)) for tensor in (z, proxies, norms)), embeddings.T.contiguous()
+        for z_part, proxies_part, norms_part in zip(*parts, strict=True):
+            torch.mm(proxies_part, columns, out=z_part).mul_(alpha / norms_part)
+        row, here = place(labels, classes)
+        own = z.gather(0, row[None])
+        z.scatter_(0, row[None], own.masked_fill(here, LOG_ZERO))  # z now holds the negatives alone
+        own = own.masked_fill(~here, -math.inf)
+        blocks = z.split(block_rows(z))
+        nearest = torch.stack([block.amax(0) for block in blocks]).amax(0, keepdim=True)
+        if negatives == 'of_class':
+            total = torch.cat([block.logsumexp(1) for block in blocks])[:, None]  # (c, 1)
+            negative = join(total)[:, 0]
+        else:
+            total = join(torch.stack([block.logsumexp(0) for block in blocks])).logsumexp(0, keepdim=True)  # (1, N)
+            negative = total[0]
+        own, nearest = join(torch.stack([own, nearest], 1)).amax(0)
+        hit = own > nearest
+        own = own / alpha
+        ctx.save_for_backward(embeddings, proxies, norms, z, own, total, row, here)
+        ctx.settings = alpha, negatives, classes, num_classes
+        ctx.mark_non_differentiable(hit)
+        return own, negative, hit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, own_gradient, negative_gradient, _):
+        embeddings, proxies, norms, z, own, total, row, here = ctx.saved_tensors
+        alpha, negatives, classes, num_classes = ctx.settings
+        if negatives == 'of_class':
+            weight = negative_gradient[classes.start:classes.stop, None]
+        else:
+            weight = negative_gradient[None]
+        weight, total = weight.expand_as(z), total.expand_as(z)
+        # ds/dx = u and ds/dp = (x - s u) / |p| with u = p / |p|: first the own pairs, then the others.
+        unit, slope = proxies[row] / norms[row], (own_gradient * here)[:, None]
+        embedding_gradient = slope * unit
+        proxy_gradient = torch.empty_like(proxies) if ctx.needs_input_grad[1] else None
+        with torch.autocast(z.device.type, enabled=False):
+            for start in range(0, len(z), block_rows(z)):
+                b = slice(start, start + block_rows(z))
+                slopes = (z[b] - total[b]).exp_().mul_(weight[b])  # dL/dz
+                radial = (slopes * z[b]).sum(1, keepdim=True) / norms[b].square()
+                slopes.mul_(alpha / norms[b])  # dL/d(x . p)
+                embedding_gradient.addmm_(slopes.T, proxies[b])
+                if proxy_gradient is not None:
+                    torch.mm(slopes, embeddings, out=proxy_gradient[b]).addcmul_(proxies[b], radial, value=-1)
+        if proxy_gradient is not None:
+            proxy_gradient.index_add_(0, row, slope / norms[row] * (embeddings - own[:, None] * unit))
+        if len(classes) < num_classes:
+            sum_over_processes(embedding_gradient)
+        return embedding_gradient, proxy_gradient, None, None, None, None, None
+
+
 class ProxyLoss(nn.Module):
     """Hold one proxy per class and the three ways in which proxies move; a loss adds its formula on the similarities.
 
@@ -309,6 +407,12 @@ class ProxyLoss(nn.Module):
     terms of its own samples, averaged over them. `momentum`: they are a buffer without gradient; in training mode each
     call moves the proxies of the classes in the batch, after the loss was computed with those from before:
     p_c <- normalize((1 - m) p_c + m sum_{i: y_i = c} x_i).
+
+    With several processes the loss is that of the global batch: each process gathers all embeddings and computes the
+    same loss. The gradient of the proxies is then the same everywhere, and whole: do not wrap this module in
+    DistributedDataParallel, only the network. Call `synchronise` where an epoch starts. With `shard_proxies` a process
+    holds the proxies (and the optimizer their state) of its share of the classes; the values at the start, the loss
+    and the steps are those of one process with all of them.
 
     Args:
         num_classes: C.
@@ -318,15 +422,19 @@ class ProxyLoss(nn.Module):
         scale: alpha = 1 / temperature; None takes the loss's own.
         margin: delta; None takes the loss's own.
         proxy_init: `unit` (unit random rows) or `kaiming` (normal, fan_out; Proxy Anchor).
+        shard_proxies: hold C / W of the proxies in each of W processes.
 
     Source: Positive Proxy (`positive`), Asymptotic Proxy and Momentum Proxy (`momentum`).
     """
 
     scale: float
     margin: float | None = None  # None: the formula has no margin
+    negatives = 'of_sample'  # what the formula's log-sum-exp runs over, see Similarities
+    slope = 1.0  # of the exponents in alpha s; 2 where they hold squared distances, d = 2 - 2 s
 
     def __init__(self, num_classes: int, feature_dim: int, proxy_update: str = 'gradient', momentum: float = MOMENTUM,
-                 scale: float | None = None, margin: float | None = None, proxy_init: str = 'unit'):
+                 scale: float | None = None, margin: float | None = None, proxy_init: str = 'unit',
+                 shard_proxies: bool = False):
         super().__init__()
         check_choice('--proxy_update', proxy_update, PROXY_UPDATES)
         if not 0 < momentum <= 1:
@@ -335,63 +443,152 @@ class ProxyLoss(nn.Module):
             raise UserError(f'--margin {margin} has no effect: {type(self).__name__} has no margin; leave it out')
         if scale is not None and not 0 < scale < math.inf:
             raise UserError(f'--scale {scale} must be a positive number')
+        if shard_proxies and num_classes < world_size():
+            raise UserError(f'--shard_proxies: {num_classes} classes are fewer than the {world_size()} processes; '
+                            'leave it out')
         self.num_classes, self.proxy_update, self.momentum = num_classes, proxy_update, momentum
         self.scale = self.scale if scale is None else scale
         self.margin = self.margin if margin is None else margin
-        proxies = torch.randn(num_classes, feature_dim)
-        if proxy_init == 'kaiming':
-            nn.init.kaiming_normal_(proxies, mode='fan_out')
-        else:
-            proxies = F.normalize(proxies, dim=-1)
+        self.classes = shard(num_classes) if shard_proxies else range(num_classes)  # those whose proxies are here
+        proxies = self.draw_proxies(feature_dim, proxy_init)
         if proxy_update == 'momentum':
             self.register_buffer('proxies', F.normalize(proxies, dim=-1))
         else:
             self.proxies = nn.Parameter(proxies)
         self.accuracy = torch.zeros(())  # share of the last batch whose nearest proxy is its own; stays on the device
+        self.num_samples = 0  # in the last batch, of all processes
 
-    def similarity(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the cosine similarities (N, C) of embeddings (N, D) and proxies, in float32 or wider."""
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, self.proxies.dtype))
-        proxies = F.normalize(self.proxies.to(embeddings.dtype), dim=-1)
-        if self.proxy_update != 'positive':
-            return embeddings @ proxies.T
-        # Straight-through: the added term is zero and carries the gradient of the positive pairs alone to the proxies.
-        positive = (embeddings.detach() * proxies[labels]).sum(-1) / self.count(labels)[labels]
-        zero = positive - positive.detach()
-        return (embeddings @ proxies.detach().T).scatter_add(1, labels[:, None], zero[:, None])
+    def draw_proxies(self, feature_dim: int, proxy_init: str) -> torch.Tensor:
+        """Draw all proxies, 65,536 at a time, and return those of this process; a seed gives the same to any number."""
+        check_same('the random state in which the proxies are drawn', torch.get_rng_state())
+        proxies = torch.empty(len(self.classes), feature_dim)
+        for start in range(0, self.num_classes, 2**16):
+            block = torch.randn(min(2**16, self.num_classes - start), feature_dim)
+            if proxy_init == 'kaiming':
+                block *= math.sqrt(2 / self.num_classes)  # fan_out is the number of rows
+            else:
+                block = F.normalize(block, dim=-1)
+            first, last = max(start, self.classes.start), min(start + len(block), self.classes.stop)
+            if first < last:
+                proxies[first - self.classes.start:last - self.classes.start] = block[first - start:last - start]
+        return proxies
 
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the number of samples of each class (C,); unlike bincount it does not wait for the device."""
         ones = torch.ones_like(labels, dtype=self.proxies.dtype)
         return torch.zeros(self.num_classes, dtype=ones.dtype, device=labels.device).index_add_(0, labels, ones)
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss () of similarities (N, C) and labels (N,); each loss writes its own."""
+    def logsumexp_by_class(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return log sum_{i: y_i = c} exp(z_i) (C,) of z (N,), LOG_ZERO for a class without samples."""
+        empty = z.new_full((self.num_classes,), LOG_ZERO)
+        largest = empty.scatter_reduce(0, labels, z.detach(), 'amax')
+        total = torch.zeros_like(empty).index_add(0, labels, (z - largest[labels]).exp())
+        return largest + total.where(total > 0, 1).log()  # without samples LOG_ZERO + 0
+
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss (); each loss writes its own.
+
+        Args:
+            own: (N,), s_iy, the cosine similarity of sample i to the proxy of its class y.
+            negative: log sum exp(slope alpha s_ic), over the samples i of other classes for each class (C,) where
+                `negatives` is `of_class`, over the other classes c for each sample (N,) where it is `of_sample`.
+            labels: (N,).
+        """
         raise TypeError(f'{type(self).__name__} has no formula')
 
     @torch.no_grad()
     def move_proxies(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         """Move the proxies of the classes in the batch towards their embeddings; the others stay as they are."""
-        features = embeddings.detach().to(self.proxies.dtype)
-        sums = torch.zeros_like(self.proxies).index_add_(0, labels, features)
-        moved = F.normalize((1 - self.momentum) * self.proxies + self.momentum * sums, dim=-1)
-        present = self.count(labels).bool()[:, None]
-        self.proxies = torch.where(present, moved, self.proxies)  # a new tensor: the backward still needs the old one
+        row, here = place(labels, self.classes)
+        same = labels[:, None] == labels  # (N, N)
+        first = same.int().argmax(1) == torch.arange(len(labels), device=labels.device)  # one sample for each class
+        sums = same.to(embeddings.dtype) @ embeddings  # (N, D), of the class of each sample
+        old = self.proxies[row]
+        moved = F.normalize((1 - self.momentum) * old + self.momentum * sums, dim=-1)
+        step = torch.where((first & here)[:, None], moved - old, 0)
+        self.proxies = self.proxies.index_add(0, row, step)  # a new tensor: the backward still needs the old one
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss () of embeddings (N, D; any float type) with labels (N,) int64 in [0, C)."""
+        """Return the loss () of embeddings (N, D; any float type) with labels (N,) int64 in [0, C).
+
+        With several processes they are each one's part of the batch, and the loss is that of the whole.
+        """
         with torch.autocast(embeddings.device.type, enabled=False):
-            similarity = self.similarity(embeddings, labels)
-            self.accuracy = (similarity.detach().argmax(1) == labels).float().mean()
-            loss = self.formula(similarity, labels)
+            dtype = torch.promote_types(embeddings.dtype, self.proxies.dtype)  # float32 or wider
+            embeddings, labels = gather_rows(embeddings.to(dtype)), gather_rows(labels)
+            proxies = self.proxies.to(dtype)
+            own, negative, hit = Similarities.apply(
+                embeddings, proxies.detach() if self.proxy_update == 'positive' else proxies, labels,
+                self.slope * self.scale, self.negatives, self.classes, self.num_classes)
+            if self.proxy_update == 'positive':
+                # Straight-through: adds zero, and carries the gradient of the positive pairs alone to the proxies.
+                row, here = place(labels, self.classes)
+                positive = (embeddings.detach() * F.normalize(proxies[row], dim=-1)).sum(-1)
+                positive = torch.where(here, positive / self.count(labels)[labels], 0)
+                own = own + (positive - positive.detach())
+            self.accuracy, self.num_samples = hit.float().mean(), len(labels)
+            loss = self.formula(own, negative, labels)
             if self.training and self.proxy_update == 'momentum':
-                self.move_proxies(embeddings, labels)
+                self.move_proxies(embeddings.detach().to(self.proxies.dtype), labels)
         return loss
+
+    # ---- several processes; in one, these are the plain values ----
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows (C, ...) of all classes from those (c, ...) of this process's; every process has to call."""
+        return gather_rows(rows) if len(self.classes) < self.num_classes else rows
+
+    def all_proxies(self) -> torch.Tensor:
+        """Return the proxies (C, D) of all classes, without gradient; every process has to call it."""
+        return self.gather(self.proxies.detach())
+
+    def synchronise(self) -> None:
+        """Give every process the proxies of the first: sums on a GPU differ in their last bits from run to run."""
+        if len(self.classes) == self.num_classes:
+            broadcast(self.proxies.detach())
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the state of all processes as one would have it; every process has to call it."""
+        return {'proxies': self.all_proxies()}
+
+    def load_full_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Load what `full_state_dict` returned, in any number of processes."""
+        own = {'proxies': state_dict['proxies'][self.classes.start:self.classes.stop]}
+        if len(state_dict['proxies']) != self.num_classes:
+            raise RuntimeError(f'{len(state_dict["proxies"])} proxies for {self.num_classes} classes')
+        self.load_state_dict(own)
+
+    def full_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
+        """Return the state dict of an optimizer as one process would have it; every process has to call it."""
+        contents = optimizer.state_dict()
+        for number in self._numbers(optimizer, contents):
+            contents['state'][number] = {
+                name: self.gather(value) if torch.is_tensor(value) and value.ndim else value  # a step has no rows
+                for name, value in contents['state'][number].items()}
+        return contents
+
+    def load_full_optimizer_state(self, optimizer: torch.optim.Optimizer, contents: dict) -> None:
+        """Load what `full_optimizer_state` returned, in any number of processes."""
+        state = dict(contents['state'])
+        for number in self._numbers(optimizer, contents):
+            state[number] = {name: value[self.classes.start:self.classes.stop]
+                             if torch.is_tensor(value) and value.ndim else value
+                             for name, value in state[number].items()}
+        optimizer.load_state_dict({**contents, 'state': state})
+
+    def _numbers(self, optimizer: torch.optim.Optimizer, contents: dict) -> list[int]:
+        """Return under which number the optimizer's state dict has the proxies, if it has."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+        return [number for number in contents['state'] if parameters[number] is self.proxies]
 
 
 def log1pexp(z: torch.Tensor) -> torch.Tensor:
     """Return log(1 + exp(z)) to the last digit; F.softplus drops the 1 above 20."""
     return torch.logaddexp(z, torch.zeros_like(z))
+
+
+def cross_entropy(target: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Return the mean over samples of -log(e^target / (e^target + e^negative)), negative a log-sum-exp (N,)."""
+    return log1pexp(negative - target).mean()
 
 
 class ProxyAnchor(ProxyLoss):
@@ -401,15 +598,12 @@ class ProxyAnchor(ProxyLoss):
     Source: Kim et al., CVPR 2020, arXiv 2003.13911, eq. 4.
     """
 
-    scale, margin = 32.0, 0.1
+    scale, margin, negatives = 32.0, 0.1, 'of_class'
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        own = F.one_hot(labels, self.num_classes).bool()  # (N, C)
-        # -1e30 stands for log 0: unlike -inf it has a gradient, 0, where a column is empty.
-        positive = (-self.scale * (similarity - self.margin)).masked_fill(~own, -1e30).logsumexp(0)
-        negative = (self.scale * (similarity + self.margin)).masked_fill(own, -1e30).logsumexp(0)
-        num_present = own.any(0).sum()
-        return log1pexp(positive).sum() / num_present + log1pexp(negative).mean()
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        positive = self.logsumexp_by_class(-self.scale * (own - self.margin), labels)  # (C,)
+        num_present = (self.count(labels) > 0).sum()
+        return log1pexp(positive).sum() / num_present + log1pexp(negative + self.scale * self.margin).mean()
 
 
 class BalancedProxy(ProxyLoss):
@@ -423,15 +617,13 @@ class BalancedProxy(ProxyLoss):
     Source: Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters.
     """
 
-    scale, margin = 32.0, 0.1
+    scale, margin, negatives = 32.0, 0.1, 'of_class'
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        own = F.one_hot(labels, self.num_classes).bool()  # (N, C)
-        count = own.sum(0).to(similarity.dtype)  # (C,) positives of each class
-        positive = -self.scale * (similarity - self.margin) - count.clamp(min=1).log()
-        negative = self.scale * (similarity + self.margin) - (len(labels) - count).clamp(min=1).log()
-        # A mean of exp(z) is the sum of exp(z - log count): each column is one logsumexp over all samples.
-        return log1pexp(torch.where(own, positive, negative).logsumexp(0)).mean()
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        count = self.count(labels).to(own.dtype)  # (C,) positives of each class
+        positive = self.logsumexp_by_class(-self.scale * (own - self.margin), labels) - count.clamp(min=1).log()
+        negative = negative + self.scale * self.margin - (len(labels) - count).clamp(min=1).log()
+        return log1pexp(torch.logaddexp(positive, negative)).mean()  # a log of a mean is that of the sum, less log n
 
 
 class NormalizedSoftmax(ProxyLoss):
@@ -439,20 +631,23 @@ class NormalizedSoftmax(ProxyLoss):
 
     scale = 32.0
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.scale * similarity, labels)
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.scale * own, negative)
 
 
 class ProxyNCA(ProxyLoss):
     """ProxyNCA++: the cross entropy of -alpha d, d_ic = ||x_i - p_c||^2 = 2 - 2 s_ic, the positive in the denominator.
 
+    The 2 is the same in all logits and drops out.
+
     Source: Movshovitz-Attias et al., ICCV 2017, arXiv 1703.07464; Teh et al., ECCV 2020, arXiv 2004.01113, eq. 5.
     """
 
     scale = 9.0  # ProxyNCA++: temperature 1/9
+    slope = 2.0
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(-self.scale * (2 - 2 * similarity), labels)
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(2 * self.scale * own, negative)
 
 
 class CosFace(ProxyLoss):
@@ -463,9 +658,8 @@ class CosFace(ProxyLoss):
 
     scale, margin = 64.0, 0.35
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shift = F.one_hot(labels, self.num_classes).to(similarity.dtype) * self.margin
-        return F.cross_entropy(self.scale * (similarity - shift), labels)
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self.scale * (own - self.margin), negative)
 
 
 class ArcFace(ProxyLoss):
@@ -479,14 +673,13 @@ class ArcFace(ProxyLoss):
 
     scale, margin = 64.0, 0.5  # 28.6 degrees
 
-    def formula(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cosine = similarity.gather(1, labels[:, None])  # (N, 1)
-        square = 1 - cosine.square()  # rounding can take it to 0 and below, where sqrt has no finite gradient
+    def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        square = 1 - own.square()  # rounding can take it to 0 and below, where sqrt has no finite gradient
         sine = square.where(square > 0, 1.0).sqrt().where(square > 0, 0.0)
-        turned = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
-        past_pi = cosine < -math.cos(self.margin)
-        target = torch.where(past_pi, cosine - self.margin * math.sin(self.margin), turned)
-        return F.cross_entropy(self.scale * similarity.scatter(1, labels[:, None], target), labels)
+        turned = own * math.cos(self.margin) - sine * math.sin(self.margin)
+        past_pi = own < -math.cos(self.margin)
+        target = torch.where(past_pi, own - self.margin * math.sin(self.margin), turned)
+        return cross_entropy(self.scale * target, negative)
 
 
 LOSSES = {

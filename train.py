@@ -7,6 +7,10 @@
     python train.py --loss Proxy_Anchor --model bn_inception --embedding-size 512 --batch-size 180 --lr 1e-4 \\
                     --dataset cub --warm 1 --bn-freeze 1 --lr-decay-step 10           # Proxy Anchor's own spelling
 
+Several processes, a GPU each or on one CPU, share each batch and give the numbers of one:
+
+    torchrun --nproc_per_node 8 train.py --data_name sop --recipe proxy_anchor --batch_size 1440
+
 A recipe (recipes.py) sets the defaults of a paper for the data set and trunk at hand; a flag on the command line wins.
 A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_data_base.pth (best R@1 on
 the test classes), {run}_checkpoint.pth (for --resume), and at its end {run}_curves.png and .pdf.
@@ -22,17 +26,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from cache import Cache
 from data_utils import BatchSampler, RetrievalDataset, count_images, make_transform, read_split, resize_for
 from evaluate import COUNTS, make_data_base, make_test_loaders, measure, use_amp
 from model import (BACKBONES, COMBINED_LOSSES, LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, EmbeddingNet,
                    canonical_backbone)
 from plot import draw_curves
 from recipes import RECIPES, recipe_settings
-from utils import (Parser, UserError, canonical_data_name, check_choice, fraction_list, gpu_id, int_list, load,
-                   make_folder, run_name, run_script, save, save_statistics, select_device, switch)
+from utils import (Parser, UserError, canonical_data_name, check_choice, first_process_first, fraction_list, gpu_id,
+                   int_list, load, make_folder, progress, run_name, run_script, save, save_statistics, select_device,
+                   start_processes, switch, world_rank, world_size)
 
 OPTIMIZERS = {
     'adamw': torch.optim.AdamW, 'adam': torch.optim.Adam,
@@ -47,7 +53,7 @@ SCHEDULES = {
     'constant': lambda optimizer, args: torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
 }
 # Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
-PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'resume', 'overwrite')
+PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'resume', 'overwrite')
 CHECKPOINT_VERSION = 1
 RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth', 'curves.png')
 
@@ -82,9 +88,13 @@ def get_parser() -> Parser:
                        'raise it where objects fill the image [%(default)s]')
     group.add_argument('--flip', type=float, default=0.5, help='probability of a horizontal flip; 0 where left and '
                        'right matter, as in text [%(default)s]')
-    group.add_argument('--batch_size', '--batch-size', type=int, help='papers: 64, Asymptotic 128, Anchor 180 or 120')
+    group.add_argument('--batch_size', '--batch-size', type=int, help='of all processes together; papers: 64, '
+                       'Asymptotic 128, Anchor 180 or 120')
     group.add_argument('--images_per_class', '--IPC', type=int, help='draw each batch as batch/k classes with k images '
                        'each (Proxy Anchor\'s balanced sampling); 0 shuffles all images [0]')
+    group.add_argument('--cache_size', type=int, default=0, help='read images from the cache that '
+                       'data_utils.py --cache_size made: their short side in pixels, best that of --resize_size; 0 '
+                       'decodes the files [0]')
     group.add_argument('--num_workers', '--workers', type=int, default=2, help='processes that decode images; 0 '
                        'decodes in this one; the batches are the same [%(default)s]')
 
@@ -143,6 +153,8 @@ def get_parser() -> Parser:
     group.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
     group.add_argument('--gpu_id', '--gpu-id', type=gpu_id, dest='device', metavar='N', help='Proxy Anchor\'s spelling '
                        'of --device cuda:N; -1 or a machine without a GPU: the CPU')
+    group.add_argument('--shard_proxies', action='store_true', help='with several processes: each holds its share of '
+                       'the proxies and of their optimizer state; for millions of classes')
     group.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='compute the network in bfloat16; '
                        'auto: where the device is fast at it. The loss is float32 always [%(default)s]')
     group.add_argument('--results_dir', default='results', help='where the run\'s files go [%(default)s]')
@@ -244,7 +256,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers out of range, with the flag."""
     at_most = {'feature_dim': 65536, 'image_size': 8192, 'resize_size': 8192, 'num_workers': 1024}
     at_least = {'feature_dim': 1, 'num_epochs': 1, 'image_size': 16, 'lr_decay_step': 1, 'warm_up': 0, 'num_workers': 0,
-                'weight_decay': 0, 'clip_value': 0, 'seed': 0, 'images_per_class': 0, 'batch_size': 1}
+                'weight_decay': 0, 'clip_value': 0, 'seed': 0, 'images_per_class': 0, 'batch_size': 1, 'cache_size': 0}
     for name, smallest in at_least.items():
         largest = at_most.get(name, 2**63 - 1)
         if not smallest <= getattr(args, name) <= largest:
@@ -282,7 +294,7 @@ def name_run(args: argparse.Namespace, settings: dict, given: set) -> str:
 
 
 # ---------------------------------------------------- one epoch ------------------------------------------------------
-def train_one_epoch(model: EmbeddingNet, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader,
+def train_one_epoch(model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader,
                     device: torch.device, amp: bool, clip_value: float, title: str) -> dict[str, float]:
     """Train on every batch of the loader once; returns mean loss, accuracy (per cent) and images per second.
 
@@ -294,7 +306,7 @@ def train_one_epoch(model: EmbeddingNet, criterion: nn.Module, optimizer: torch.
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     totals = torch.zeros(3, device=device)  # sums of loss and accuracy, images; read a few times a second
     start = shown = time.perf_counter()
-    bar = tqdm(loader, desc=title, unit='batch', leave=False, dynamic_ncols=True)
+    bar = progress(loader, desc=title, unit='batch')
     for images, labels in bar:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -306,13 +318,23 @@ def train_one_epoch(model: EmbeddingNet, criterion: nn.Module, optimizer: torch.
             nn.utils.clip_grad_value_(parameters, clip_value)
         optimizer.step()
 
-        totals += torch.stack([loss.detach(), criterion.accuracy, totals.new_ones(())]) * len(labels)
+        totals += torch.stack([loss.detach(), criterion.accuracy, totals.new_ones(())]) * criterion.num_samples
         if time.perf_counter() - shown > 0.3:
             shown = time.perf_counter()
             mean = read_totals(totals, shown - start)
             bar.set_postfix_str(f'loss {mean["loss"]:.4f}, accuracy {mean["accuracy"]:.1f} %, '
                                 f'{mean["img_s"]:.0f} img/s')
     return read_totals(totals, time.perf_counter() - start)
+
+
+def distribute(model: EmbeddingNet, device: torch.device) -> nn.Module:
+    """Wrap the network so that its gradient is the mean over the processes; one process needs no wrapper.
+
+    Freezing after wrapping fails, and what was frozen when wrapped is never synchronised: wrap again when that changes.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
 
 def read_totals(totals: torch.Tensor, seconds: float) -> dict[str, float]:
@@ -375,11 +397,13 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     return checkpoint
 
 
-def restore(checkpoint: dict, file: Path, **parts) -> None:
+def restore(checkpoint: dict, file: Path, model, criterion, optimizer, schedule) -> None:
     """Put the states of a checkpoint into model, criterion, optimizer, schedule and the random generator."""
     try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+        model.load_state_dict(checkpoint['model'])
+        criterion.load_full_state_dict(checkpoint['criterion'])
+        criterion.load_full_optimizer_state(optimizer, checkpoint['optimizer'])
+        schedule.load_state_dict(checkpoint['schedule'])
         torch.set_rng_state(checkpoint['rng'])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0][:120]
@@ -416,7 +440,13 @@ def check_data(args: argparse.Namespace, split: dict) -> None:
     """Refuse settings that do not fit the data, before anything is built."""
     if len(split['train']) < 2:
         raise UserError(f'--data_name {args.data_name} has one training class; a loss needs at least two')
-    last_batch = count_images(split['train']) % args.batch_size
+    num_images = count_images(split['train'])
+    last_batch = num_images % args.batch_size
+    if min(args.batch_size, last_batch if last_batch and not args.drop_last else num_images) < world_size():
+        raise UserError(f'--batch_size {args.batch_size} of {num_images} images leaves a batch with no image for some '
+                        f'of the {world_size()} processes; add --drop_last 1, or choose another size')
+    if args.shard_proxies and world_size() == 1:
+        raise UserError('--shard_proxies has no effect in one process; start several with torchrun, or leave it out')
     if not (args.freeze_bn or args.drop_last or args.images_per_class) and 1 in (args.batch_size, last_batch):
         raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, which has no BatchNorm '
                         'statistics; add --drop_last 1, or choose another size')
@@ -430,23 +460,27 @@ def check_data(args: argparse.Namespace, split: dict) -> None:
 def main() -> None:
     """Train as the command line says."""
     args = get_args()
-    device = select_device(args.device)
+    device = select_device(start_processes(args.device))
     torch.manual_seed(args.seed)
 
     # ---- data ----
     root, split = read_split(args.data_path, args.data_name, args.crop_type)
     sampler = BatchSampler([number for number, paths in enumerate(split['train'].values()) for _ in paths],
-                           args.batch_size, args.images_per_class, args.drop_last, args.seed)
+                           args.batch_size, args.images_per_class, args.drop_last, args.seed, world_rank(),
+                           world_size())
     check_data(args, split)
     files = claim_run(args)
     checkpoint = load_checkpoint(files['checkpoint'], args, split) if args.resume else None
+    cache = Cache(root, args.crop_type, args.cache_size, split) if args.cache_size else None
 
     # ---- model, loss, optimizer ----
-    model = EmbeddingNet(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
-                         args.freeze_bn, 'none' if checkpoint else args.weights, args.image_size, args.max_pool)
+    with first_process_first():
+        model = EmbeddingNet(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
+                             args.freeze_bn, 'none' if checkpoint else args.weights, args.image_size, args.max_pool)
     model = model.to(device, memory_format=torch.channels_last)
     criterion = LOSSES[args.base_loss](len(split['train']), model.feature_dim, args.proxy_update,
-                                       args.momentum or MOMENTUM, args.scale, args.margin, args.proxy_init).to(device)
+                                       args.momentum or MOMENTUM, args.scale, args.margin, args.proxy_init,
+                                       args.shard_proxies).to(device)
     groups = [{'params': list(model.parameters()), 'lr': args.lr}]
     if args.proxy_update != 'momentum':
         groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr})
@@ -456,17 +490,16 @@ def main() -> None:
 
     train_set = RetrievalDataset(root, split['train'], make_transform(
         True, args.image_size, interpolation=model.interpolation, min_crop=args.min_crop, flip=args.flip),
-        args.seed, split['class_names'])
+        args.seed, split['class_names'], cache=cache)
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda', persistent_workers=args.num_workers > 0)
     test_loaders = make_test_loaders(
         root, split, make_transform(False, args.image_size, args.resize_size, model.interpolation), args.batch_size,
-        args.num_workers, device)
+        args.num_workers, device, cache)
 
     first_epoch, rows = 1, []
     if checkpoint:
-        restore(checkpoint, files['checkpoint'], model=model, criterion=criterion, optimizer=optimizer,
-                schedule=schedule)
+        restore(checkpoint, files['checkpoint'], model, criterion, optimizer, schedule)
         first_epoch, rows = checkpoint['epoch'] + 1, checkpoint['rows']
     print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
           f'{len(train_set):,} images of {len(split["train"]):,} classes; {device}, '
@@ -474,11 +507,15 @@ def main() -> None:
 
     # ---- epochs: the first one writes all four files, which is when --overwrite takes place ----
     for epoch in range(first_epoch, args.num_epochs + 1):
-        model.freeze_trunk(epoch <= args.warm_up)
+        if epoch in (first_epoch, args.warm_up + 1):
+            network = None  # parts the old wrapper from the parameters
+            model.freeze_trunk(epoch <= args.warm_up)
+            network = distribute(model, device)
+        criterion.synchronise()
         train_set.set_epoch(epoch)
         sampler.set_epoch(epoch)
         rates = [group['lr'] for group in optimizer.param_groups]
-        trained = train_one_epoch(model, criterion, optimizer, loader, device, train_amp, args.clip_value,
+        trained = train_one_epoch(network, criterion, optimizer, loader, device, train_amp, args.clip_value,
                                   f'epoch {epoch}/{args.num_epochs}')
         schedule.step()
         data_base = make_data_base(model, test_loaders, device, test_amp)
@@ -494,19 +531,24 @@ def main() -> None:
                   'try a smaller --lr' + (', or a --momentum nearer 0.5' if args.proxy_update == 'momentum' else ''))
 
         # ---- save: what --resume reads comes last, so that a crash before it repeats the epoch ----
-        if all(row['dense_R@1'] > earlier['dense_R@1'] for earlier in rows):
-            made_by = {'args': portable_args(args), 'epoch': epoch}
-            save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
-            save({**data_base, 'train_proxies': nn.functional.normalize(criterion.proxies.detach(), dim=-1).cpu(),
-                  'train_class_names': train_set.class_names, **made_by}, files['data_base'])
+        best = all(row['dense_R@1'] > earlier['dense_R@1'] for earlier in rows)
         rows.append(row)
+        made_by = {'args': portable_args(args), 'epoch': epoch}
+        proxies, criterion_state = criterion.all_proxies(), criterion.full_state_dict()
+        optimizer_state = criterion.full_optimizer_state(optimizer)
+        if world_rank() > 0:
+            continue
+        if best:
+            save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
+            save({**data_base, 'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
+                  'train_class_names': train_set.class_names, **made_by}, files['data_base'])
         save_statistics(rows, portable_args(args), files['statistics'])
-        save({'model': model.state_dict(), 'criterion': criterion.state_dict(), 'optimizer': optimizer.state_dict(),
-              'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'epoch': epoch, 'rows': rows,
-              'args': portable_args(args), 'split': fingerprint(split), 'version': CHECKPOINT_VERSION},
-             files['checkpoint'])
-    draw_curves(pd.DataFrame(rows), files['curves'], args.run)
-    print_end(rows, args, files, test_loaders['test'].dataset.images[0])
+        save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
+              'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
+              'split': fingerprint(split), 'version': CHECKPOINT_VERSION, **made_by}, files['checkpoint'])
+    if world_rank() == 0:
+        draw_curves(pd.DataFrame(rows), files['curves'], args.run)
+        print_end(rows, args, files, test_loaders['test'].dataset.images[0])
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 This module imports no other module of the project.
 """
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -53,12 +54,21 @@ def run_script(main) -> None:
         if error.filename is None:
             raise
         sys.exit(_fail(f'{script}: error: cannot use {error.filename}: {error.strerror}; mend it or name another', 2))
+    except RuntimeError as error:
+        if int(os.environ.get('WORLD_SIZE', 1)) == 1 or not re.search('gloo|NCCL|[Cc]onnection', str(error)):
+            raise
+        sys.exit(_fail(f'{script}: stopped, since another process did', 1))
     except KeyboardInterrupt:
         sys.exit(_fail('stopped by the keyboard', 130))
+    finally:
+        stop_processes()
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    rank = int(os.environ.get('RANK', 0))
+    # What goes wrong before the processes know each other goes wrong in all of them: one says it.
+    if rank == 0 or world_size() > 1:
+        print(f'rank {rank}: {line}' if world_size() > 1 else line, file=sys.stderr, flush=True)
     return code
 
 
@@ -160,10 +170,76 @@ def bfloat16_is_fast(device) -> bool:
 
 
 # ---------------------------------------------------- distributed ----------------------------------------------------
-# In a world of one process each of these does nothing. With GPUs the process group needs a backend for the CPU beside
-# NCCL (`cpu:gloo,cuda:nccl`, what init_process_group takes by itself): sizes travel without waiting for the device.
+# In a world of one process each of these does nothing. With GPUs, Gloo stands beside NCCL for what lies on the CPU:
+# numbers of rows, so that no step waits for the device to know them, and the state of the random generator.
+def start_processes(device_name: str) -> str:
+    """Join the processes that torchrun started (RANK, WORLD_SIZE), if it did; only rank 0 prints from then on.
+
+    NCCL connects GPUs, Gloo CPUs.
+
+    Args:
+        device_name: of --device.
+
+    Returns:
+        the device of this process: with several GPUs the one that torchrun numbered for it.
+
+    Raises:
+        UserError: if a process has no GPU of its own.
+    """
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1:
+        return device_name
+    import torch
+    from torch import distributed
+
+    if device_name == 'auto':
+        device_name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device_name not in ('cuda', 'cpu'):
+        raise UserError(f'--device {device_name}: several processes run on --device cuda, a GPU each, or on cpu')
+    if device_name == 'cuda':
+        device_name = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(select_device(device_name))
+    distributed.init_process_group('gloo' if device_name == 'cpu' else 'cpu:gloo,cuda:nccl')
+    if world_rank() > 0:
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  until the process ends
+    return device_name
+
+
+def stop_processes() -> None:
+    """Part from the other processes; after an error without waiting for them."""
+    if world_size() > 1:
+        from torch import distributed
+
+        if sys.exc_info()[0] is None:
+            distributed.barrier()  # rank 0 has written its files
+            distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the first process go ahead, so that the others find what it downloads."""
+    if world_size() == 1:
+        yield
+        return
+    from torch import distributed
+
+    if world_rank() > 0:
+        distributed.barrier()
+    yield
+    if world_rank() == 0:
+        distributed.barrier()
+
+
+def progress(items, **words):
+    """Return a progress bar over items that vanishes at its end and is shown by the first process only."""
+    from tqdm import tqdm
+
+    return tqdm(items, leave=False, dynamic_ncols=True, **{'disable': world_rank() > 0, **words})
+
+
 def world_size() -> int:
     """Return the number of processes that train together, 1 without torch.distributed."""
+    if 'torch' not in sys.modules:  # a second that a script without torch need not spend
+        return 1
     from torch import distributed
 
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -6,6 +6,7 @@ import torch
 from pytorch_metric_learning import losses as reference
 from torch.nn import functional as F
 
+import model
 from model import LOSSES, PROXY_UPDATES
 from utils import UserError
 
@@ -92,9 +93,11 @@ def test_every_loss_has_a_slow_version():
     assert LOOPS.keys() == LOSSES.keys()
 
 
+@pytest.mark.parametrize('rows', [1, 2, C])
 @pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name', LOSSES)
-def test_value_and_gradients_equal_the_loops(name, seed):
+def test_value_and_gradients_equal_the_loops_in_blocks_of_any_size(name, seed, rows, monkeypatch):
+    monkeypatch.setitem(model.BLOCK_ELEMENTS, 'cpu', rows * N)
     embeddings, proxies = make_batch(seed)
     criterion = make_loss(name, proxies)
     loss = criterion(embeddings, LABELS)
@@ -114,6 +117,58 @@ def test_a_batch_of_one_class_equals_the_loops(name):
     proxies = proxies.requires_grad_()
     loss = LOOPS[name](loop_similarity(embeddings, proxies), labels.tolist())
     assert_same(ours, (loss, *torch.autograd.grad(loss, (embeddings, proxies))))
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_gradients_scale_with_the_one_from_above_and_can_be_taken_twice(name):
+    embeddings, proxies = make_batch(9)
+    criterion = make_loss(name, proxies)
+    loss = criterion(embeddings, LABELS)
+    once = torch.autograd.grad(loss, (embeddings, criterion.proxies), retain_graph=True)
+    thrice = torch.autograd.grad(-3 * loss, (embeddings, criterion.proxies))
+    for first, second in zip(once, thrice, strict=True):
+        torch.testing.assert_close(-3 * first, second, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_float32_keeps_the_digits_of_a_small_loss_beside_large_positives(name):
+    """Own similarities of 0.9 or more, others near 0: a sum of all less the positives would have no digit left."""
+    generator = torch.Generator().manual_seed(10)
+    proxies = torch.linalg.qr(torch.randn(33, 33, generator=generator, dtype=torch.float64))[0]
+    labels = torch.arange(22) % 11
+    noise = torch.randn(22, 33, generator=generator, dtype=torch.float64)
+    embeddings = F.normalize(proxies[labels] + 0.05 * noise, dim=-1)
+    precise = make_loss(name, proxies)(embeddings, labels)
+    embeddings = embeddings.float().requires_grad_()
+    criterion = make_loss(name, proxies.float())
+    loss = criterion(embeddings, labels)
+    torch.testing.assert_close(loss.double(), precise, rtol=1e-4, atol=0)
+    assert criterion.accuracy == 1
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_accuracy_is_the_share_whose_nearest_proxy_is_their_own(name):
+    embeddings, proxies = make_batch(11)
+    criterion = make_loss(name, proxies)
+    criterion(embeddings, LABELS)
+    nearest = (embeddings @ F.normalize(proxies, dim=-1).T).argmax(1)
+    assert criterion.accuracy == (nearest == LABELS).float().mean()
+    same = make_loss(name, torch.ones_like(proxies))
+    same(embeddings, LABELS)
+    assert same.accuracy == 0  # a tie is no hit: proxies that fell together tell nothing apart
+
+
+@pytest.mark.parametrize('label', [-1, C])
+@pytest.mark.parametrize('name', LOSSES)
+def test_a_label_without_proxy_does_not_pass_for_a_loss(name, label):
+    embeddings, proxies = make_batch(12)
+    labels = LABELS.clone()
+    labels[2] = label
+    try:
+        loss = make_loss(name, proxies)(embeddings, labels)
+    except (IndexError, RuntimeError):
+        return
+    assert not loss.isfinite()
 
 
 REFERENCES = {
@@ -150,8 +205,8 @@ def test_value_and_gradients_equal_pytorch_metric_learning(name):
 def test_arc_face_keeps_falling_past_pi():
     criterion = LOSSES['arc_face'](2, 2, scale=4.0)
     angles = torch.linspace(0.0, math.pi, 400, dtype=torch.float64)
-    similarity = torch.stack([angles.cos(), torch.zeros_like(angles)], 1)
-    losses = torch.stack([criterion.formula(row[None], torch.tensor([0])) for row in similarity])
+    across = torch.zeros(1, dtype=torch.float64)  # one other class, at a right angle
+    losses = torch.stack([criterion.formula(own[None], across, torch.tensor([0])) for own in angles.cos()])
     assert (losses[1:] > losses[:-1]).all()
 
 
@@ -191,10 +246,10 @@ def test_positive_rule_gives_proxies_the_mean_of_their_own_samples_terms(name):
     assert losses[0] == losses[1]
     gradients = [torch.autograd.grad(loss, embeddings, retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
-    # dL/ds from the formula alone, then by hand: mean over the class's samples of dL/ds_ic ds_ic/dp_c.
+    # dL/ds from the loops, then by hand: mean over the class's samples of dL/ds_ic ds_ic/dp_c.
     unit = F.normalize(proxies, dim=-1)
     similarity = (embeddings.detach() @ unit.T).requires_grad_()
-    slope, = torch.autograd.grad(plain.formula(similarity, LABELS), similarity)
+    slope, = torch.autograd.grad(LOOPS[name](similarity, LABELS.tolist()), similarity)
     expected = torch.zeros_like(proxies)
     for c in range(C):
         own = [i for i in range(N) if LABELS[i] == c]
@@ -262,3 +317,13 @@ def test_proxies_start_as_the_recipes_say():
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(50))
     kaiming = LOSSES['proxy_anchor'](50, 64, proxy_init='kaiming').proxies.detach()
     assert abs(kaiming.std().item() - math.sqrt(2 / 50)) < 0.02  # fan_out is the number of rows
+
+
+def test_a_shard_starts_with_the_rows_that_all_proxies_would_have(monkeypatch):
+    """Across the 65,536 rows that are drawn at a time."""
+    torch.manual_seed(0)
+    whole = LOSSES['proxy_anchor'](2**16 + 5, 3, proxy_init='kaiming').proxies
+    monkeypatch.setattr(model, 'shard', lambda count: range(2**16 - 2, 2**16 + 3))
+    torch.manual_seed(0)
+    part = LOSSES['proxy_anchor'](2**16 + 5, 3, proxy_init='kaiming', shard_proxies=True)
+    torch.testing.assert_close(part.proxies, whole[2**16 - 2:2**16 + 3], rtol=0, atol=0)

@@ -1,0 +1,79 @@
+"""Images per second and core: decoding each file (PIL) against the cache of uint8 pixels (train.py --cache_size).
+
+    python benchmarks/bench_data.py                                            # JPEG files made with a fixed seed
+    python benchmarks/bench_data.py --data_path /home/data --data_name cub     # your own, converted already
+
+One thread, no workers; both take turns over the same images, with the training transform (random crop of 224 px, flip)
+and with that of the test (short side 256, centre crop). `decode` is what the five systems' pages do. Memory is what the
+process holds of its own (RssAnon) after it has read everything from the cache: the map's pages belong to the system and
+are shared by all workers. Ends with one line of JSON.
+"""
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import finish, median, take_turns, write_photographs
+
+
+def own_memory() -> float:
+    """Return the anonymous resident memory of this process in MB."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon')) / 1e3
+
+
+def get_args():
+    from utils import Parser
+
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data_path', help='folder that holds the data sets [a temporary one]')
+    parser.add_argument('--data_name', default='photographs', help='data set [%(default)s]')
+    parser.add_argument('--num_images', type=int, default=512, help='images that are read in a turn [%(default)s]')
+    parser.add_argument('--image_size', type=int, default=224, help='side of the crop in pixels [%(default)s]')
+    parser.add_argument('--cache_size', type=int, default=256, help='short side in the cache in pixels [%(default)s]')
+    parser.add_argument('--repetitions', type=int, default=5, help='turns [%(default)s]')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    import torch
+
+    from cache import Cache
+    from data_utils import RetrievalDataset, make_transform, read_split
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        data_path = args.data_path or folder
+        if args.data_path is None:
+            write_photographs(Path(folder) / args.data_name, 2 * args.num_images, (500, 375))
+        subprocess.run([sys.executable, Path(__file__).parent.parent / 'data_utils.py', '--data_path', data_path,
+                        '--data_name', args.data_name, '--cache_size', str(args.cache_size)], check=True)
+        root, split = read_split(data_path, args.data_name)
+        cache = Cache(root, 'uncropped', args.cache_size, split)
+        result = {'benchmark': 'data', 'cache_MB': round(cache.total / 1e6, 1), 'img_s': {}, 'ratio': {}}
+        print(f'{"img/s on one core":<20}{"decode":>10}{"cache":>10}{"ratio":>8}')
+        before = own_memory()
+        for name, training in (('training', True), ('test', False)):
+            transform = make_transform(training, args.image_size, args.cache_size)
+            sets = {source: RetrievalDataset(root, split['train'], transform, cache=found)
+                    for source, found in (('decode', None), ('cache', cache))}
+            count = min(args.num_images, len(sets['decode']))
+            seconds = take_turns({source: lambda data=data, count=count: [data[index] for index in range(count)][:0]
+                                  for source, data in sets.items()}, args.repetitions)
+            speeds = {source: count / median(values) for source, values in seconds.items()}
+            ratio = median([a / b for a, b in zip(seconds['decode'], seconds['cache'], strict=True)])
+            print(f'{name:<20}{speeds["decode"]:>10.0f}{speeds["cache"]:>10.0f}{ratio:>8.2f}')
+            result['img_s'][name] = {source: round(speed, 1) for source, speed in speeds.items()}
+            result['ratio'][name] = round(ratio, 2)
+        own = sum(1 for image in map(cache.read, cache.places) if image.shape[0] == 3)
+        result['own_memory_MB'] = round(own_memory() - before, 1)
+        print(f'read {own:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '
+              f'{result["own_memory_MB"]} MB')
+    finish(result)
+
+
+if __name__ == '__main__':
+    from utils import run_script
+
+    run_script(main)

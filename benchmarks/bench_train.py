@@ -1,0 +1,160 @@
+"""Images per second of a training step, against the loop that the five systems' pages print.
+
+    python benchmarks/bench_train.py                      # ResNet50, GoogLeNet, BN-Inception at 224 px, batch 32
+    python benchmarks/bench_train.py --backbone_type timm:tf_efficientnet_lite0 --image_size 128
+
+`seeds` is their loop written out: float32, NCHW, PIL transforms to normalised float tensors in two workers, loss and
+accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp auto`, channels_last, uint8 images, and
+`amp on`, `amp off` the same with the other choice; `tensor` is ours fed from a tensor that is there already. They take
+turns, each with a loader of its own over the same JPEG files. Ends with one line of JSON.
+"""
+import tempfile
+from pathlib import Path
+
+from common import finish, median, take_turns, write_photographs
+
+BACKBONES = ('resnet50', 'googlenet', 'inception')
+NUM_CLASSES = 8
+
+
+def seeds_step(backbone: str, root, split, args, device):
+    """Return a function that trains an epoch as the five systems' pages do."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    from data_utils import load_image
+    from model import LOSSES, EmbeddingNet
+
+    network = EmbeddingNet(backbone, 512, weights='none', image_size=args.image_size)
+    scale, mean, std = network.value_range, network.mean.flatten().tolist(), network.std.flatten().tolist()
+
+    class Images(Dataset):
+        def __init__(self):
+            self.items = [(path, label) for label, paths in enumerate(split['train'].values()) for path in paths]
+            self.transform = transforms.Compose([
+                transforms.RandomResizedCrop(args.image_size), transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(), transforms.Lambda(lambda image: image * scale),
+                transforms.Normalize(mean, std)])
+
+        def __len__(self):
+            return len(self.items)
+
+        def __getitem__(self, index):
+            path, label = self.items[index]
+            return self.transform(load_image(root / path)), label
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.refactor = network.trunk, network.refactor
+
+        def forward(self, images):
+            features = self.trunk(images).amax((2, 3))
+            return F.normalize(self.refactor(F.layer_norm(features, features.shape[-1:])), dim=-1)
+
+    model = Net().to(device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    criterion = LOSSES['normalized_softmax'](NUM_CLASSES, 512).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
+    loader = DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers,
+                        persistent_workers=args.num_workers > 0)
+
+    def step():
+        total, correct = 0.0, 0
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            embeddings = model(images)
+            loss = criterion(embeddings, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(labels)
+            correct += (embeddings @ criterion.proxies.T).argmax(1).eq(labels).sum().item()
+
+    return step
+
+
+def our_step(backbone: str, root, split, args, device, amp: str, from_tensor: bool = False):
+    """Return a function that trains an epoch as train.py does, and whether it computes in bfloat16."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from data_utils import BatchSampler, RetrievalDataset, make_transform
+    from evaluate import use_amp
+    from model import LOSSES, EmbeddingNet
+    from train import train_one_epoch
+
+    model = EmbeddingNet(backbone, 512, weights='none', image_size=args.image_size)
+    model = model.to(device, memory_format=torch.channels_last)
+    criterion = LOSSES['normalized_softmax'](NUM_CLASSES, 512).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
+    data = RetrievalDataset(root, split['train'], make_transform(True, args.image_size))
+    loader = DataLoader(data, batch_sampler=BatchSampler(data.labels, args.batch_size, drop_last=True),
+                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
+                        pin_memory=device.type == 'cuda')
+    if from_tensor:
+        images, labels = next(iter(loader))
+        loader = [(images.to(device), labels.to(device))] * len(loader)
+    bfloat16 = use_amp(amp, device, model, training=True)
+    return lambda: train_one_epoch(model, criterion, optimizer, loader, device, bfloat16, 0.0, ''), bfloat16
+
+
+def get_args():
+    from utils import Parser
+
+    parser = Parser(description=__doc__)
+    parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='trunks [%(default)s]')
+    parser.add_argument('--image_size', type=int, default=224, help='side of the crop in pixels [%(default)s]')
+    parser.add_argument('--batch_size', type=int, default=32, help='[%(default)s]')
+    parser.add_argument('--num_steps', type=int, default=4, help='steps in a turn [%(default)s]')
+    parser.add_argument('--num_workers', type=int, default=2, help='of each loader [%(default)s]')
+    parser.add_argument('--repetitions', type=int, default=3, help='turns [%(default)s]')
+    parser.add_argument('--device', default='auto', help='[%(default)s]')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    import subprocess
+    import sys
+
+    from data_utils import read_split
+    from utils import select_device
+
+    device = select_device(args.device)
+    result = {'benchmark': 'train', 'batch_size': args.batch_size, 'image_size': args.image_size,
+              'device': str(device), 'img_s': {}, 'ours_to_seeds': {}, 'ours_to_tensor': {}, 'auto': {}}
+    names = ('seeds', 'ours', 'amp on', 'amp off', 'tensor')
+    print(f'{"img/s":<32}' + ''.join(f'{name:>10}' for name in names) + f'{"ours/seeds":>12}{"auto":>10}')
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder) / 'photographs', 2 * args.batch_size * args.num_steps, (500, 375), NUM_CLASSES)
+        subprocess.run([sys.executable, Path(__file__).parent.parent / 'data_utils.py', '--data_path', folder,
+                        '--data_name', 'photographs'], check=True, capture_output=True)
+        root, split = read_split(folder, 'photographs')
+        for backbone in args.backbone_type:
+            steps = {'seeds': seeds_step(backbone, root, split, args, device)}
+            for name, amp in (('ours', 'auto'), ('amp on', 'on'), ('amp off', 'off')):
+                steps[name], bfloat16 = our_step(backbone, root, split, args, device, amp)
+                if name == 'ours':
+                    result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
+            steps['tensor'], _ = our_step(backbone, root, split, args, device, 'auto', from_tensor=True)
+            seconds = take_turns(steps, args.repetitions)
+            images = args.batch_size * args.num_steps
+            result['img_s'][backbone] = {name: round(images / median(values), 1) for name, values in seconds.items()}
+            for key, other, ours in (('ours_to_seeds', 'seeds', 'ours'), ('ours_to_tensor', 'tensor', 'ours')):
+                result[key][backbone] = round(median(
+                    [a / b for a, b in zip(seconds[other], seconds[ours], strict=True)]), 2)
+            print(f'{backbone:<32}' + ''.join(f'{result["img_s"][backbone][name]:>10.1f}' for name in names)
+                  + f'{result["ours_to_seeds"][backbone]:>12.2f}{result["auto"][backbone]:>10}', flush=True)
+    finish(result)
+
+
+if __name__ == '__main__':
+    from utils import run_script
+
+    run_script(main)

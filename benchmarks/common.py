@@ -1,0 +1,67 @@
+"""What the benchmarks share: the machine, photographs made with a fixed seed, turns, the last line."""
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script finds modules beside itself only
+
+
+def machine() -> dict:
+    """Return processor, threads and versions, as every result needs them beside it."""
+    import torch
+    import torchvision
+
+    names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
+             if line.startswith('model name')] if Path('/proc/cpuinfo').is_file() else []
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {'cpu': names[0] if names else platform.processor(), 'cores': os.cpu_count(),
+            'threads': torch.get_num_threads(), 'gpu': gpu, 'python': platform.python_version(),
+            'torch': torch.__version__, 'torchvision': torchvision.__version__}
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int], classes: int = 8) -> None:
+    """Write JPEG files with the blur and the noise of photographs under train/CLASS and test/CLASS, half each.
+
+    Args:
+        folder: of a data set of one's own, for data_utils.py.
+        count: files.
+        size: width and height in pixels.
+        classes: in each half.
+    """
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        coarse = coarse.resize(size, Image.Resampling.BICUBIC)
+        pixels = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (size[1], size[0], 3))
+        subset = 'train' if index % 2 else 'test'
+        file = folder / subset / f'{subset}_{index // 2 % classes}' / f'{index:05d}.jpg'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, quality=90)
+
+
+def take_turns(steps: dict, repetitions: int) -> dict[str, list[float]]:
+    """Call each step in turn, `repetitions` times after one that is not counted; returns the seconds of each call."""
+    seconds = {name: [] for name in steps}
+    for repetition in range(repetitions + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values) -> float:
+    return statistics.median(values)
+
+
+def finish(result: dict) -> None:
+    """Print the last line: one line of JSON with the machine beside the numbers."""
+    print(json.dumps({**result, 'machine': machine()}))

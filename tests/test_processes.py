@@ -1,0 +1,126 @@
+"""Several processes equal one: steps of the training, whole runs and evaluations under torchrun."""
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ENVIRONMENT, REPOSITORY, type_command
+from raw_trees import make_car
+from torch import distributed, multiprocessing
+
+from model import LOSSES, EmbeddingNet
+from train import distribute, train_one_epoch
+from utils import shard
+
+TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
+        '--recalls', '1,2', '--amp', 'off')
+
+
+def torchrun(count, *words, timeout=200):
+    """Run a script in several processes as a user would."""
+    engine = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(count)]
+    return subprocess.run([*engine, *map(str, words)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True,
+                          text=True, timeout=timeout, check=False)
+
+
+# ---------------------------------------------------- steps ---------------------------------------------------------
+def train_small(rank: int, size: int, folder, shard_proxies: bool) -> None:
+    """Train a ResNet18 in float64 for three epochs, the first one frozen, and save what came out."""
+    torch.set_num_threads(1)
+    if size > 1:
+        distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
+    torch.manual_seed(0)
+    model = EmbeddingNet('resnet18', 5, weights='none').double()
+    criterion = LOSSES['proxy_anchor'](6, 5, shard_proxies=shard_proxies and size > 1).double()
+    optimizer = torch.optim.AdamW([{'params': list(model.parameters())},
+                                   {'params': list(criterion.parameters()), 'lr': 1e-2}], lr=1e-3, weight_decay=1e-2)
+    images = torch.randint(0, 256, (14, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(0, 6, (14,))
+    batches = []
+    for rows in (range(0, 7), range(7, 14)):  # 7 images do not divide by 2
+        own = [rows[place] for place in shard(len(rows))]
+        batches.append((images[own], labels[own]))
+    statistics, network = [], None
+    for epoch in (1, 2, 3):
+        if epoch < 3:
+            network = None
+            model.freeze_trunk(epoch == 1)
+            network = distribute(model, torch.device('cpu'))
+        trained = train_one_epoch(network, criterion, optimizer, batches, torch.device('cpu'), False, 0.5, '')
+        statistics.append([trained['loss'], trained['accuracy']])
+    proxies = criterion.all_proxies()
+    if rank == 0:
+        torch.save({'model': model.state_dict(), 'proxies': proxies, 'statistics': torch.tensor(statistics)},
+                   folder / f'{size}.pth')
+    if size > 1:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('shard_proxies', [False, True])
+def test_two_processes_train_as_one_through_the_end_of_the_warm_up(tmp_path, shard_proxies):
+    train_small(0, 1, tmp_path, shard_proxies)
+    multiprocessing.spawn(train_small, (2, tmp_path, shard_proxies), nprocs=2)
+    one, two = (torch.load(tmp_path / f'{size}.pth', weights_only=True) for size in (1, 2))
+    for name, value in one['model'].items():
+        torch.testing.assert_close(two['model'][name], value, rtol=1e-10, atol=1e-10, msg=name)
+    torch.testing.assert_close(two['proxies'], one['proxies'], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(two['statistics'], one['statistics'], rtol=1e-6, atol=1e-6)  # the meter is float32
+
+
+# ---------------------------------------------------- scripts -------------------------------------------------------
+@pytest.fixture(scope='module')
+def runs(raw_sets, tmp_path_factory):
+    """The same training in one process and in two, and what the two printed."""
+    folder = tmp_path_factory.mktemp('processes')
+    words = ('train.py', *TINY, '--data_path', raw_sets, '--batch_size', 5, '--num_epochs', 2, '--warm_up', 1)
+    one = type_command(*words, '--results_dir', folder / '1')
+    two = torchrun(2, *words, '--results_dir', folder / '2')
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    return folder, two.stdout
+
+
+NAME = 'car_resnet18_balanced_proxy_16'
+
+
+def test_torchrun_gives_the_run_of_one_process_to_rounding(runs):
+    one, two = (pd.read_csv(runs[0] / size / f'{NAME}_statistics.csv').drop(columns='img_s') for size in '12')
+    pd.testing.assert_frame_equal(two, one, rtol=1e-3, atol=1e-3)
+    features = [torch.load(runs[0] / size / f'{NAME}_data_base.pth', weights_only=True)['test_features']
+                for size in '12']
+    torch.testing.assert_close(*features, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_first_process_prints(runs):
+    assert runs[1].count('epoch 1/2: loss') == 1
+    assert runs[1].count('next:') == 1
+
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_evaluation_does_not_depend_on_the_number_of_processes(runs, raw_sets, count):
+    words = ('evaluate.py', '--resume', runs[0] / '1' / f'{NAME}_model.pth', '--data_path', raw_sets, '--batch_size', 5,
+             '--num_workers', 0, '--json')
+    one, several = type_command(*words), torchrun(count, *words)
+    assert several.returncode == 0, several.stderr
+    assert json.loads(several.stdout) == json.loads(one.stdout)
+
+
+def test_a_process_that_fails_takes_the_others_down_with_its_message(tmp_path):
+    root = make_car(tmp_path)
+    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
+    (root / 'uncropped/000003.jpg').write_bytes(b'no image')
+    result = torchrun(2, 'train.py', *TINY, '--data_path', tmp_path, '--batch_size', 6, '--num_epochs', 1,
+                      '--results_dir', tmp_path)
+    assert result.returncode != 0
+    assert '000003.jpg is missing or broken' in result.stderr
+
+
+def test_flags_that_need_several_processes_say_so(raw_sets, tmp_path):
+    result = type_command('train.py', *TINY, '--shard_proxies', '--data_path', raw_sets, '--results_dir', tmp_path)
+    assert result.returncode == 2
+    assert '--shard_proxies has no effect in one process' in result.stderr
+    result = torchrun(2, 'train.py', *TINY, '--batch_size', 1, '--data_path', raw_sets, '--results_dir', tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count('error: --batch_size 1') == 2  # each process has seen it
