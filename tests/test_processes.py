@@ -118,7 +118,8 @@ def test_a_process_that_fails_takes_the_others_down_with_its_message(tmp_path):
 
 
 def test_flags_that_need_several_processes_say_so(raw_sets, tmp_path):
-    result = type_command('train.py', *TINY, '--shard_proxies', '--data_path', raw_sets, '--results_dir', tmp_path)
+    result = type_command('train.py', *TINY, '--shard_proxies', '--batch_size', 4, '--data_path', raw_sets,
+                          '--results_dir', tmp_path)
     assert result.returncode == 2
     assert '--shard_proxies has no effect in one process' in result.stderr
     result = torchrun(2, 'train.py', *TINY, '--batch_size', 1, '--data_path', raw_sets, '--results_dir', tmp_path)
