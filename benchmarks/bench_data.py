@@ -53,7 +53,6 @@ def main() -> None:
         cache = Cache(root, 'uncropped', args.cache_size, split)
         result = {'benchmark': 'data', 'cache_MB': round(cache.total / 1e6, 1), 'img_s': {}, 'ratio': {}}
         print(f'{"img/s on one core":<20}{"decode":>10}{"cache":>10}{"ratio":>8}')
-        before = own_memory()
         for name, training in (('training', True), ('test', False)):
             transform = make_transform(training, args.image_size, args.cache_size)
             sets = {source: RetrievalDataset(root, split['train'], transform, cache=found)
@@ -66,9 +65,10 @@ def main() -> None:
             print(f'{name:<20}{speeds["decode"]:>10.0f}{speeds["cache"]:>10.0f}{ratio:>8.2f}')
             result['img_s'][name] = {source: round(speed, 1) for source, speed in speeds.items()}
             result['ratio'][name] = round(ratio, 2)
-        own = sum(1 for image in map(cache.read, cache.places) if image.shape[0] == 3)
+        before = own_memory()
+        count = sum(1 for image in map(cache.read, cache.places) if image.shape[0] == 3)
         result['own_memory_MB'] = round(own_memory() - before, 1)
-        print(f'read {own:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '
+        print(f'read {count:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '
               f'{result["own_memory_MB"]} MB')
     finish(result)
 
