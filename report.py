@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from data_utils import find_root, load_tile
-from evaluate import (COUNTS, choose_queries, find_data_base, load_data_base, measure, nearest_images, rank_queries,
-                      searched_subset, similarity_to)
+from evaluate import find_data_base, load_data_base, measure
+from metrics import COUNTS, choose_queries, nearest_images, rank_queries, searched_subset, similarity_to
 from plot import draw_curves, read_statistics
 from utils import Parser, UserError, make_folder, run_script, write_atomically
 

@@ -20,8 +20,8 @@ import torch
 from PIL import ImageOps
 
 from data_utils import BrokenImage, find_root, load_image, load_tile, make_transform
-from evaluate import (choose_queries, find_data_base, load_data_base, load_model, nearest_images, rank_queries,
-                      searched_subset, use_amp)
+from evaluate import find_data_base, load_data_base, load_model, use_amp
+from metrics import choose_queries, nearest_images, rank_queries, searched_subset
 from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_figure,
                    save_json, select_device)
 

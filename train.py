@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader
 
 from cache import Cache
 from data_utils import BatchSampler, RetrievalDataset, count_images, make_transform, read_split, resize_for
-from evaluate import COUNTS, make_data_base, make_test_loaders, measure, use_amp
+from evaluate import make_data_base, make_test_loaders, measure, use_amp
+from metrics import COUNTS
 from model import (BACKBONES, COMBINED_LOSSES, LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, EmbeddingNet,
                    canonical_backbone)
 from plot import draw_curves

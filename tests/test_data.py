@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import data_utils
 from data_utils import BatchSampler, RetrievalDataset, check_counts, load_image, make_transform, read_split
-from evaluate import retrieval_metrics
+from metrics import retrieval_metrics
 from utils import UserError
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import evaluate
-from evaluate import hamming_distance, pack_codes, retrieval_metrics
+import metrics as module
+from metrics import Hamming, pack_codes, retrieval_metrics, unpack_codes
 from utils import UserError
 
 
@@ -77,11 +77,19 @@ def test_binary_metrics_equal_brute_force_on_signs(gallery):
     assert_equal(ours, expected)
 
 
-@pytest.mark.parametrize('d', [1, 7, 64, 65, 200])
-def test_hamming_distance_counts_different_signs(d):
+@pytest.mark.parametrize('d', [1, 7, 64, 65, 2047, 2048])
+@pytest.mark.parametrize('queries', [4, 5])
+def test_packed_codes_count_different_signs(d, queries):
     features = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
-    expected = ((features[:4, None] >= 0) != (features[None] >= 0)).sum(-1).numpy()
-    assert (hamming_distance(pack_codes(features[:4]), pack_codes(features)) == expected).all()
+    features[0, 0] = 0.0  # a zero counts as +1
+    features[1], features[2] = features[0], -features[0]
+    features[2, 0] = -1.0
+    assert pack_codes(features).numel() == 9 * -(-d // 8)
+    assert torch.equal(unpack_codes(pack_codes(features), d), torch.where(features >= 0, 1.0, -1.0))
+    different = ((features[:queries, None] >= 0) != (features[None] >= 0)).sum(-1)
+    compare = Hamming(features[:queries], features)
+    assert torch.equal(compare.tile(slice(0, queries), slice(0, 9)), d - 2.0 * different)
+    assert torch.equal(compare.exact(torch.arange(queries), torch.arange(9)), d - 2.0 * different.double())
 
 
 def test_a_query_is_excluded_by_its_index_and_not_by_its_value():
@@ -114,7 +122,7 @@ def test_order_of_the_gallery_does_not_matter_with_duplicates():
 def test_blocks_do_not_change_the_result(monkeypatch):
     features, labels = random_features(101, 8, 6, 4)
     whole = retrieval_metrics(features, labels)
-    monkeypatch.setattr(evaluate, 'BLOCK_ELEMENTS', 700)  # blocks of 6 queries
+    monkeypatch.setitem(module.TILE, 'cpu', 17)
     assert retrieval_metrics(features, labels) == whole
 
 

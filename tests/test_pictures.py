@@ -12,7 +12,8 @@ from PIL import Image
 
 import plot
 import toy
-from evaluate import load_model, retrieval_metrics
+from evaluate import load_model
+from metrics import retrieval_metrics
 from utils import UserError, save_statistics
 
 

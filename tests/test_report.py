@@ -14,7 +14,7 @@ from PIL import Image
 from raw_trees import write_image
 
 import report
-from evaluate import choose_queries, nearest_images, rank_queries, retrieval_metrics, similarity_to
+from metrics import choose_queries, nearest_images, rank_queries, retrieval_metrics, similarity_to
 from utils import UserError, save, save_statistics
 
 NAMES = ['Ara & Co', '<script>alert(1)</script>', 'costs $5 or $6', 'Zebrafink', "O'Hara \"quoted\""]
