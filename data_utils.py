@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from recipes import resize_for
 from utils import (DATA_NAMES, Parser, UserError, canonical_data_name, load, make_folder, nearest, run_script, save,
                    save_json)
 
@@ -772,11 +773,6 @@ class RetrievalDataset:
 def mix(*numbers: int) -> int:
     """Hash whole numbers of at least 0 into one seed of 63 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def resize_for(image_size: int) -> int:
-    """Return the side to which test images are resized before the centre crop: 224 -> 256, 256 -> 292."""
-    return image_size * 256 // 224
 
 
 def make_transform(training: bool, image_size: int, resize_size: int | None = None, interpolation: str = 'bilinear',

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data_utils import RetrievalDataset, make_transform, read_split, resize_for
+from data_utils import RetrievalDataset, make_transform, read_split
 from metrics import COUNTS, retrieval_metrics
-from model import POOLINGS, EmbeddingNet, canonical_backbone
+from model import EmbeddingNet
+from recipes import POOLINGS, canonical_backbone, resize_for
 from utils import (Parser, UserError, bfloat16_is_fast, canonical_data_name, gather_rows, gpu_id, int_list, load,
                    nearest, progress, run_script, select_device, shard, start_processes)
 

@@ -18,13 +18,11 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from recipes import LOSS_SETTINGS, MOMENTUM, POOLINGS, PROXY_UPDATES, canonical_backbone
 from utils import (UserError, broadcast, check_choice, check_same, gather_rows, load, shard, sum_over_processes,
                    world_size)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-POOLINGS = ('max', 'avg', 'avg_max', 'cls')
-MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
-PROXY_UPDATES = ('gradient', 'positive', 'momentum')
 BN_INCEPTION_URL = 'http://data.lip6.fr/cadene/pretrainedmodels/bn_inception-52deb4733.pth'
 
 
@@ -201,12 +199,6 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
 BACKBONES = {
     'resnet50': resnet, 'inception': bn_inception, 'googlenet': googlenet, 'resnet18': resnet, 'resnet101': resnet,
 }
-
-
-def canonical_backbone(name: str) -> str:
-    """Return the name of a trunk (`bn_inception` -> `inception`), or raise a UserError that lists them."""
-    name = 'inception' if name == 'bn_inception' else name
-    return name if name.startswith('timm:') else check_choice('--backbone_type', name, [*BACKBONES, 'timm:MODEL'])
 
 
 # ---------------------------------------------------- embedding network ----------------------------------------------
@@ -597,8 +589,8 @@ class ProxyAnchor(ProxyLoss):
 
     Source: Kim et al., CVPR 2020, arXiv 2003.13911, eq. 4.
     """
-
-    scale, margin, negatives = 32.0, 0.1, 'of_class'
+    scale, margin = LOSS_SETTINGS['proxy_anchor']
+    negatives = 'of_class'
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         positive = self.logsumexp_by_class(-self.scale * (own - self.margin), labels)  # (C,)
@@ -616,8 +608,9 @@ class BalancedProxy(ProxyLoss):
 
     Source: Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters.
     """
+    scale, margin = LOSS_SETTINGS['balanced_proxy']
 
-    scale, margin, negatives = 32.0, 0.1, 'of_class'
+    negatives = 'of_class'
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         count = self.count(labels).to(own.dtype)  # (C,) positives of each class
@@ -628,8 +621,8 @@ class BalancedProxy(ProxyLoss):
 
 class NormalizedSoftmax(ProxyLoss):
     """Normalized softmax: the cross entropy of alpha s. Source: Zhai & Wu, BMVC 2019, arXiv 1811.12649."""
+    scale, margin = LOSS_SETTINGS['normalized_softmax']
 
-    scale = 32.0
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self.scale * own, negative)
@@ -642,8 +635,8 @@ class ProxyNCA(ProxyLoss):
 
     Source: Movshovitz-Attias et al., ICCV 2017, arXiv 1703.07464; Teh et al., ECCV 2020, arXiv 2004.01113, eq. 5.
     """
+    scale, margin = LOSS_SETTINGS['proxy_nca']
 
-    scale = 9.0  # ProxyNCA++: temperature 1/9
     slope = 2.0
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -655,8 +648,8 @@ class CosFace(ProxyLoss):
 
     Source: Wang et al., CVPR 2018, arXiv 1801.09414, eq. 4.
     """
+    scale, margin = LOSS_SETTINGS['cos_face']
 
-    scale, margin = 64.0, 0.35
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self.scale * (own - self.margin), negative)
@@ -670,8 +663,8 @@ class ArcFace(ProxyLoss):
 
     Source: Deng et al., CVPR 2019, arXiv 1801.07698, eq. 3.
     """
+    scale, margin = LOSS_SETTINGS['arc_face']
 
-    scale, margin = 64.0, 0.5  # 28.6 degrees
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         square = 1 - own.square()  # rounding can take it to 0 and below, where sqrt has no finite gradient
@@ -685,9 +678,4 @@ class ArcFace(ProxyLoss):
 LOSSES = {
     'balanced_proxy': BalancedProxy, 'proxy_anchor': ProxyAnchor, 'normalized_softmax': NormalizedSoftmax,
     'proxy_nca': ProxyNCA, 'cos_face': CosFace, 'arc_face': ArcFace,
-}
-# Two names are a loss together with a way in which the proxies move.
-COMBINED_LOSSES = {
-    'asymptotic_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'momentum', 'temperature': 0.03},
-    'positive_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'positive'},
 }

@@ -6,7 +6,30 @@ system's own page prints it; what that changes for a data set or a trunk stands 
     proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
     lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
     optimizer_type  a star (adam*) means: this optimizer, and the proxies move by momentum (Momentum Proxy's spelling)
+
+The names of losses, trunks and so on stand here too, so that a command line can be read before torch is imported.
 """
+from utils import check_choice
+
+LOSS_SETTINGS = {  # scale (alpha) and margin (delta) of each loss; None: its formula has no margin
+    'proxy_anchor': (32.0, 0.1),
+    'balanced_proxy': (32.0, 0.1),
+    'normalized_softmax': (32.0, None),
+    'proxy_nca': (9.0, None),  # ProxyNCA++: temperature 1/9
+    'cos_face': (64.0, 0.35),
+    'arc_face': (64.0, 0.5),  # 28.6 degrees
+}
+# Two names are a loss together with a way in which the proxies move.
+COMBINED_LOSSES = {
+    'asymptotic_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'momentum', 'temperature': 0.03},
+    'positive_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'positive'},
+}
+PROXY_UPDATES = ('gradient', 'positive', 'momentum')
+MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
+TRUNKS = ('resnet50', 'inception', 'googlenet', 'resnet18', 'resnet101')
+POOLINGS = ('max', 'avg', 'avg_max', 'cls')
+OPTIMIZERS = ('adamw', 'adam', 'sgd')
+SCHEDULES = ('step', 'multistep', 'cosine', 'constant')
 
 # What the five systems share; each recipe below says only where it differs.
 COMMON = {
@@ -83,13 +106,24 @@ RECIPES = {
 }
 
 
+def canonical_backbone(name: str) -> str:
+    """Return the name of a trunk (`bn_inception` -> `inception`), or raise a UserError that lists them."""
+    name = 'inception' if name == 'bn_inception' else name
+    return name if name.startswith('timm:') else check_choice('--backbone_type', name, [*TRUNKS, 'timm:MODEL'])
+
+
+def resize_for(image_size: int) -> int:
+    """Return the side to which test images are resized before the centre crop: 224 -> 256, 256 -> 292."""
+    return image_size * 256 // 224
+
+
 def recipe_settings(name: str, data_name: str, backbone_type: str) -> dict:
     """Return the flat hyper-parameters of a recipe for one data set and one trunk.
 
     Args:
         name: a key of RECIPES.
         data_name: `car`, `cub`, `sop`, `isc`, or any other data set (then no override of a data set applies).
-        backbone_type: a name of `model.BACKBONES` or `timm:...`.
+        backbone_type: a name of TRUNKS or `timm:...`.
 
     Raises:
         KeyError: if there is no recipe of that name.

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from data_utils import BatchSampler, RetrievalDataset, draw_glyph, drawable_characters, make_transform
 from evaluate import extract_embeddings, make_loader, use_amp
 from metrics import retrieval_metrics
-from model import COMBINED_LOSSES, LOSSES, MOMENTUM, EmbeddingNet
+from model import LOSSES, EmbeddingNet
+from recipes import COMBINED_LOSSES, MOMENTUM
 from train import train_one_epoch
 from utils import (COLOURS, GREY, Parser, UserError, check_choice, make_folder, plot_style, run_name, run_script, save,
                    save_figure, save_statistics, select_device, write_atomically)

@@ -8,7 +8,8 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from model import LOSSES, PROXY_UPDATES
+from model import LOSSES
+from recipes import PROXY_UPDATES
 from utils import UserError, check_same, gather_rows, shard, world_rank, world_size
 
 C, D, IMAGE = 5, 4, 6

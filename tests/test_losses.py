@@ -7,7 +7,8 @@ from pytorch_metric_learning import losses as reference
 from torch.nn import functional as F
 
 import model
-from model import LOSSES, PROXY_UPDATES
+from model import LOSSES
+from recipes import PROXY_UPDATES
 from utils import UserError
 
 N, C, D = 7, 5, 4

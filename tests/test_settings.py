@@ -1,8 +1,15 @@
 """Recipes, second names, contradictions and flags without effect: what a command line means."""
-import pytest
+import subprocess
+import sys
 
+import pytest
+from conftest import REPOSITORY
+
+import model
+import recipes
+import train
 from recipes import RECIPES
-from train import get_args
+from settings import get_args
 from utils import UserError
 
 
@@ -165,3 +172,19 @@ def test_bad_settings_name_flag_value_and_remedy(words, parts):
     (('--backbone_type', 'timm:vit_small_patch16_224.dino'), 'car_timm-vit_small_patch16_224.dino_balanced_proxy_512')])
 def test_run_names_hold_loss_rule_seed_and_remark(words, name):
     assert settle(*words)['run'] == name
+
+
+def test_the_help_comes_without_waiting_for_torch():
+    result = subprocess.run([sys.executable, '-X', 'importtime', REPOSITORY / 'train.py', '--help'], check=True,
+                            capture_output=True, text=True)
+    imported = {line.rsplit('|', 1)[1].strip() for line in result.stderr.splitlines() if line.startswith('import time')}
+    assert 'argparse' in imported
+    assert not imported & {'torch', 'numpy', 'pandas', 'PIL', 'matplotlib'}
+    assert 'train.py --recipe asymptotic_proxy --feature_dim 1024' in result.stdout
+
+
+def test_the_names_on_the_command_line_are_those_of_the_code():
+    assert set(recipes.LOSS_SETTINGS) == set(model.LOSSES)
+    assert set(recipes.TRUNKS) == set(model.BACKBONES)
+    assert set(recipes.OPTIMIZERS) == set(train.OPTIMIZERS)
+    assert set(recipes.SCHEDULES) == set(train.SCHEDULES)
