@@ -28,7 +28,7 @@ sweep: .venv/demo
 			--backbone_type timm:resnet10t --weights none --freeze_bn 0 --feature_dim 64 \
 			--image_size 32 --resize_size 32 --min_crop 0.8 --flip 0 --batch_size 25 --num_epochs 5 --lr 1e-3 \
 			--lr_schedule cosine --recalls 1,2,4 --num_workers 0 \
-			--momentum $$momentum --seed $$seed --results_dir results/sweep --overwrite; \
+			--momentum $$momentum --seed $$seed --on_collapse warn --results_dir results/sweep --overwrite; \
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 

@@ -9,6 +9,7 @@ image lies and which file it was made from. The map is shared by all processes t
 in memory what is in use, and gives it up when others need it.
 """
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def build_cache(data_path: Path, data_name: str, crop_type: str, size: int) -> t
     except UserError:
         index_file.unlink(missing_ok=True)  # without its index a cache is not used
 
-    index = {'images': images, 'shapes': [], 'stamps': [stamp_of(root / path) for path in images], 'size': size}
+    index = {'images': images, 'shapes': [], 'checksums': [], 'stamps': [stamp_of(root / path) for path in images],
+             'size': size}
 
     def decode(path: str) -> np.ndarray:
         try:
@@ -70,6 +72,7 @@ def build_cache(data_path: Path, data_name: str, crop_type: str, size: int) -> t
             for start in range(0, len(images), CHUNK):
                 for pixels in pool.map(decode, images[start:start + CHUNK]):
                     file.write(pixels.tobytes())
+                    index['checksums'].append(zlib.crc32(pixels.tobytes()))
                     index['shapes'].append(list(pixels.shape[:2]))
                     bar.update()
 
@@ -96,10 +99,12 @@ class Cache:
         remedy = f'build it with data_utils.py --data_name {root.name} --cache_size {size}'
         if not index_file.is_file() or not self.file.is_file():
             raise UserError(f'--cache_size {size}: there is no cache {self.file}; {remedy}')
-        index = load(index_file, 'cache index', ('images', 'shapes', 'stamps', 'size'))
+        index = load(index_file, 'cache index', ('images', 'shapes', 'checksums', 'stamps', 'size'))
         try:
             shapes = np.array(index['shapes'], dtype=np.int64).reshape(len(index['images']), 2)
             stamps = dict(zip(index['images'], index['stamps'], strict=True))
+            if len(index['checksums']) != len(shapes):
+                raise ValueError
         except (ValueError, TypeError):
             raise UserError(f'--cache_size {size}: {index_file} is damaged; {remedy}') from None
         ends = np.cumsum(3 * shapes.prod(1))
@@ -111,9 +116,11 @@ class Cache:
         if stale:
             raise UserError(f'--cache_size {size}: {self.file} is stale: {len(stale):,} images are new or have changed '
                             f'since, the first: {stale[0]}; {remedy}')
-        self.places = {path: (int(end - 3 * height * width), int(height), int(width)) for path, end, (height, width)
-                       in zip(index['images'], ends, shapes, strict=True)}
-        self.pixels = None
+        self.places = {path: (int(end - 3 * height * width), int(height), int(width), checksum)
+                       for path, end, (height, width), checksum
+                       in zip(index['images'], ends, shapes, index['checksums'], strict=True)}
+        self.pixels, self.remedy = None, remedy
+        self.checked = set()  # paths whose pixels this process has compared with their checksum
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, 'pixels': None}  # a worker opens the map itself instead of getting a copy
@@ -124,6 +131,10 @@ class Cache:
 
         if self.pixels is None:
             self.pixels = np.memmap(self.file, np.uint8, 'r')
-        start, height, width = self.places[path]
-        pixels = self.pixels[start:start + 3 * height * width].reshape(height, width, 3)
-        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        start, height, width, checksum = self.places[path]
+        pixels = np.array(self.pixels[start:start + 3 * height * width]).reshape(height, width, 3)
+        if path not in self.checked:
+            if zlib.crc32(pixels) != checksum:
+                raise UserError(f'{self.file} is damaged where it holds {path}; delete it, then {self.remedy}')
+            self.checked.add(path)
+        return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -22,6 +22,7 @@ import shlex
 import shutil
 import textwrap
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,7 @@ COUNTS = {
 }
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
 SUBSETS = ('train', 'test', 'query', 'gallery')
+MOST_WORKERS = 1024  # processes that decode images
 FAILURES_SHOWN = 20
 
 
@@ -355,6 +357,25 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
 
 
 # ---------------------------------------------------- conversion ----------------------------------------------------
+# From here on a file of more pixels than Pillow's limit is an error: a small file can unpack to fill the memory.
+warnings.simplefilter('error', Image.DecompressionBombWarning)
+
+
+def check_paths(file: Path, paths) -> None:
+    """Raise a UserError that names the first path in a file which leaves the data set's folder."""
+    for path in paths:
+        if path.startswith('/') or '\\' in path or '\0' in path or '..' in path.split('/'):
+            raise UserError(f'{file}: the image {path!r} does not lie in the data set\'s folder; the file is not to be '
+                            'trusted')
+
+
+def image_file(root: Path, image: str) -> Path:
+    """Return the file of an image of a data base; raises UserError where a symbolic link leads out of the folder."""
+    if not (root / image).resolve().is_relative_to(root.resolve()):
+        raise UserError(f'the image {root / image} is a link out of the data set\'s folder; it is not to be trusted')
+    return root / image
+
+
 class BrokenImage(OSError):
     """An image file that is missing, cut off, or no image."""
 
@@ -647,6 +668,7 @@ def process(data_path: Path, data_name: str, args) -> None:
                     'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)') if mirror else ''
             raise UserError(f'{root} lacks {", ".join(missing)}{note}; extract the data set\'s own archive there')
         items, class_names = raw.read(root)
+        check_paths(root, (item.source for item in items))
     else:
         items, class_names = read_folder(root, args.test_ratio, args.seed)
     result = convert(root, items, class_names, args.skip_bad)
@@ -701,6 +723,7 @@ def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncroppe
                 isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in entries.values()):
             raise UserError(f'{file}: {subset} is not {{label: [path, ...]}}; convert again: {command}')
         split[subset] = {str(label): paths for label, paths in entries.items() if paths}
+        check_paths(file, (path for paths in entries.values() for path in paths))
         if not split[subset]:
             raise UserError(f'{file}: no images in {subset}; convert again: {command}')
     names = split.get('class_names')
@@ -734,6 +757,7 @@ class RetrievalDataset:
         self.images = [path for paths in classes.values() for path in paths]
         self.labels = [numbers[label] for label, paths in classes.items() for _ in paths]
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on
+        self.reading = torch.full((MOST_WORKERS,), -1).share_memory_()  # the image in each worker's hands
 
     def set_epoch(self, epoch: int) -> None:
         """Draw the augmentation of another epoch from now on."""
@@ -750,7 +774,12 @@ class RetrievalDataset:
         """
         import torch
 
+        worker = torch.utils.data.get_worker_info()
+        if worker:
+            self.reading[worker.id] = index
         image = self.read(index)
+        if worker:
+            self.reading[worker.id] = -1
         state = torch.get_rng_state()
         torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
         try:
@@ -768,6 +797,22 @@ class RetrievalDataset:
         except BrokenImage as error:
             raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
                             'data_utils.py, --skip_bad leaves such images out') from None
+
+
+def batches(loader):
+    """Yield the batches of a loader.
+
+    Raises:
+        UserError: naming the images that were being read, if a worker process died.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        images = [loader.dataset.images[index] for index in loader.dataset.reading.tolist() if index >= 0]
+        raise UserError(f'a process that reads images has died while reading {" or ".join(images) or "none of them"} '
+                        f'({str(error).splitlines()[0]}); if memory ran out, lower --num_workers') from None
 
 
 def mix(*numbers: int) -> int:

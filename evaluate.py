@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data_utils import RetrievalDataset, make_transform, read_split
+from data_utils import RetrievalDataset, batches, check_paths, make_transform, read_split
 from metrics import COUNTS, retrieval_metrics
 from model import EmbeddingNet
 from recipes import POOLINGS, canonical_backbone, resize_for
@@ -55,7 +55,7 @@ def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.de
     """Embed the images of a loader in their order; returns (N, D) float32 on the CPU, of all processes."""
     model.eval()
     embeddings = [torch.zeros(0, model.feature_dim, device=device)]  # a process may have no batch
-    for images, _ in progress(loader, desc='embed'):
+    for images, _ in progress(batches(loader), desc='embed', total=len(loader)):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             embeddings.append(model(images.to(device, non_blocking=True)))
     return gather_rows(torch.cat(embeddings)).cpu()
@@ -163,6 +163,7 @@ def load_data_base(path: str | Path) -> dict:
         if not fits or not images:
             raise UserError(f'{path}: the {subset} images, labels and features do not belong together or are empty; '
                             'train again')
+        check_paths(path, images)
         if int(labels.min()) < 0 or int(labels.max()) >= len(names):
             raise UserError(f'{path}: a label of {subset} has no class name; train again')
     return data_base
@@ -178,6 +179,15 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     dense = results['dense']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
     return '\n'.join([*lines, f'{dense["queries"]:,} queries{left_out}'])
+
+
+def describe_origin(contents: dict) -> str:
+    """Say in a line how a model or data base was made: run, seed, epoch, code, versions, device."""
+    run, made = contents['args'], contents.get('made_with', {})
+    changed = {'yes': ' with changes', 'no': '', 'unknown': ''}.get(made.get('changed_since'), '')
+    return (f'{run.get("run", "a run without a name")}: recipe {run.get("recipe")}, seed {run.get("seed")}, epoch '
+            f'{contents.get("epoch")}; code {str(made.get("commit"))[:12]}{changed}, torch {made.get("torch")}, '
+            f'torchvision {made.get("torchvision")}, {made.get("device")}')
 
 
 # ---------------------------------------------------- command line ---------------------------------------------------
@@ -245,7 +255,7 @@ def main() -> None:
     args = get_args()
     device = select_device(start_processes(args.device))
     if args.data_base is not None:
-        data_base = load_data_base(args.data_base)
+        data_base = contents = load_data_base(args.data_base)
         run = data_base['args']
     elif args.resume is not None:
         model, contents = load_model(args.resume, device)
@@ -257,7 +267,7 @@ def main() -> None:
                 raise UserError(f'--{flag} {given} is not that of {args.resume} ({model.config[flag]}); leave it out')
         data_base = embed_for(args, model, run, device)
     else:
-        run = {}
+        run, contents = {}, None
         model = EmbeddingNet(args.backbone_type or 'resnet50', 0, args.pooling or 'avg', layer_norm=False,
                              weights=args.weights or 'imagenet', image_size=args.image_size or 224)
         model = model.to(device, memory_format=torch.channels_last)
@@ -265,7 +275,13 @@ def main() -> None:
     results = measure(data_base, tuple(args.recalls or run.get('recalls', (1, 2, 4, 8))), device)
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
-    print(json.dumps(results) if args.json else format_table(results))
+    if args.json:
+        origin = {name: contents.get(name) for name in ('args', 'epoch', 'made_with')} if contents else None
+        print(json.dumps({**results, 'made_by': origin}))
+        return
+    print(format_table(results))
+    if contents:
+        print(describe_origin(contents))
 
 
 if __name__ == '__main__':

@@ -71,6 +71,11 @@ def shaped(room: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor |
     return None if room is None else room[:rows * columns].view(rows, columns)
 
 
+def longest(features: torch.Tensor) -> float:
+    """Return the largest norm of a row, without a second tensor of their size."""
+    return max(torch.linalg.vector_norm(part, dim=1).amax().item() for part in features.split(2**14))
+
+
 class Cosine:
     """Cosines of queries (Q, D) and a gallery (G, D), float32 or float64, unit rows."""
 
@@ -78,7 +83,7 @@ class Cosine:
         self.query, self.gallery, self.dim = query, gallery, query.shape[1]
         # A float32 sum of D products, in any order, is off by at most D 2^-24 |x| |y| (Higham, Accuracy and Stability
         # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32 and the grid.
-        length = query.norm(dim=1).amax().item() * gallery.norm(dim=1).amax().item()
+        length = longest(query) * longest(gallery)
         self.error = 1.001 * (self.dim + 4) * 2.0**-24 * length
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
@@ -320,7 +325,7 @@ def count_decisive(compare, positives: torch.Tensor, query_labels: torch.Tensor,
 def check_finite(**features: torch.Tensor) -> None:
     """Raise a UserError that counts the rows which are not finite, if any."""
     for name, rows in features.items():
-        broken = int((~rows.isfinite().all(1)).sum())
+        broken = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(2**14))
         if broken:
             raise UserError(f'{broken} of {len(rows)} {name} features are not finite; the model that made them is '
                             'broken')

@@ -90,7 +90,8 @@ def draw_curves(table: pd.DataFrame, target: Path, title: str) -> Path:
     """
     for metric in ('loss', 'accuracy', 'lr', 'dense_R@1'):
         check_metric(table, metric, title)
-    epochs, best = table['epoch'], table['dense_R@1'].idxmax()
+    chosen_by = 'val_dense_R@1' if 'val_dense_R@1' in table else 'dense_R@1'
+    epochs, best = table['epoch'], table[chosen_by].idxmax()
     # Few epochs are seen as points, many as a line.
     style = {'marker': 'o', 'markersize': 3} if len(table) <= 30 else {}
     with plot_style():
@@ -112,8 +113,11 @@ def draw_curves(table: pd.DataFrame, target: Path, title: str) -> Path:
             rates.legend()
         if 'binary_R@1' in table:
             recall.plot(epochs, table['binary_R@1'], color=COLOURS[1], linestyle='--', label='binary', **style)
+        if 'val_dense_R@1' in table:
+            recall.plot(epochs, table['val_dense_R@1'], color=COLOURS[2], linestyle=':', label='held out', **style)
+        word = 'best' if chosen_by == 'dense_R@1' else 'chosen'
         recall.plot(epochs[best], table['dense_R@1'][best], '*', color=COLOURS[5], markersize=9, zorder=3,
-                    label=f'best: epoch {epochs[best]}, {table["dense_R@1"][best]:.1f} %')
+                    label=f'{word}: epoch {epochs[best]}, {table["dense_R@1"][best]:.1f} %')
         recall.set_ylabel('R@1 (%)')
         recall.legend()
         figure.suptitle(title)

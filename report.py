@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_utils import find_root, load_tile
+from data_utils import find_root, image_file, load_tile
 from evaluate import find_data_base, load_data_base, measure
 from metrics import COUNTS, choose_queries, nearest_images, rank_queries, searched_subset, similarity_to
 from plot import draw_curves, read_statistics
@@ -191,7 +191,7 @@ def gather(data_base: dict, root: Path, args) -> dict:
         raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
     shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
     number = {image: place for place, image in enumerate(shown)}
-    thumbnails, side = make_thumbnails([root / places.paths[image] for image in shown])
+    thumbnails, side = make_thumbnails([image_file(root, places.paths[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
     maps = map_embeddings(places.features[shown])
     return {

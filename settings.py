@@ -7,7 +7,7 @@ import argparse
 from recipes import (COMBINED_LOSSES, LOSS_SETTINGS, MOMENTUM, OPTIMIZERS, POOLINGS, PROXY_UPDATES, RECIPES, SCHEDULES,
                      TRUNKS, canonical_backbone, recipe_settings, resize_for)
 from utils import (Parser, UserError, canonical_data_name, check_choice, fraction_list, gpu_id, int_list, run_name,
-                   switch)
+                   seed_list, switch)
 
 
 def get_parser(description: str | None = None) -> Parser:
@@ -102,7 +102,18 @@ def get_parser(description: str | None = None) -> Parser:
     group = parser.add_argument_group('the run')
     group.add_argument('--recalls', type=int_list, help='values of K; papers: 1,2,4,8 (sop 1,10,100,1000; isc '
                        '1,10,20,30,40,50; Proxy Anchor 1,2,4,8,16,32)')
-    group.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation [%(default)s]')
+    group.add_argument('--val_ratio', type=float, default=0.0, help='share of the training classes that is held out '
+                       'and chooses the epoch in place of the test classes; 0 chooses on the test classes, as the '
+                       'papers do [0]')
+    group.add_argument('--seeds', type=seed_list, metavar='1,2,3', help='train a run for each seed, one after the '
+                       'other, and report mean, standard deviation and 95 %% interval of R@1; with --resume those that '
+                       'are complete are kept')
+    group.add_argument('--on_collapse', choices=('stop', 'warn'), help='what to do when the accuracy stays at chance '
+                       'after an epoch [stop where proxies move by momentum, else warn]')
+    group.add_argument('--deterministic', action='store_true', help='use only algorithms that give the same bits each '
+                       'time; slower on a GPU, and some operations end in an error there. A CPU does it anyway, for '
+                       'one number of threads')
+    group.add_argument('--seed', type=int, help='of weights, order and augmentation [0]')
     group.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
     group.add_argument('--gpu_id', '--gpu-id', type=gpu_id, dest='device', metavar='N', help='Proxy Anchor\'s spelling '
                        'of --device cuda:N; -1 or a machine without a GPU: the CPU')
@@ -110,6 +121,8 @@ def get_parser(description: str | None = None) -> Parser:
                        'the proxies and of their optimizer state; for millions of classes')
     group.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='compute the network in bfloat16; '
                        'auto: where the device is fast at it. The loss is float32 always [%(default)s]')
+    group.add_argument('--compile', action='store_true', help='compile the network with torch.compile: a minute or two '
+                       'before the first step, faster steps then; needs a C++ compiler on a CPU')
     group.add_argument('--results_dir', default='results', help='where the run\'s files go [%(default)s]')
     group.add_argument('--remark', default='', help='added to the run\'s name')
     group.add_argument('--resume', action='store_true', help='go on from the run\'s last checkpoint')
@@ -133,7 +146,10 @@ def get_args(argv: list[str] | None = None, description: str | None = None) -> a
                         '--recipe momentum_proxy')
     default = args.loss_name if args.loss_name in RECIPES else 'balanced_proxy'
     args.recipe = check_choice('--recipe', default if args.recipe is None else args.recipe, RECIPES)
+    if args.seeds and args.seed is not None:
+        raise UserError(f'--seed {args.seed} and --seeds contradict each other; leave one of them out')
     given = {name for name, value in vars(args).items() if value is not None}
+    args.seed = args.seed or 0
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
     settle_loss(args, settings, given)
     for name, value in settings.items():
@@ -148,7 +164,11 @@ def get_args(argv: list[str] | None = None, description: str | None = None) -> a
     elif args.proxy_lr is None:
         args.proxy_lr = args.lr * settings['proxy_lr_factor']
     args.resize_size = args.resize_size or resize_for(args.image_size)
-    args.run = name_run(args, settings, given)
+    args.on_collapse = args.on_collapse or ('stop' if args.proxy_update == 'momentum' else 'warn')
+    args.group = name_run(argparse.Namespace(**{**vars(args), 'seed': 0}), settings, given)
+    args.runs = {seed: name_run(argparse.Namespace(**{**vars(args), 'seed': seed}), settings, given)
+                 for seed in args.seeds or (args.seed,)}
+    args.run = next(iter(args.runs.values()))
     return args
 
 
@@ -222,6 +242,11 @@ def check_ranges(args: argparse.Namespace) -> None:
             raise UserError(f'--{name} {value} must be a positive number')
     if args.momentum is not None and not 0 < args.momentum <= 1:
         raise UserError(f'--momentum {args.momentum} must be above 0 and at most 1')
+    if not 0 <= args.val_ratio < 1:
+        raise UserError(f'--val_ratio {args.val_ratio} must be at least 0 and below 1')
+    if args.recalls[0] != 1:
+        raise UserError(f'--recalls {",".join(map(str, args.recalls))} must begin with 1, by which the best epoch is '
+                        'chosen')
     if not 0 < args.min_crop <= 1 or not 0 <= args.flip <= 1:
         raise UserError(f'--min_crop {args.min_crop} must lie in (0, 1] and --flip {args.flip} in [0, 1]')
     if args.resize_size is not None and not args.image_size <= args.resize_size <= at_most['resize_size']:
@@ -242,5 +267,6 @@ def name_run(args: argparse.Namespace, settings: dict, given: set) -> str:
         f'd{args.margin:g}' if 'margin' in given else '',
         f'm{args.momentum:g}' if 'momentum' in given else '',
         args.crop_type if args.crop_type != 'uncropped' else '',
+        f'val{args.val_ratio:g}' if args.val_ratio else '',
         f'seed{args.seed}' if args.seed else '',
         args.remark)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import ImageOps
 
-from data_utils import BrokenImage, find_root, load_image, load_tile, make_transform
+from data_utils import BrokenImage, find_root, image_file, load_image, load_tile, make_transform
 from evaluate import find_data_base, load_data_base, load_model, use_amp
 from metrics import choose_queries, nearest_images, rank_queries, searched_subset
 from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_figure,
@@ -110,7 +110,7 @@ def look_up_chosen(data_base: dict, root: Path, model_file: Path, args, device: 
     ranked = rank_queries(data_base, args.binary)
     answers = []
     for index in choose_queries(ranked, args.select, args.num_queries, args.seed):
-        path = root / data_base['test_images'][index]
+        path = image_file(root, data_base['test_images'][index])
         answer = look_up(('test', index), path, data_base, model_file, args, device)
         # Negatives before it, and one for itself; a tie is drawn in the middle.
         answers.append({**answer, 'note': f'first hit at rank {ranked["rank"][index].item() + 1:g}'})
@@ -145,7 +145,7 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
                       f'{answer["note"] or "query"}\n{wrap(answer["class"] or "class unknown")}', '--')
             places = axes[first:first + rows_each, 1:].flat
             for axis, found in zip(places, answer['retrieved'], strict=False):  # the last row may have places left
-                show_tile(axis, root / found['image'], colour_of(found['correct']),
+                show_tile(axis, image_file(root, found['image']), colour_of(found['correct']),
                           f'{found["similarity"]:.3f}\n{wrap(found["class"])}', '-')
         save_figure(figure, target, dpi=160)
 
@@ -187,7 +187,7 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
         tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], TILE)[0], FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = ImageOps.expand(load_tile(root / found['image'], TILE)[0], FRAME,
+            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), TILE)[0], FRAME,
                                           colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
     ours = {*tiles, figure.name, figure.with_suffix('.pdf').name}
@@ -259,7 +259,7 @@ def print_answer(answer: dict) -> None:
 def report_lost(answers: list[dict], root: Path) -> None:
     """Say how many of the images of some answers are no longer there."""
     paths = {path for answer in answers for path in
-             (answer['query'], *(root / found['image'] for found in answer['retrieved']))}
+             (answer['query'], *(image_file(root, found['image']) for found in answer['retrieved']))}
     lost = sorted(str(path) for path in paths if not load_tile(path, 8)[1])
     if lost:
         print(f'{len(lost)} of {len(paths)} images are missing or broken and drawn grey, the first: {lost[0]}')
@@ -287,7 +287,7 @@ def main() -> None:
         answers = []
         for name in args.query_img_name:
             place = find_query(name, data_base, root)
-            path = root / data_base[f'{place[0]}_images'][place[1]] if place else Path(name)
+            path = image_file(root, data_base[f'{place[0]}_images'][place[1]]) if place else Path(name)
             answers.append(look_up(place, path, data_base, model_file, args, device))
         folders = {}
         for answer in answers:

@@ -24,8 +24,8 @@ from metrics import retrieval_metrics
 from model import LOSSES, EmbeddingNet
 from recipes import COMBINED_LOSSES, MOMENTUM
 from train import train_one_epoch
-from utils import (COLOURS, GREY, Parser, UserError, check_choice, make_folder, plot_style, run_name, run_script, save,
-                   save_figure, save_statistics, select_device, write_atomically)
+from utils import (COLOURS, GREY, Parser, UserError, check_choice, make_folder, plot_style, provenance, run_name,
+                   run_script, save, save_figure, save_statistics, select_device, write_atomically)
 
 NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
 IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
@@ -170,7 +170,7 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
             save(frame, folder / f'{run}_embeddings.pth')
         rows.append({'epoch': epoch, **trained, 'dense_R@1': frame['R@1'], 'angle_to_proxy': frame['angle']})
         frames.append(frame)
-        save_statistics(rows, settings, folder / f'{run}_statistics.csv')
+        save_statistics(rows, settings, provenance(device), folder / f'{run}_statistics.csv')
     return {'run': run, 'best': max(frames[1:], key=lambda frame: frame['R@1']), 'frames': frames}
 
 

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -39,9 +40,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a scheduler sends it before it ends a job."""
+
+
+def catch_signals() -> None:
+    """Let SIGINT and SIGTERM end the script by an exception, and a second one at once."""
+    def interrupt(number: int, _frame) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def run_script(main) -> None:
-    """Call `main` and end as a script should: 2 and one line for what the user can mend, 130 for Ctrl-C."""
+    """Call `main` and end as a script should.
+
+    Exit code 2 and one line for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM.
+    """
     script = Path(sys.argv[0]).name
+    catch_signals()
     try:
         main()
     except UserError as error:
@@ -58,8 +78,9 @@ def run_script(main) -> None:
         if int(os.environ.get('WORLD_SIZE', 1)) == 1 or not re.search('gloo|NCCL|[Cc]onnection', str(error)):
             raise
         sys.exit(_fail(f'{script}: stopped, since another process did', 1))
-    except KeyboardInterrupt:
-        sys.exit(_fail('stopped by the keyboard', 130))
+    except KeyboardInterrupt as stop:
+        name, code = ('SIGTERM', 143) if isinstance(stop, Terminated) else ('Ctrl-C', 130)
+        sys.exit(_fail(f'{script}: stopped by {name}' + (f': {stop}' if str(stop) else ''), code))
     finally:
         stop_processes()
 
@@ -115,6 +136,17 @@ def fraction_list(text: str) -> tuple[float, ...]:
         values = ()
     if not values or not all(0 < value < 1 for value in values) or list(values) != sorted(set(values)):
         raise argparse.ArgumentTypeError(f'{text!r} must be ascending fractions of the epochs, as in 0.5,0.8')
+    return values
+
+
+def seed_list(text: str) -> tuple[int, ...]:
+    """Parse `1,2,3`: different seeds."""
+    try:
+        values = tuple(int(part) for part in text.split(','))
+    except ValueError:
+        values = ()
+    if len(set(values)) < max(2, len(values)) or min(values) < 0:
+        raise argparse.ArgumentTypeError(f'{text!r} must be two or more different seeds, as in 1,2,3')
     return values
 
 
@@ -325,18 +357,64 @@ def write_atomically(path: Path, write) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     except OSError as error:
         raise UserError(f'cannot write {path}: {error.strerror}; choose a folder that can be written to') from None
+    watched = None
     try:
         with os.fdopen(handle, 'wb') as file:
-            write(file)
+            watched = Watched(file)
+            write(watched)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        error = watched.error or error if watched and isinstance(error, Exception) else error
         if isinstance(error, OSError):
-            raise UserError(f'cannot write {path}: {error.strerror}; the file before it is untouched') from None
+            raise UserError(f'cannot write {path}: {error.strerror}; it is not saved, and the file before it is '
+                            'untouched') from None
         raise
+
+
+class Watched:
+    """A file that remembers why a write failed: torch.save ends in a RuntimeError that does not say it."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: Path, message: str):
+    """Hold a lock file as long as the context lasts; the system lets go of it when the process dies, however it does.
+
+    Raises:
+        UserError: with the message, if another process holds it.
+    """
+    import fcntl
+
+    while True:
+        with open(path, 'w') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(message) from None
+            # Another process may have removed the file between the two lines above.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _umask() -> int:
@@ -361,7 +439,7 @@ def save(contents: dict, path: Path) -> None:
 
 
 def load(path: Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
-    """Load a `.pth` file onto the CPU without executing anything in it.
+    """Load a `.pth` file onto the CPU without executing anything in it; its checksums (CRC-32) have to be right.
 
     Args:
         path: the file.
@@ -371,13 +449,23 @@ def load(path: Path, kind: str, keys: tuple[str, ...] = ()) -> dict:
     Raises:
         UserError: if it is missing, corrupt, would need code to be executed, or is something else.
     """
+    import warnings
+    import zipfile
+
     import torch
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f'there is no {kind} {path}')
     try:
-        contents = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of a damaged file; what matters is in the error
+            if zipfile.is_zipfile(path):  # since torch 1.6; torch.load does not look at its checksums
+                with zipfile.ZipFile(path) as archive:
+                    broken = archive.testzip()
+                if broken:
+                    raise ValueError(f'the checksum of {broken} is wrong')
+            contents = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged archive raises whatever the unpickler or the zip reader stumbles over
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f'{path} cannot be read as a {kind}: it is corrupt, or holds more than tensors and plain '
@@ -393,12 +481,38 @@ def save_json(contents, path: Path, indent: int | None = None) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(contents, indent=indent).encode()))
 
 
-def save_statistics(rows: list[dict], settings: dict, path: Path) -> None:
-    """Save a run's statistics as CSV, a row an epoch; behind what was measured, a column `args.NAME` per setting."""
+def provenance(device) -> dict:
+    """Return what a file should say of the code and the machine that made it: commit, versions, device, processes."""
+    import platform
+    import subprocess
+
+    import torch
+    import torchvision
+
+    def git(*words: str) -> str | None:
+        try:
+            result = subprocess.run(['git', '-C', str(Path(__file__).parent), *words], capture_output=True, text=True,
+                                    check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or the code came without its history
+            return None
+        return result.stdout.strip()
+
+    changes = git('status', '--porcelain', '--untracked-files=no')
+    return {'commit': git('rev-parse', 'HEAD') or 'unknown', 'changed_since': 'unknown' if changes is None else
+            'yes' if changes else 'no', 'python': platform.python_version(), 'torch': str(torch.__version__),
+            'torchvision': str(torchvision.__version__), 'processes': world_size(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}
+
+
+def save_statistics(rows: list[dict], settings: dict, made_with: dict, path: Path) -> None:
+    """Save a run's statistics as CSV, a row an epoch.
+
+    Behind what was measured stand a column `args.NAME` per setting and `made.NAME` per part of `provenance`.
+    """
     import pandas as pd
 
     plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
-             for name, value in settings.items()}
+             for name, value in settings.items()} | {f'made.{name}': value for name, value in made_with.items()}
     table = pd.DataFrame([{**row, **plain} for row in rows])
     write_atomically(path, lambda file: table.to_csv(file, index=False))
 

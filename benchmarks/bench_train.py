@@ -4,11 +4,15 @@
     python benchmarks/bench_train.py --backbone_type timm:tf_efficientnet_lite0 --image_size 128
 
 `seeds` is their loop written out: float32, NCHW, PIL transforms to normalised float tensors in two workers, loss and
-accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp auto`, channels_last, uint8 images, and
-`amp on`, `amp off` the same with the other choice; `tensor` is ours fed from a tensor that is there already. They take
-turns, each with a loader of its own over the same JPEG files. Ends with one line of JSON.
+accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp auto`, channels_last, uint8 images;
+`compile` the same with `--compile`; `tensor` is ours fed from a tensor that is there already. They take turns, each
+with a loader of its own over the same JPEG files. `other amp` is one step of ours with what `--amp auto` did not
+choose, after a step that is not counted. `pays from` is the number of images after which compiling has paid for itself.
+Ends with one line of JSON.
 """
+import functools
 import tempfile
+import time
 from pathlib import Path
 
 from common import finish, median, take_turns, write_photographs
@@ -79,8 +83,8 @@ def seeds_step(backbone: str, root, split, args, device):
     return step
 
 
-def our_step(backbone: str, root, split, args, device, amp: str, from_tensor: bool = False):
-    """Return a function that trains an epoch as train.py does, and whether it computes in bfloat16."""
+def our_step(backbone: str, root, split, args, device, amp: str = 'auto', feed: str = 'files', compiled: bool = False):
+    """Return a function that trains an epoch as train.py does, fed from `files`, a `tensor` or `one` step's tensor."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -97,11 +101,12 @@ def our_step(backbone: str, root, split, args, device, amp: str, from_tensor: bo
     loader = DataLoader(data, batch_sampler=BatchSampler(data.labels, args.batch_size, drop_last=True),
                         num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
                         pin_memory=device.type == 'cuda')
-    if from_tensor:
+    if feed != 'files':
         images, labels = next(iter(loader))
-        loader = [(images.to(device), labels.to(device))] * len(loader)
+        loader = [(images.to(device), labels.to(device))] * (1 if feed == 'one' else len(loader))
+    network = torch.compile(model) if compiled else model
     bfloat16 = use_amp(amp, device, model, training=True)
-    return lambda: train_one_epoch(model, criterion, optimizer, loader, device, bfloat16, 0.0, ''), bfloat16
+    return lambda: train_one_epoch(network, criterion, optimizer, loader, device, bfloat16, 0.0, ''), bfloat16
 
 
 def get_args():
@@ -128,29 +133,44 @@ def main() -> None:
 
     device = select_device(args.device)
     result = {'benchmark': 'train', 'batch_size': args.batch_size, 'image_size': args.image_size,
-              'device': str(device), 'img_s': {}, 'ours_to_seeds': {}, 'ours_to_tensor': {}, 'auto': {}}
-    names = ('seeds', 'ours', 'amp on', 'amp off', 'tensor')
-    print(f'{"img/s":<32}' + ''.join(f'{name:>10}' for name in names) + f'{"ours/seeds":>12}{"auto":>10}')
+              'device': str(device), 'img_s': {}, 'ours_to_seeds': {}, 'ours_to_tensor': {}, 'auto': {},
+              'compile_seconds': {}, 'compile_pays_from_images': {}}
+    names = ('seeds', 'ours', 'other amp', 'compile', 'tensor')
+    print(f'{"img/s":<32}' + ''.join(f'{name:>10}' for name in names) + f'{"ours/seeds":>12}{"auto":>10}'
+          f'{"compiling":>11}{"pays from":>11}')
+    images = args.batch_size * args.num_steps
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder) / 'photographs', 2 * args.batch_size * args.num_steps, (500, 375), NUM_CLASSES)
+        write_photographs(Path(folder) / 'photographs', 2 * images, (500, 375), NUM_CLASSES)
         subprocess.run([sys.executable, Path(__file__).parent.parent / 'data_utils.py', '--data_path', folder,
                         '--data_name', 'photographs'], check=True, capture_output=True)
         root, split = read_split(folder, 'photographs')
         for backbone in args.backbone_type:
+            make = functools.partial(our_step, backbone, root, split, args, device)
             steps = {'seeds': seeds_step(backbone, root, split, args, device)}
-            for name, amp in (('ours', 'auto'), ('amp on', 'on'), ('amp off', 'off')):
-                steps[name], bfloat16 = our_step(backbone, root, split, args, device, amp)
-                if name == 'ours':
-                    result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
-            steps['tensor'], _ = our_step(backbone, root, split, args, device, 'auto', from_tensor=True)
+            steps['ours'], bfloat16 = make()
+            steps['compile'], _ = make(compiled=True)
+            steps['tensor'], _ = make(feed='tensor')
+            start = time.perf_counter()
+            steps['compile']()
+            first = time.perf_counter() - start
             seconds = take_turns(steps, args.repetitions)
-            images = args.batch_size * args.num_steps
-            result['img_s'][backbone] = {name: round(images / median(values), 1) for name, values in seconds.items()}
-            for key, other, ours in (('ours_to_seeds', 'seeds', 'ours'), ('ours_to_tensor', 'tensor', 'ours')):
-                result[key][backbone] = round(median(
-                    [a / b for a, b in zip(seconds[other], seconds[ours], strict=True)]), 2)
-            print(f'{backbone:<32}' + ''.join(f'{result["img_s"][backbone][name]:>10.1f}' for name in names)
-                  + f'{result["ours_to_seeds"][backbone]:>12.2f}{result["auto"][backbone]:>10}', flush=True)
+            seconds['other amp'] = [args.num_steps * value for value in take_turns(
+                {'step': make('off' if bfloat16 else 'on', feed='one')[0]}, 1)['step']]
+            rates = {name: images / median(values) for name, values in seconds.items()}
+            compiling = first - median(seconds['compile'])
+            saved = 1 / rates['ours'] - 1 / rates['compile']  # seconds an image
+            pays = round(compiling / saved) if saved > 0 else None
+            ratios = {other: median([a / b for a, b in zip(seconds[other], seconds['ours'], strict=True)])
+                      for other in ('seeds', 'tensor')}
+            result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
+            result['img_s'][backbone] = {name: round(rate, 2) for name, rate in rates.items()}
+            result['ours_to_seeds'][backbone] = round(ratios['seeds'], 2)
+            result['ours_to_tensor'][backbone] = round(ratios['tensor'], 2)
+            result['compile_seconds'][backbone] = round(compiling, 1)
+            result['compile_pays_from_images'][backbone] = pays
+            print(f'{backbone:<32}' + ''.join(f'{rates[name]:>10.2f}' for name in names)
+                  + f'{ratios["seeds"]:>12.2f}{result["auto"][backbone]:>10}{compiling:>9.0f} s'
+                  + f'{"never" if pays is None else f"{pays:,}":>11}', flush=True)
     finish(result)
 
 

@@ -126,6 +126,81 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     assert retrieval_metrics(features, labels) == whole
 
 
+def rows_and_columns(query, query_labels, gallery, gallery_labels, itself, recalls):
+    """Brute force as above, by matrices in float64: for more images than loops take."""
+    similarity = ((query.double() @ gallery.double().T) * 2.0**33).round() / 2.0**33
+    positive = query_labels[:, None] == gallery_labels
+    if itself:
+        similarity.fill_diagonal_(-torch.inf)
+        positive.fill_diagonal_(False)
+    hits, maps, precisions = [], [], []
+    for scores, own in zip(similarity, positive, strict=True):
+        if not own.any():
+            continue
+        ahead = [int((scores[~own] > p).sum()) + int((scores[~own] == p).sum()) / 2
+                 for p in scores[own].sort(descending=True).values]
+        r = len(ahead)
+        ranks = [j + nearer for j, nearer in enumerate(ahead, start=1)]
+        hits.append([ahead[0] < k for k in recalls])
+        maps.append(sum(j / rank for j, rank in enumerate(ranks, start=1) if rank <= r) / r)
+        precisions.append(sum(rank <= r for rank in ranks) / r)
+    shares = 100 * np.mean(hits, axis=0)
+    return {**{f'R@{k}': share for k, share in zip(recalls, shares, strict=True)},
+            'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(hits)}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Constants so small that few images take every path: many tiles, chunks, pieces, a sample, a second pass."""
+    monkeypatch.setitem(module.TILE, 'cpu', 48)
+    monkeypatch.setattr(module, 'SAMPLE', 25)
+    monkeypatch.setattr(module, 'CHUNK', 8)
+
+
+@pytest.mark.parametrize('spread', [0.0, 1e-8, 1e-7, 1e-6, 1e-4])
+@pytest.mark.parametrize('gallery', [False, True])
+def test_similarities_that_float32_does_not_tell_apart_are_ranked_exactly(small_pieces, spread, gallery):
+    generator = torch.Generator().manual_seed(8)
+    centres = torch.randn(5, 96, generator=generator, dtype=torch.float64)
+    kinds = torch.arange(260) % 5
+    features = F.normalize(centres[kinds] + spread * torch.randn(260, 96, generator=generator), dim=-1).float()
+    labels = torch.randint(0, 12, (260,), generator=generator)
+    arguments = (features[:90], labels[:90], features[90:], labels[90:]) if gallery else (features, labels)
+    searched = arguments if gallery else (features, labels, features, labels)
+    assert_equal(retrieval_metrics(*arguments, recalls=(1, 3, 100)),
+                 rows_and_columns(*searched, not gallery, (1, 3, 100)))
+
+
+@pytest.mark.parametrize('binary', [False, True])
+@pytest.mark.parametrize('noise', [0.5, 2.0, 50.0])
+def test_near_and_far_positives_are_counted_alike(small_pieces, noise, binary):
+    generator = torch.Generator().manual_seed(9)
+    labels = torch.arange(330) % 41
+    features = F.normalize(torch.randn(41, 30, generator=generator)[labels] + noise * torch.randn(
+        330, 30, generator=generator), dim=-1)
+    compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
+    assert_equal(retrieval_metrics(features, labels, recalls=(1, 10, 300), binary=binary),
+                 rows_and_columns(compared, labels, compared, labels, True, (1, 10, 300)))
+
+
+def test_groups_of_queries_do_not_change_the_result(monkeypatch, small_pieces):
+    features, labels = random_features(150, 8, 3, 11)
+    whole = retrieval_metrics(features, labels)
+    monkeypatch.setattr(module, 'BLOCK_ELEMENTS', 2500)  # classes of 50: groups of about 25 queries
+    assert retrieval_metrics(features, labels) == whole
+
+
+def test_classes_of_one_image_and_classes_only_in_the_gallery_count_as_negatives():
+    query, query_labels = random_features(40, 6, 4, 12)
+    gallery, gallery_labels = random_features(50, 6, 4, 13)
+    query_labels[:3] = torch.tensor([90, 91, 92])  # nowhere in the gallery
+    gallery_labels[:5] = 80  # no query
+    gallery_labels[5] = 70  # one image
+    query_labels[3] = 70
+    assert_equal(retrieval_metrics(query, query_labels, gallery, gallery_labels, recalls=(1, 4)),
+                 rows_and_columns(query, query_labels, gallery, gallery_labels, False, (1, 4)))
+
+
 def test_queries_without_a_positive_are_left_out_and_counted():
     features, labels = random_features(12, 4, 3, 5)
     labels[4] = 77

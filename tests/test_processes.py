@@ -10,6 +10,7 @@ from conftest import ENVIRONMENT, REPOSITORY, type_command
 from raw_trees import make_car
 from torch import distributed, multiprocessing
 
+import metrics
 from model import LOSSES, EmbeddingNet
 from train import distribute, train_one_epoch
 from utils import shard
@@ -67,6 +68,32 @@ def test_two_processes_train_as_one_through_the_end_of_the_warm_up(tmp_path, sha
         torch.testing.assert_close(two['model'][name], value, rtol=1e-10, atol=1e-10, msg=name)
     torch.testing.assert_close(two['proxies'], one['proxies'], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(two['statistics'], one['statistics'], rtol=1e-6, atol=1e-6)  # the meter is float32
+
+
+# ---------------------------------------------------- metrics --------------------------------------------------------
+def measure_shared(rank: int, size: int, folder) -> None:
+    """Measure retrieval in tiles of 16 images that the processes share, and save what each of them finds."""
+    torch.set_num_threads(1)
+    if size > 1:
+        distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
+    metrics.TILE['cpu'], metrics.SAMPLE = 16, 20
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 9, (101,), generator=generator)
+    features = torch.nn.functional.normalize(torch.randn(101, 12, generator=generator), dim=1)
+    found = [metrics.retrieval_metrics(*sets, recalls=(1, 5, 50), binary=binary) for binary in (False, True)
+             for sets in ((features, labels), (features[:40], labels[:40], features[40:], labels[40:]))]
+    (folder / f'{size}_{rank}.json').write_text(json.dumps(found))
+    if size > 1:
+        distributed.destroy_process_group()
+
+
+def test_processes_that_share_the_tiles_find_the_same_to_the_last_digit(tmp_path):
+    measure_shared(0, 1, tmp_path)
+    for size in (2, 3):
+        multiprocessing.spawn(measure_shared, (size, tmp_path), nprocs=size)
+    found = [json.loads(file.read_text()) for file in tmp_path.glob('*.json')]
+    assert len(found) == 6
+    assert all(other == found[0] for other in found)
 
 
 # ---------------------------------------------------- scripts -------------------------------------------------------

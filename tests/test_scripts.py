@@ -3,7 +3,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -19,7 +18,7 @@ import train as train_script
 from utils import UserError
 
 SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--recalls', '1,2',
-         '--num_workers', 0)
+         '--num_workers', 0, '--on_collapse', 'warn')
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, *SMALL)  # for runs that test the rest
 NAME = 'car_resnet18_balanced_proxy_16'
 
@@ -46,6 +45,7 @@ def train(raw_sets, results, *words):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
 
 
 # ---------------------------------------------------- the papers' command lines --------------------------------------
@@ -148,19 +148,23 @@ def test_the_end_names_best_and_last_epoch_and_commands_that_work(run):
 @pytest.mark.parametrize('source', ['data_base', 'resume'])
 def test_evaluation_gives_the_numbers_of_the_training_to_the_last_digit(run, raw_sets, source):
     results, _ = run
-    table = pd.read_csv(results / f'{NAME}_statistics.csv', dtype=str).filter(regex='^(?!args)').map(float)
+    table = pd.read_csv(results / f'{NAME}_statistics.csv', dtype=str).filter(regex='^(?!args|made)').map(float)
     best = table.loc[table['dense_R@1'].idxmax()]
     words = ('--data_base', results / f'{NAME}_data_base.pth') if source == 'data_base' else \
         ('--resume', results / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_workers', 0)
     result = type_command('evaluate.py', *words, '--json')
     assert result.returncode == 0, result.stderr
-    for kind, metrics in json.loads(result.stdout).items():
+    measured = json.loads(result.stdout)
+    assert measured['made_by']['epoch'] == best['epoch']
+    for kind in ('dense', 'binary'):
+        metrics = measured[kind]
         for name in ('R@1', 'R@2', 'MAP@R', 'R-precision'):
             assert metrics[name] == best[f'{kind}_{name}']
 
 
-def test_workers_do_not_change_a_run(run, raw_sets, tmp_path):
-    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--num_workers', 2).returncode == 0
+@pytest.mark.parametrize('words', [('--num_workers', 0), ('--num_workers', 1), ('--num_workers', 4)])
+def test_neither_time_nor_workers_change_a_run(run, raw_sets, tmp_path, words):
+    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, *words).returncode == 0
     tables = [pd.read_csv(folder / f'{NAME}_statistics.csv').drop(columns='img_s') for folder in (run[0], tmp_path)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
@@ -187,50 +191,6 @@ def test_a_run_name_is_never_taken_twice_in_silence(run, raw_sets, tmp_path):
     assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--remark', 'b').returncode == 0
     assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 1, '--overwrite').returncode == 0
     assert len(pd.read_csv(tmp_path / f'{NAME}_statistics.csv')) == 1
-
-
-@pytest.mark.parametrize('words', [
-    ('--proxy_update', 'gradient'), ('--proxy_update', 'positive'), ('--recipe', 'asymptotic_proxy')])
-def test_a_killed_run_resumes_bit_for_bit(raw_sets, tmp_path, words):
-    settings = [*words, *TINY, '--num_epochs', 8, '--warm_up', 1, '--freeze_bn', 0]
-    assert train(raw_sets, tmp_path / 'whole', *settings).returncode == 0
-    command = [sys.executable, 'train.py', *settings, '--data_path', raw_sets, '--results_dir', tmp_path / 'killed']
-    with subprocess.Popen([str(word) for word in command], cwd=REPOSITORY, env=ENVIRONMENT,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        for line in process.stdout:
-            if line.startswith('epoch 2/8'):
-                process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    result = train(raw_sets, tmp_path / 'killed', *settings, '--resume')
-    assert result.returncode == 0, result.stderr
-    assert 'epoch 1/8' not in result.stdout
-    assert 'epoch 8/8' in result.stdout
-    for file in (tmp_path / 'whole').iterdir():
-        other = tmp_path / 'killed' / file.name
-        if file.suffix == '.csv':
-            tables = [pd.read_csv(path).drop(columns='img_s') for path in (file, other)]
-            pd.testing.assert_frame_equal(*tables, check_exact=True)
-        elif file.suffix in ('.png', '.pdf'):
-            assert file.read_bytes() == other.read_bytes()
-        else:
-            assert_same_contents(load(file), load(other))
-
-
-def assert_same_contents(one, other, place=''):
-    assert type(one) is type(other), place
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            if key != 'img_s':
-                assert_same_contents(one[key], other[key], f'{place}.{key}')
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same_contents(a, b, f'{place}[{index}]')
-    elif torch.is_tensor(one):
-        assert torch.equal(one, other), place
-    else:
-        assert one == other, place
 
 
 def test_resume_names_the_settings_that_differ(run, raw_sets, tmp_path):
@@ -441,3 +401,111 @@ def test_help_is_printed(script):
     result = type_command(script, '--help')
     assert result.returncode == 0
     assert ('--metric' if script == 'plot.py' else '--data_path') in result.stdout
+
+
+def test_deterministic_algorithms_change_nothing_on_a_cpu(run, raw_sets, tmp_path):
+    assert train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--deterministic').returncode == 0
+    one, other = (load(folder / f'{NAME}_model.pth')['state_dict'] for folder in (run[0], tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---------------------------------------------------- compiling -----------------------------------------------------
+def test_compile_needs_a_compiler(raw_sets, tmp_path, monkeypatch, expect_refusal):
+    monkeypatch.setenv('CXX', 'no-such-compiler')
+    expect_refusal(train_script, ('--compile', *TINY, '--data_path', raw_sets, '--results_dir', tmp_path),
+                   '--compile', 'g++')
+
+
+def test_a_compiled_run_is_the_run(run, raw_sets, tmp_path):
+    words = ('train.py', *TINY, '--num_epochs', 2, '--compile', '--data_path', raw_sets, '--results_dir', tmp_path)
+    # Any program that is there passes for a compiler, since compiling, which takes a minute, is left out.
+    environment = {**ENVIRONMENT, 'CXX': sys.executable, 'TORCHDYNAMO_DISABLE': '1'}
+    result = subprocess.run([sys.executable, *map(str, words)], cwd=REPOSITORY, env=environment, capture_output=True,
+                            text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    ours, plain = (load(folder / f'{NAME}_model.pth')['state_dict'] for folder in (tmp_path, run[0]))
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+# ---------------------------------------------------- held out classes, seeds ---------------------------------------
+@pytest.fixture(scope='module')
+def seeds(raw_sets, tmp_path_factory):
+    """Three seeds, the epochs chosen on held out training classes, and what was printed."""
+    results = tmp_path_factory.mktemp('seeds')
+    result = train(raw_sets, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.34, '--seeds', '5,0,7')
+    assert result.returncode == 0, result.stderr
+    return results, result.stdout
+
+
+def test_seeds_report_mean_deviation_and_interval(seeds):
+    results, printed = seeds
+    table = pd.read_csv(results / f'{NAME}_val0.34_seeds.csv').set_index('epoch')
+    last = [pd.read_csv(results / f'{NAME}_val0.34{seed}_statistics.csv')['dense_R@1'].iloc[-1]
+            for seed in ('_seed5', '', '_seed7')]
+    mean, deviation = sum(last) / 3, (sum((value - sum(last) / 3)**2 for value in last) / 2)**0.5
+    row = table.loc['last']
+    half = 4.302652729 * deviation / 3**0.5  # Student's t with two degrees of freedom, 95 %
+    assert row['mean_R@1'] == pytest.approx(mean)
+    assert row['std_R@1'] == pytest.approx(deviation)
+    assert (row['low_R@1'], row['high_R@1']) == pytest.approx((mean - half, mean + half))
+    assert f'| {NAME}_val0.34 | last | {mean:.2f} +- {deviation:.2f} |' in printed
+    assert set(table.index) == {'chosen on held out training classes', 'last', 'best on the test classes'}
+
+
+def test_seeds_that_are_complete_are_kept_and_those_that_are_not_trained(seeds, raw_sets, tmp_path):
+    results = tmp_path / 'r'
+    shutil.copytree(seeds[0], results)
+    for file in results.glob('*_seed7_*'):
+        file.unlink()
+    before = {file: file.read_bytes() for file in results.glob('*_seed5_model.pth')}
+    result = train(raw_sets, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.34, '--seeds', '5,0,7', '--resume')
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count('epoch 1/2') == 1
+    assert all(file.read_bytes() == data for file, data in before.items())
+    tables = [pd.read_csv(folder / f'{NAME}_val0.34_seeds.csv') for folder in (seeds[0], results)]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_held_out_classes_choose_the_epoch_and_are_not_trained_on(seeds, raw_sets):
+    results, printed = seeds
+    table = pd.read_csv(results / f'{NAME}_val0.34_statistics.csv')
+    data_base = load(results / f'{NAME}_val0.34_data_base.pth')
+    assert data_base['epoch'] == table['epoch'][table['val_dense_R@1'].idxmax()]
+    assert len(data_base['train_class_names']) == len(data_base['train_proxies']) == 2  # of 3
+    assert printed.count('chosen on held out training classes: R@1') == 3
+    assert '8 images of 2 classes' in printed
+
+
+def test_a_share_of_the_classes_is_held_out():
+    split = {'train': {str(label): [f'{label}_{number}.jpg' for number in range(3)] for label in range(10)}, 'test': {}}
+    held = [train_script.hold_out(split, 0.3, seed) for seed in (0, 0, 1)]
+    for parts in held:
+        assert len(parts['val']) == 3
+        assert parts['train'] | parts['val'] == split['train']
+        assert not parts['train'].keys() & parts['val'].keys()
+    assert held[0] == held[1]
+    assert held[0] != held[2]
+    with pytest.raises(UserError, match='--val_ratio 0.9 of 10 training classes'):
+        train_script.hold_out(split, 0.9, 0)
+
+
+@pytest.mark.parametrize(('words', 'part'), [
+    (('--seeds', '1'), '--seeds'), (('--seeds', '1,1'), '--seeds'), (('--seeds', '1,2', '--seed', 3), 'contradict'),
+    (('--val_ratio', 1), '--val_ratio 1'), (('--recalls', '2,4'), '--recalls 2,4 must begin with 1')])
+def test_seeds_and_shares_that_make_no_sense_are_refused(tmp_path, expect_refusal, words, part):
+    expect_refusal(train_script, ('--results_dir', tmp_path, *words), part)
+
+
+def test_files_say_how_they_were_made(run, raw_sets):
+    results, _ = run
+    for kind in ('model', 'data_base', 'checkpoint'):
+        made = load(results / f'{NAME}_{kind}.pth')['made_with']
+        assert made['torch'] == str(torch.__version__)
+        assert (made['device'], made['processes']) == ('cpu', 1)
+        assert len(made['commit']) == 40 or made['commit'] == 'unknown'
+    row = pd.read_csv(results / f'{NAME}_statistics.csv').iloc[0]
+    assert (row['made.torch'], row['args.recipe'], row['args.seed']) == (str(torch.__version__), 'balanced_proxy', 0)
+    result = type_command('evaluate.py', '--data_base', results / f'{NAME}_data_base.pth')
+    assert f'{NAME}: recipe balanced_proxy, seed 0, epoch ' in result.stdout
+    assert f'torch {torch.__version__}' in result.stdout

@@ -1,0 +1,237 @@
+"""Ways to break a run and the files that it reads, shared by the tests and by benchmarks/soak.py."""
+import argparse
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+TINY = ('--backbone_type', 'resnet18', '--feature_dim', '16', '--weights', 'none', '--image_size', '32', '--batch_size',
+        '4', '--num_epochs', '3', '--warm_up', '1', '--freeze_bn', '0', '--recalls', '1,2', '--on_collapse', 'warn',
+        '--amp', 'off')
+RULES = {'gradient': ('--proxy_update', 'gradient'), 'positive': ('--proxy_update', 'positive'),
+         'momentum': ('--recipe', 'asymptotic_proxy')}
+
+
+PRELOAD = ['faults', 'train', 'torchvision', 'pandas', 'scipy.io', 'timm', 'pretrainedmodels', 'matplotlib']
+
+
+# ---------------------------------------------------- runs ----------------------------------------------------------
+def redirect(out: str, err: str) -> None:
+    """Write what this process prints to files, and sum in one thread: sums depend on their number in the last bits."""
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    sys.stdout = open(1, 'w', buffering=1, closefd=False)  # noqa: SIM115  of this process, until it ends
+    sys.stderr = open(2, 'w', buffering=1, closefd=False)  # noqa: SIM115
+    torch.set_num_threads(1)
+
+
+def run_file(words: list[str], folder: str, environment: dict, out: str, err: str) -> None:
+    """Be `python words...` in a folder."""
+    redirect(out, err)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = words
+    sys.path[0:0] = [str(Path(words[0]).resolve().parent)]
+    runpy.run_path(words[0], run_name='__main__')
+
+
+def train_in_child(words: list, log: str, fault: tuple | None) -> None:
+    """Call train.py's main with a fault built in, as a script would be called.
+
+    Args:
+        words: of the command line.
+        log: file for what it prints.
+        fault: ('write', n) dies where it syncs its n-th file to the disk, ('step', n) in its n-th optimizer step,
+            ('embed', n) before it embeds its n-th set of test images; ('send', signal, n) gets a signal in its n-th
+            step; ('full', bytes) can write no file of more bytes.
+    """
+    import train
+    from utils import run_script
+
+    redirect(log, log)
+    count = 0
+
+    def before(function, number: int, act):
+        def call(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == number:
+                act()
+            return function(*args, **kwargs)
+        return call
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    kind = fault[0] if fault else None
+    if kind == 'write':
+        os.fsync = before(os.fsync, fault[1], die)
+    elif kind == 'step':
+        torch.optim.Optimizer.zero_grad = before(torch.optim.Optimizer.zero_grad, fault[1], die)
+    elif kind == 'embed':
+        train.make_data_base = before(train.make_data_base, fault[1], die)
+    elif kind == 'send':
+        torch.optim.Optimizer.zero_grad = before(torch.optim.Optimizer.zero_grad, fault[2],
+                                                 lambda: os.kill(os.getpid(), fault[1]))
+    elif kind == 'full':
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], fault[1]))
+    sys.argv = ['train.py', *map(str, words)]
+    run_script(train.main)
+
+
+def start_train(words, log: Path, fault: tuple | None = None):
+    """Start a training in a process whose imports are done already; returns the process."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=train_in_child, args=([str(word) for word in words], str(log), fault))
+    process.start()
+    return process
+
+
+def train(words, log: Path, fault: tuple | None = None, seconds: float | None = None) -> tuple[int, str]:
+    """Train; returns exit code (minus the signal that killed it) and what it printed.
+
+    Args:
+        seconds: kill it after so long.
+    """
+    process = start_train(words, log, fault)
+    if seconds is not None:
+        time.sleep(seconds)
+        process.kill()
+    process.join(300)
+    code = process.exitcode
+    process.kill()
+    return code, Path(log).read_text() if Path(log).exists() else ''
+
+
+def differences(one, other, place: str = '') -> list[str]:
+    """Return where two plain contents differ, apart from the speed."""
+    if type(one) is not type(other):
+        return [place]
+    if isinstance(one, dict):
+        found = [] if one.keys() == other.keys() else [f'{place} (keys)']
+        return found + [where for key in one.keys() & other.keys() if key != 'img_s'
+                        for where in differences(one[key], other[key], f'{place}.{key}')]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [f'{place} (length)']
+        return [where for index, (a, b) in enumerate(zip(one, other, strict=True))
+                for where in differences(a, b, f'{place}[{index}]')]
+    same = torch.equal(one, other) if torch.is_tensor(one) else one == other
+    return [] if same else [place]
+
+
+def differing_results(one: Path, other: Path) -> list[str]:
+    """Return where the files of two runs differ: weights, proxies, optimizer, statistics, data base, pictures."""
+    names = sorted(path.name for path in one.iterdir())
+    found = [] if names == sorted(path.name for path in other.iterdir()) else ['files']
+    for name in names:
+        a, b = one / name, other / name
+        if not b.exists():
+            continue
+        if a.suffix == '.csv':
+            tables = [pd.read_csv(path).drop(columns='img_s').astype(str) for path in (a, b)]
+            found += [] if tables[0].equals(tables[1]) else [name]
+        elif a.suffix == '.pth':
+            found += differences(*(torch.load(path, weights_only=True) for path in (a, b)), name)
+        else:
+            found += [] if a.read_bytes() == b.read_bytes() else [name]
+    return found
+
+
+# ---------------------------------------------------- files ---------------------------------------------------------
+def damaged(data: bytes, rng) -> bytes:
+    """Cut a file off at a random place, or flip one of its bits."""
+    place = int(rng.integers(len(data)))
+    if rng.random() < 0.5:
+        return data[:place]
+    return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
+
+
+def mutated(text: str, rng) -> str:
+    """Change a text in one to four places: characters, digits, lines, pieces of it."""
+    strange = ['', ' ', '\n', '\t', '\0', ',', '-', '.', '..', '/', '\\', '%', '{', '"', "'", '0', '1', '-1', '1e999',
+               'nan', 'inf', '99999999999999999999', 'é', '\u202e', '\ud800', '😀', 'a' * 300, '--', '=', '__class__']
+    for _ in range(int(rng.integers(1, 5))):
+        start = int(rng.integers(len(text) + 1))
+        end = min(len(text), start + int(rng.integers(0, 6)))
+        piece = strange[int(rng.integers(len(strange)))]
+        if rng.random() < 0.2 and text:
+            again = int(rng.integers(len(text)))
+            piece = text[again:again + int(rng.integers(1, 30))]
+        text = text[:start] + piece + text[end:]
+    return text
+
+
+def fuzz_targets(folder: Path) -> dict:
+    """Return what is fuzzed: {name: (good inputs, function of an input)}.
+
+    A function ends, or raises UserError (ArgumentTypeError from the parser of a value); all else is a fault.
+    """
+    import data_utils
+    from plot import read_statistics
+    from settings import get_args
+    from utils import fraction_list, int_list, seed_list
+
+    def on_raw_set(name: str, file: str):
+        def read(text: str) -> None:
+            root = folder / name
+            path = root / file
+            good = path.read_bytes()
+            try:
+                path.write_text(text, errors='surrogatepass', newline='')
+                items, _ = data_utils.RAW_SETS[name].read(root)
+                data_utils.check_paths(root, (item.source for item in items))
+            finally:
+                path.write_bytes(good)
+        return (folder / name / file).read_text(), read
+
+    def statistics(text: str) -> None:
+        path = folder / 'fuzzed_statistics.csv'
+        path.write_text(text, errors='surrogatepass', newline='')
+        read_statistics(path)
+
+    lines = ['--recipe proxy_anchor --lr 1e-4 --data_name cub', '--momentum 0.6 --recipe momentum_proxy --seeds 1,2,3',
+             '--loss Proxy_Anchor --model bn_inception --embedding-size 512 --batch-size 180 --warm 1 --bn-freeze 1',
+             '--recalls 1,2,4 --lr_milestones 0.5,0.8 --lr_schedule multistep --temperature 0.05 --val_ratio 0.2']
+    row = 'epoch,loss,dense_R@1,args.seed\n1,2.5,50.0,0\n2,1.5,60.25,0\n'
+    targets = {'command line': (lines, lambda text: get_args(text.split())),
+               '--recalls': (['1,2,4,8', '1,10,100,1000'], int_list), '--seeds': (['1,2,3'], seed_list),
+               '--lr_milestones': (['0.5,0.8'], fraction_list), 'statistics': ([row], statistics)}
+    for name, file in (('cub', 'images.txt'), ('cub', 'image_class_labels.txt'), ('cub', 'bounding_boxes.txt'),
+                       ('sop', 'Ebay_train.txt'), ('isc', 'Eval/list_eval_partition.txt')):
+        good, read = on_raw_set(name, file)
+        targets[file] = ([good], read)
+    return targets
+
+
+def fuzz(targets: dict, number: int, rng) -> list[str]:
+    """Try a number of inputs in turn over all targets; returns the faults: target, input, error."""
+    from utils import UserError
+
+    faults = []
+    names = list(targets)
+    for index in range(number):
+        name = names[index % len(names)]
+        good, function = targets[name]
+        text = mutated(good[int(rng.integers(len(good)))], rng)
+        try:
+            function(text)
+        except (UserError, argparse.ArgumentTypeError):
+            pass
+        except SystemExit as end:  # of --help
+            if end.code not in (0, None):
+                faults.append(f'{name}: {text[:200]!r} ended with {end.code}')
+        except Exception as error:
+            faults.append(f'{name}: {text[:200]!r} ended in {type(error).__name__}: {error}')
+    return faults

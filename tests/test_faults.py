@@ -1,0 +1,231 @@
+"""A run that is killed, stopped, or cannot write: nothing is lost, nothing is torn, one line says what to do."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_command
+from faults import RULES, TINY, differing_results, start_train, train
+from PIL import Image
+
+import data_utils
+from utils import UserError, load, locked, save
+
+NAME = 'car_resnet18_{}_16'
+NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('balanced_proxy') + '_positive',
+         'momentum': NAME.format('asymptotic_proxy')}
+# Three epochs write statistics and checkpoint each, the first (and perhaps a later one) model and data base before;
+# 12 images in batches of 4 are 3 steps an epoch.
+FAULTS = [('write', 1), ('write', 2), ('write', 3), ('write', 4), ('write', 5), ('step', 2), ('step', 5), ('embed', 2)]
+
+
+@pytest.fixture(scope='module')
+def whole(raw_sets, tmp_path_factory):
+    """An uninterrupted run for each way in which the proxies move."""
+    folders = {}
+    for rule, words in RULES.items():
+        folders[rule] = tmp_path_factory.mktemp(rule)
+        code, printed = train(command(raw_sets, folders[rule], words), folders[rule].with_suffix('.log'))
+        assert code == 0, printed
+    return folders
+
+
+def command(raw_sets, folder, words):
+    return (*words, *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir', folder)
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+@pytest.mark.parametrize('rule', RULES)
+def test_a_run_killed_anywhere_goes_on_bit_for_bit(whole, raw_sets, tmp_path, rule, fault):
+    words = command(raw_sets, tmp_path / 'killed', RULES[rule])
+    code, _ = train(words, tmp_path / 'log', fault)
+    assert code == -signal.SIGKILL
+    saved = (tmp_path / 'killed' / f'{NAMES[rule]}_checkpoint.pth').is_file()
+    code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
+    assert code == 0, printed
+    assert not differing_results(whole[rule], tmp_path / 'killed')
+
+
+def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets, tmp_path):
+    shutil.copytree(whole['gradient'], tmp_path / 'r')
+    words = command(raw_sets, tmp_path / 'r', RULES['gradient'])
+    # Before the first epoch is saved the old run is whole; once it is being saved, it is gone.
+    assert train((*words, '--lr', '0.01', '--overwrite'), tmp_path / 'log', ('step', 2))[0] == -signal.SIGKILL
+    assert not differing_results(whole['gradient'], tmp_path / 'r')
+    assert train((*words, '--lr', '0.01', '--overwrite'), tmp_path / 'log', ('write', 2))[0] == -signal.SIGKILL
+    code, printed = train((*words, '--resume'), tmp_path / 'log2')
+    assert code == 2
+    assert '--resume: there is no' in printed
+
+
+@pytest.mark.parametrize('seed', range(2))
+def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole, raw_sets, tmp_path, seed):
+    words = (*RULES['gradient'], *TINY, '--num_workers', 2, '--data_path', raw_sets, '--results_dir', tmp_path / 'k')
+    seconds = np.random.default_rng(seed).uniform(0.5, 4)
+    train(words, tmp_path / 'log', seconds=seconds)
+    saved = (tmp_path / 'k' / f'{NAMES["gradient"]}_checkpoint.pth').is_file()
+    code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
+    assert code == 0, printed
+    assert not differing_results(whole['gradient'], tmp_path / 'k')
+
+
+def test_two_killed_processes_go_on_bit_for_bit(raw_sets, tmp_path):
+    engine = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'train.py']
+    words = [str(word) for word in (*RULES['gradient'], *TINY, '--num_workers', 0, '--data_path', raw_sets)]
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    results = [subprocess.run([*engine, *words, '--results_dir', whole], cwd=REPOSITORY, env=ENVIRONMENT,
+                              capture_output=True, text=True, timeout=200, check=False)]
+    with subprocess.Popen([*engine, *words, '--results_dir', killed], cwd=REPOSITORY, env=ENVIRONMENT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        for line in process.stdout:
+            if line.startswith('epoch 2/3'):
+                os.killpg(process.pid, signal.SIGKILL)
+    results.append(subprocess.run([*engine, *words, '--results_dir', killed, '--resume'], cwd=REPOSITORY,
+                                  env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+    assert not differing_results(whole, killed)
+
+
+# ---------------------------------------------------- signals -------------------------------------------------------
+@pytest.mark.parametrize(('number', 'code', 'name'), [(signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'Ctrl-C')])
+def test_a_signal_ends_a_run_with_a_line_that_says_how_to_go_on(whole, raw_sets, tmp_path, number, code, name):
+    words = command(raw_sets, tmp_path / 'r', RULES['momentum'])
+    ended, printed = train(words, tmp_path / 'log', ('send', number, 5))  # in the second epoch
+    assert ended == code
+    last = printed.strip().splitlines()[-1]
+    assert last.endswith(f'train.py: stopped by {name}: epoch 1 of {NAMES["momentum"]} is saved; the same command with '
+                         '--resume goes on')
+    assert 'Traceback' not in printed
+    assert train((*words, '--resume'), tmp_path / 'log2')[0] == 0
+    assert not differing_results(whole['momentum'], tmp_path / 'r')
+
+
+def test_a_signal_in_the_first_epoch_leaves_nothing(raw_sets, tmp_path):
+    ended, printed = train(command(raw_sets, tmp_path / 'r', ()), tmp_path / 'log', ('send', signal.SIGTERM, 2))
+    assert ended == 143
+    assert printed.strip().endswith('no epoch was complete, nothing is saved')
+    assert not list((tmp_path / 'r').iterdir())
+
+
+def test_a_second_signal_ends_a_script_at_once(tmp_path):
+    script = ('import sys, time; sys.path.insert(0, sys.argv[1]); from utils import run_script\n'
+              'def main():\n    try:\n        print("ready", flush=True); time.sleep(60)\n'
+              '    finally:\n        print("tidying", flush=True); time.sleep(60)\n'
+              'run_script(main)')
+    with subprocess.Popen([sys.executable, '-c', script, REPOSITORY], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == 'ready\n'
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == 'tidying\n'
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == -signal.SIGINT
+
+
+# ---------------------------------------------------- disks ---------------------------------------------------------
+def test_a_full_disk_leaves_the_checkpoint_and_names_the_file(whole, raw_sets, tmp_path):
+    words = command(raw_sets, tmp_path / 'r', RULES['gradient'])
+    assert train(words, tmp_path / 'log', ('step', 5))[0] == -signal.SIGKILL  # the first epoch is saved
+    checkpoint = tmp_path / 'r' / f'{NAMES["gradient"]}_checkpoint.pth'
+    before = {file.name: file.read_bytes() for file in (tmp_path / 'r').glob('car*')}
+    code, printed = train((*words, '--resume'), tmp_path / 'log2', ('full', checkpoint.stat().st_size // 4))
+    assert code == 2
+    lines = [line for line in printed.splitlines() if 'error:' in line]
+    assert len(lines) == 1
+    assert f'cannot write {tmp_path / "r" / NAMES["gradient"]}' in lines[0]
+    assert 'File too large; it is not saved' in lines[0]
+    assert 'Traceback' not in printed
+    assert load(checkpoint, 'checkpoint', ('epoch',))['epoch'] == 1
+    assert checkpoint.read_bytes() == before[checkpoint.name]
+    assert not list((tmp_path / 'r').glob('.*'))
+    assert train((*words, '--resume'), tmp_path / 'log3')[0] == 0
+    assert not differing_results(whole['gradient'], tmp_path / 'r')
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    with pytest.raises(UserError, match='cannot write .*gone/a.pth: No such file'):
+        save({'a': 1}, tmp_path / 'gone' / 'a.pth')
+
+
+def test_a_file_that_vanishes_while_it_is_written_is_named(tmp_path, monkeypatch):
+    save({'a': 1}, tmp_path / 'a.pth')
+    fsync = os.fsync
+
+    def lose(number: int) -> None:
+        fsync(number)
+        for file in tmp_path.glob('.a.pth.*'):
+            file.unlink()
+
+    monkeypatch.setattr(os, 'fsync', lose)
+    with pytest.raises(UserError, match='cannot write .*a.pth: No such file'):
+        save({'a': 2}, tmp_path / 'a.pth')
+    assert load(tmp_path / 'a.pth', 'file', ('a',)) == {'a': 1}
+
+
+# ---------------------------------------------------- two runs, workers, losses -------------------------------------
+def test_a_second_run_of_the_same_name_stops(raw_sets, tmp_path):
+    words = command(raw_sets, tmp_path / 'r', ())
+    first = start_train((*words, '--num_epochs', 300), tmp_path / 'log')
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / 'r').glob('.*.lock')) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        code, printed = train((*words, '--overwrite'), tmp_path / 'log2')
+        assert code == 2
+        assert f'another process is training the run {NAMES["gradient"]}' in printed
+    finally:
+        first.kill()
+        first.join()
+    assert train((*words, '--overwrite'), tmp_path / 'log3')[0] == 0  # the lock of a dead process holds nobody up
+
+
+def test_a_lock_ends_with_its_context(tmp_path):
+    refused = pytest.raises(UserError, match='taken')
+    with locked(tmp_path / 'lock', 'taken'), refused, locked(tmp_path / 'lock', 'taken'):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_dies_names_the_image(raw_sets, monkeypatch):
+    root, split = data_utils.read_split(raw_sets, 'car')
+    data = data_utils.RetrievalDataset(root, split['train'], data_utils.make_transform(True, 32))
+    monkeypatch.setattr(data_utils, 'load_image', lambda path: os.kill(os.getpid(), signal.SIGKILL)
+                        if path.name == '000004.jpg' else Image.new('RGB', (40, 40)))
+    loader = torch.utils.data.DataLoader(data, 4, num_workers=1)
+    with pytest.raises(UserError, match='has died while reading uncropped/.*000004.jpg .*--num_workers'):
+        list(data_utils.batches(loader))
+
+
+def test_a_loss_that_is_not_finite_names_step_rate_and_images(raw_sets, tmp_path):
+    result = type_command('train.py', *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir', tmp_path,
+                          '--warm_up', 0, '--lr', '1e30', '--optimizer_type', 'sgd')
+    assert_one_line_error(result, 'the loss is not finite in step 2 of this epoch', '1e+30', '4 images', '.jpg',
+                          '--clip_value')
+
+
+@pytest.mark.parametrize('choice', ['stop', 'warn', None])
+def test_a_collapse_stops_or_warns(tmp_path, choice):
+    # Every image is the same: nothing can be learned, in however many epochs.
+    for subset in ('train', 'test'):
+        for label in range(40 if subset == 'train' else 2):
+            folder = tmp_path / 'grey' / subset / f'{subset}_{label}'
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.new('RGB', (32, 32), (90, 90, 90 + number)).save(folder / f'{number}.png')
+    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'grey').returncode == 0
+    given = ('--on_collapse', choice) if choice else ()
+    words = [word for word in TINY if word not in ('--on_collapse', 'warn')]
+    result = type_command('train.py', '--recipe', 'asymptotic_proxy', *words, '--num_workers', 0, '--data_path',
+                          tmp_path, '--data_name', 'grey', '--batch_size', 16, '--results_dir', tmp_path / 'r', *given)
+    if choice == 'warn':
+        assert result.returncode == 0, result.stderr
+        assert 'collapsed? an accuracy of' in result.stdout
+    else:
+        assert_one_line_error(result, 'in epoch 3 is chance for 40 classes', '--momentum nearer 0.5',
+                              '--on_collapse warn')
+    assert len(pd.read_csv(tmp_path / 'r' / 'grey_resnet18_asymptotic_proxy_16_statistics.csv')) == 3

@@ -1,0 +1,183 @@
+"""Files from strangers: damaged, crafted or absurd, they end in success or in one line, and never as something else."""
+import contextlib
+import os
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, assert_one_line_error, type_command
+from faults import TINY, damaged, differences, fuzz, fuzz_targets, train
+from PIL import Image
+from raw_trees import make_car, make_cub, make_isc, make_sop
+
+from cache import Cache, build_cache
+from data_utils import BrokenImage, image_file, load_image, read_split
+from evaluate import load_data_base, load_model
+from model import EmbeddingNet
+from train import load_checkpoint
+from utils import UserError, load, save
+
+NAME = 'car_resnet18_balanced_proxy_16'
+
+
+@pytest.fixture(scope='module')
+def run(raw_sets, tmp_path_factory):
+    """The files of a short run."""
+    folder = tmp_path_factory.mktemp('run')
+    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
+                           '--results_dir', folder), folder.with_suffix('.log'))
+    assert code == 0, printed
+    return folder
+
+
+# ---------------------------------------------------- damage -------------------------------------------------------
+def read_damaged(path, data: bytes, read):
+    """Return what is read from a damaged file, None where it is refused by a line with its name.
+
+    What is not refused has to be the same: some bits say nothing, as those of the padding between tensors.
+    """
+    path.write_bytes(data)
+    try:
+        return read(path)
+    except UserError as error:
+        if path.name not in str(error) or '\n' in str(error):
+            raise
+        return None
+
+
+@pytest.mark.parametrize('kind', ['checkpoint', 'data base', 'model'])
+def test_a_damaged_file_is_refused_or_the_same(run, tmp_path, kind):
+    file = run / f'{NAME}_{kind.replace(" ", "_")}.pth'
+    read = {'data base': load_data_base, 'model': lambda path: load_model(path, torch.device('cpu'))[1],
+            'checkpoint': lambda path: load(path, kind, ('version', 'model', 'rows'))}[kind]
+    good, data, rng = read(file), file.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        found = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), read)
+        refused += found is None
+        assert found is None or not differences(good, found)
+    assert refused >= 150
+
+
+def test_damaged_weights_are_refused_or_the_same(tmp_path):
+    network = EmbeddingNet('resnet18', 4, weights='none')
+    torch.save(network.trunk.state_dict(), tmp_path / 'w.pth')
+    good, data = load(tmp_path / 'w.pth', 'weights file'), (tmp_path / 'w.pth').read_bytes()
+    rng = np.random.default_rng(1)
+    for _ in range(20):  # 45 MB each
+        found = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), lambda path: load(path, 'weights file'))
+        assert found is None or not differences(good, found)
+
+
+def test_a_damaged_cache_is_refused_or_the_same(tmp_path):
+    make_car(tmp_path)
+    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'car').returncode == 0
+    root, split = read_split(tmp_path, 'car')
+    build_cache(tmp_path, 'car', 'uncropped', 24)
+    images = [path for paths in split['train'].values() for path in paths]
+
+    def pixels():
+        cache = Cache(root, 'uncropped', 24, split)
+        return [cache.read(path).clone() for path in images]
+
+    good, rng = pixels(), np.random.default_rng(2)
+    for suffix in ('bin', 'pth'):
+        file = root / f'uncropped_cache_24.{suffix}'
+        data, refused = file.read_bytes(), 0
+        for _ in range(200):
+            found = read_damaged(file, damaged(data, rng), lambda _: pixels())
+            refused += found is None
+            assert found is None or not differences(good, found)
+        file.write_bytes(data)
+        assert refused >= 100
+
+
+# ---------------------------------------------------- paths --------------------------------------------------------
+@pytest.mark.parametrize('path', ['../../etc/passwd', '/etc/passwd', 'uncropped/../../x.jpg', '..', 'a\\..\\b', 'a\0b'])
+def test_a_path_that_leaves_the_folder_is_refused_by_name(run, raw_sets, tmp_path, path):
+    data_base = load(run / f'{NAME}_data_base.pth', 'data base', ('test_images',))
+    save({**data_base, 'test_images': [path, *data_base['test_images'][1:]]}, tmp_path / 'evil.pth')
+    with pytest.raises(UserError, match='evil.pth: the image .* does not lie in'):
+        load_data_base(tmp_path / 'evil.pth')
+    (tmp_path / 'mine').mkdir()
+    save({'train': {'a': [path, 'x.jpg']}, 'test': {'b': ['y.jpg']}}, tmp_path / 'mine/uncropped_data_dicts.pth')
+    with pytest.raises(UserError, match='does not lie in'):
+        read_split(tmp_path, 'mine')
+
+
+def test_a_link_out_of_the_folder_is_refused_by_name(run, raw_sets, tmp_path):
+    (tmp_path / 'secret.jpg').write_bytes(b'secret')
+    root = tmp_path / 'data/car'
+    shutil.copytree(raw_sets / 'car', root)
+    image = load_data_base(run / f'{NAME}_data_base.pth')['test_images'][0]
+    (root / image).unlink()
+    os.symlink(tmp_path / 'secret.jpg', root / image)
+    with pytest.raises(UserError, match='is a link out of'):
+        image_file(root, image)
+    result = type_command('test.py', '--data_base', run / f'{NAME}_data_base.pth', '--data_path', tmp_path / 'data',
+                          '--results_dir', tmp_path, '--query_img_name', image)
+    assert_one_line_error(result, image, 'is a link out of')
+
+
+def test_annotations_that_lead_out_of_the_folder_are_refused(tmp_path):
+    root = make_cub(tmp_path)
+    table = (root / 'images.txt').read_text()
+    first = table.splitlines()[0].split()[1]
+    (root / 'images.txt').write_text(table.replace(first, '../../../x.jpg'))
+    assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'cub'), 'x.jpg',
+                          'is no path of an image below the data set')
+
+
+# ---------------------------------------------------- images -------------------------------------------------------
+def write_bomb(path, side: int) -> None:
+    """Write a small PNG file that says it has side x side pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    header = struct.pack('>IIBBBBB', side, side, 8, 0, 0, 0, 0)
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(10**6)))
+                     + chunk(b'IEND', b''))
+
+
+@pytest.mark.parametrize('side', [9500, 50_000])  # Pillow warns of the first and refuses the second
+def test_a_decompression_bomb_is_refused(tmp_path, side):
+    write_bomb(tmp_path / 'bomb.png', side)
+    with pytest.raises(BrokenImage, match='decompression bomb'):
+        load_image(tmp_path / 'bomb.png')
+
+
+def test_a_damaged_image_is_broken_or_an_image(tmp_path):
+    rng = np.random.default_rng(3)
+    for suffix in ('jpg', 'png', 'gif', 'webp', 'tif', 'bmp'):
+        Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f'good.{suffix}')
+        data = (tmp_path / f'good.{suffix}').read_bytes()
+        for _ in range(60):
+            (tmp_path / f'bad.{suffix}').write_bytes(damaged(data, rng))
+            with contextlib.suppress(BrokenImage):
+                assert load_image(tmp_path / f'bad.{suffix}').mode == 'RGB'
+
+
+# ---------------------------------------------------- fuzzing ------------------------------------------------------
+@pytest.mark.parametrize('seed', [0, 1])
+def test_no_text_ends_in_anything_but_success_or_one_line(tmp_path, seed):
+    for make in (make_cub, make_sop, make_isc):
+        make(tmp_path)
+    assert not fuzz(fuzz_targets(tmp_path), 5000, np.random.default_rng(seed))
+
+
+def test_a_checkpoint_of_other_contents_is_refused(tmp_path):
+    save({'version': 2, 'model': 5}, tmp_path / 'c.pth')
+    with pytest.raises(UserError, match='is no checkpoint of this project: it lacks'):
+        load_checkpoint(tmp_path / 'c.pth', None, {})
+
+
+def test_nothing_is_given_to_a_shell():
+    for file in REPOSITORY.glob('*.py'):
+        code = file.read_text()
+        assert 'shell=True' not in code
+        assert 'os.system' not in code
+        assert 'pickle.load' not in code
+        assert 'weights_only=False' not in code
