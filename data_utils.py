@@ -357,8 +357,7 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
 
 
 # ---------------------------------------------------- conversion ----------------------------------------------------
-# From here on a file of more pixels than Pillow's limit is an error: a small file can unpack to fill the memory.
-warnings.simplefilter('error', Image.DecompressionBombWarning)
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_image makes an error of it
 
 
 def check_paths(file: Path, paths) -> None:
@@ -399,6 +398,9 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
     """
     try:
         with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file can unpack to fill the memory
+                raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels, more than the '
+                                                   f'{Image.MAX_IMAGE_PIXELS} of Pillow: a decompression bomb?')
             image.load()
             return to_rgb(ImageOps.exif_transpose(image)), image.mode == 'RGB'
     except Exception as error:  # a damaged file ends in any of a dozen errors, from OSError to struct.error

@@ -47,7 +47,7 @@ def make_loader(dataset: RetrievalDataset, batch_size: int, num_workers: int, de
     batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     own = [batches[number] for number in shard(len(batches))]
     return DataLoader(dataset, batch_sampler=own, num_workers=num_workers, pin_memory=device.type == 'cuda',
-                      persistent_workers=num_workers > 0)
+                      persistent_workers=num_workers > 0, generator=torch.Generator())
 
 
 @torch.inference_mode()
@@ -276,8 +276,9 @@ def main() -> None:
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     if args.json:
-        origin = {name: contents.get(name) for name in ('args', 'epoch', 'made_with')} if contents else None
-        print(json.dumps({**results, 'made_by': origin}))
+        if contents:
+            results['made_by'] = {name: contents.get(name) for name in ('args', 'epoch', 'made_with')}
+        print(json.dumps(results))
         return
     print(format_table(results))
     if contents:

@@ -376,7 +376,8 @@ def train(args: argparse.Namespace, files: dict[str, Path], device: torch.device
         True, args.image_size, interpolation=model.interpolation, min_crop=args.min_crop, flip=args.flip),
         args.seed, split['class_names'], cache=cache)
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers,
-                        pin_memory=device.type == 'cuda', persistent_workers=args.num_workers > 0)
+                        pin_memory=device.type == 'cuda', persistent_workers=args.num_workers > 0,
+                        generator=torch.Generator())  # else the network's random numbers depended on the workers
     test_transform = make_transform(False, args.image_size, args.resize_size, model.interpolation)
     make_loaders = functools.partial(
         make_test_loaders, root, transform=test_transform,
