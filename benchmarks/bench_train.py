@@ -7,7 +7,7 @@
 accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp auto`, channels_last, uint8 images;
 `compile` the same with `--compile`; `tensor` is ours fed from a tensor that is there already. They take turns, each
 with a loader of its own over the same JPEG files. `other amp` is one step of ours with what `--amp auto` did not
-choose, after a step that is not counted. `pays from` is the number of images after which compiling has paid for itself.
+choose, after a step that is not counted. Compiling pays from the number of images on after which its seconds are saved.
 Ends with one line of JSON.
 """
 import functools
@@ -18,6 +18,7 @@ from pathlib import Path
 from common import finish, median, take_turns, write_photographs
 
 BACKBONES = ('resnet50', 'googlenet', 'inception')
+WAYS = ('seeds', 'ours', 'tensor', 'compile', 'other amp')
 NUM_CLASSES = 8
 
 
@@ -114,6 +115,7 @@ def get_args():
 
     parser = Parser(description=__doc__)
     parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='trunks [%(default)s]')
+    parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS, help='what is measured beside ours [all]')
     parser.add_argument('--image_size', type=int, default=224, help='side of the crop in pixels [%(default)s]')
     parser.add_argument('--batch_size', type=int, default=32, help='[%(default)s]')
     parser.add_argument('--num_steps', type=int, default=4, help='steps in a turn [%(default)s]')
@@ -133,11 +135,9 @@ def main() -> None:
 
     device = select_device(args.device)
     result = {'benchmark': 'train', 'batch_size': args.batch_size, 'image_size': args.image_size,
-              'device': str(device), 'img_s': {}, 'ours_to_seeds': {}, 'ours_to_tensor': {}, 'auto': {},
-              'compile_seconds': {}, 'compile_pays_from_images': {}}
-    names = ('seeds', 'ours', 'other amp', 'compile', 'tensor')
-    print(f'{"img/s":<32}' + ''.join(f'{name:>10}' for name in names) + f'{"ours/seeds":>12}{"auto":>10}'
-          f'{"compiling":>11}{"pays from":>11}')
+              'device': str(device), 'img_s': {}, 'ours_to': {}, 'auto': {}, 'compile': {}}
+    ways = [way for way in WAYS if way in args.ways or way == 'ours']
+    print(f'{"img/s":<32}' + ''.join(f'{way:>10}' for way in ways) + '  auto is    ours to', flush=True)
     images = args.batch_size * args.num_steps
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder) / 'photographs', 2 * images, (500, 375), NUM_CLASSES)
@@ -146,31 +146,36 @@ def main() -> None:
         root, split = read_split(folder, 'photographs')
         for backbone in args.backbone_type:
             make = functools.partial(our_step, backbone, root, split, args, device)
-            steps = {'seeds': seeds_step(backbone, root, split, args, device)}
+            steps = {}
             steps['ours'], bfloat16 = make()
-            steps['compile'], _ = make(compiled=True)
-            steps['tensor'], _ = make(feed='tensor')
-            start = time.perf_counter()
-            steps['compile']()
-            first = time.perf_counter() - start
-            seconds = take_turns(steps, args.repetitions)
-            seconds['other amp'] = [args.num_steps * value for value in take_turns(
-                {'step': make('off' if bfloat16 else 'on', feed='one')[0]}, 1)['step']]
-            rates = {name: images / median(values) for name, values in seconds.items()}
-            compiling = first - median(seconds['compile'])
-            saved = 1 / rates['ours'] - 1 / rates['compile']  # seconds an image
-            pays = round(compiling / saved) if saved > 0 else None
-            ratios = {other: median([a / b for a, b in zip(seconds[other], seconds['ours'], strict=True)])
-                      for other in ('seeds', 'tensor')}
             result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
-            result['img_s'][backbone] = {name: round(rate, 2) for name, rate in rates.items()}
-            result['ours_to_seeds'][backbone] = round(ratios['seeds'], 2)
-            result['ours_to_tensor'][backbone] = round(ratios['tensor'], 2)
-            result['compile_seconds'][backbone] = round(compiling, 1)
-            result['compile_pays_from_images'][backbone] = pays
-            print(f'{backbone:<32}' + ''.join(f'{rates[name]:>10.2f}' for name in names)
-                  + f'{ratios["seeds"]:>12.2f}{result["auto"][backbone]:>10}{compiling:>9.0f} s'
-                  + f'{"never" if pays is None else f"{pays:,}":>11}', flush=True)
+            if 'seeds' in ways:
+                steps['seeds'] = seeds_step(backbone, root, split, args, device)
+            if 'tensor' in ways:
+                steps['tensor'], _ = make(feed='tensor')
+            if 'compile' in ways:
+                steps['compile'], _ = make(compiled=True)
+                start = time.perf_counter()
+                steps['compile']()
+                first = time.perf_counter() - start
+            seconds = take_turns(steps, args.repetitions)
+            if 'other amp' in ways:
+                other = {'step': make('off' if bfloat16 else 'on', feed='one')[0]}
+                seconds['other amp'] = [args.num_steps * value for value in take_turns(other, 1)['step']]
+            rates = {way: images / median(values) for way, values in seconds.items()}
+            result['img_s'][backbone] = {way: round(rate, 2) for way, rate in rates.items()}
+            ratios = {way: round(median([a / b for a, b in zip(seconds[way], seconds['ours'], strict=True)]), 2)
+                      for way in ('seeds', 'tensor') if way in ways}
+            result['ours_to'][backbone] = ratios
+            print(f'{backbone:<32}' + ''.join(f'{rates[way]:>10.2f}' for way in ways)
+                  + f'  {result["auto"][backbone]}  {ratios}', flush=True)
+            if 'compile' in ways:
+                compiling = first - median(seconds['compile'])
+                saved = 1 / rates['ours'] - 1 / rates['compile']  # seconds an image
+                pays = round(compiling / saved) if saved > 0 else None
+                result['compile'][backbone] = {'seconds': round(compiling, 1), 'pays_from_images': pays}
+                print(f'{"":<32}compiling took {compiling:.0f} s and pays '
+                      + ('never' if pays is None else f'from {pays:,} images on'), flush=True)
     finish(result)
 
 
