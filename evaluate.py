@@ -183,8 +183,9 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
 
 def describe_origin(contents: dict) -> str:
     """Say in a line how a model or data base was made: run, seed, epoch, code, versions, device."""
-    run, made = contents['args'], contents.get('made_with', {})
-    changed = {'yes': ' with changes', 'no': '', 'unknown': ''}.get(made.get('changed_since'), '')
+    run, made = contents['args'], contents.get('made_with')
+    made = made if isinstance(made, dict) else {}  # of a file that others wrote
+    changed = {'yes': ' with changes', 'no': '', 'unknown': ''}.get(str(made.get('changed_since')), '')
     return (f'{run.get("run", "a run without a name")}: recipe {run.get("recipe")}, seed {run.get("seed")}, epoch '
             f'{contents.get("epoch")}; code {str(made.get("commit"))[:12]}{changed}, torch {made.get("torch")}, '
             f'torchvision {made.get("torchvision")}, {made.get("device")}')
@@ -278,7 +279,7 @@ def main() -> None:
     if args.json:
         if contents:
             results['made_by'] = {name: contents.get(name) for name in ('args', 'epoch', 'made_with')}
-        print(json.dumps(results))
+        print(json.dumps(results, default=str))
         return
     print(format_table(results))
     if contents:

@@ -95,6 +95,15 @@ def test_a_damaged_cache_is_refused_or_the_same(tmp_path):
         assert refused >= 100
 
 
+def test_a_data_base_of_a_stranger_may_say_anything_of_its_origin(run, tmp_path):
+    data_base = load(run / f'{NAME}_data_base.pth', 'data base', ('args',))
+    for made in ([1], 'x', None, {'commit': [1], 'changed_since': [2]}):
+        save({**data_base, 'made_with': made, 'epoch': torch.zeros(2)}, tmp_path / 'd.pth')
+        for words in ((), ('--json',)):
+            result = type_command('evaluate.py', '--data_base', tmp_path / 'd.pth', *words)
+            assert result.returncode == 0, result.stderr
+
+
 # ---------------------------------------------------- paths --------------------------------------------------------
 @pytest.mark.parametrize('path', ['../../etc/passwd', '/etc/passwd', 'uncropped/../../x.jpg', '..', 'a\\..\\b', 'a\0b'])
 def test_a_path_that_leaves_the_folder_is_refused_by_name(run, raw_sets, tmp_path, path):
