@@ -170,7 +170,7 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
             save(frame, folder / f'{run}_embeddings.pth')
         rows.append({'epoch': epoch, **trained, 'dense_R@1': frame['R@1'], 'angle_to_proxy': frame['angle']})
         frames.append(frame)
-        save_statistics(rows, settings, provenance(device), folder / f'{run}_statistics.csv')
+        save_statistics(rows, settings, folder / f'{run}_statistics.csv', provenance(device))
     return {'run': run, 'best': max(frames[1:], key=lambda frame: frame['R@1']), 'frames': frames}
 
 

@@ -429,7 +429,7 @@ def train(args: argparse.Namespace, files: dict[str, Path], device: torch.device
                 save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
                 save({**data_base, 'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
                       'train_class_names': train_set.class_names, **made_by}, files['data_base'])
-            save_statistics(rows, portable_args(args), made_with, files['statistics'])
+            save_statistics(rows, portable_args(args), files['statistics'], made_with)
             save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
                   'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
                   'split': fingerprint(split), 'version': CHECKPOINT_VERSION, **made_by}, files['checkpoint'])

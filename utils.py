@@ -504,7 +504,7 @@ def provenance(device) -> dict:
             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}
 
 
-def save_statistics(rows: list[dict], settings: dict, made_with: dict, path: Path) -> None:
+def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dict | None = None) -> None:
     """Save a run's statistics as CSV, a row an epoch.
 
     Behind what was measured stand a column `args.NAME` per setting and `made.NAME` per part of `provenance`.
@@ -512,7 +512,7 @@ def save_statistics(rows: list[dict], settings: dict, made_with: dict, path: Pat
     import pandas as pd
 
     plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
-             for name, value in settings.items()} | {f'made.{name}': value for name, value in made_with.items()}
+             for name, value in settings.items()} | {f'made.{name}': value for name, value in (made_with or {}).items()}
     table = pd.DataFrame([{**row, **plain} for row in rows])
     write_atomically(path, lambda file: table.to_csv(file, index=False))
 
