@@ -11,25 +11,31 @@ from metrics import Hamming, pack_codes, retrieval_metrics, unpack_codes
 from utils import UserError
 
 
-def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
-    """Rank every gallery image for every query with Python's own sums; ties between classes count as half."""
+def measure(counts, recalls):
+    """Return the metrics from the negatives before each positive of each query, [[...], ...]; a tied one is a half."""
+    counts = [before for before in counts if before]
     hits, maps, precisions = [], [], []
-    for i, x in enumerate(query.tolist()):
-        scores = [(round(sum(a * b for a, b in zip(x, g, strict=True)), 10), bool(gallery_labels[j] == query_labels[i]))
-                  for j, g in enumerate(gallery.tolist()) if not (itself and i == j)]
-        positives = sorted((score for score, own in scores if own), reverse=True)
-        negatives = [score for score, own in scores if not own]
-        if not positives:
-            continue
-        before = [sum(n > p for n in negatives) + sum(n == p for n in negatives) / 2 for p in positives]
+    for before in counts:
+        r = len(before)
         ranks = [j + nearer for j, nearer in enumerate(before, start=1)]
-        r = len(positives)
         hits.append([before[0] < k for k in recalls])
         maps.append(sum(j / rank for j, rank in enumerate(ranks, start=1) if rank <= r) / r)
         precisions.append(sum(rank <= r for rank in ranks) / r)
     shares = 100 * np.mean(hits, axis=0)
     return {**{f'R@{k}': share for k, share in zip(recalls, shares, strict=True)},
-            'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(hits)}
+            'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(counts)}
+
+
+def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
+    """Rank every gallery image for every query with Python's own sums; ties between classes count as half."""
+    counts = []
+    for i, x in enumerate(query.tolist()):
+        scores = [(round(sum(a * b for a, b in zip(x, g, strict=True)), 10), bool(gallery_labels[j] == query_labels[i]))
+                  for j, g in enumerate(gallery.tolist()) if not (itself and i == j)]
+        positives = sorted((score for score, own in scores if own), reverse=True)
+        negatives = [score for score, own in scores if not own]
+        counts.append([sum(n > p for n in negatives) + sum(n == p for n in negatives) / 2 for p in positives])
+    return measure(counts, recalls)
 
 
 def random_features(n, d, classes, seed, coarse=False):
@@ -133,20 +139,9 @@ def rows_and_columns(query, query_labels, gallery, gallery_labels, itself, recal
     if itself:
         similarity.fill_diagonal_(-torch.inf)
         positive.fill_diagonal_(False)
-    hits, maps, precisions = [], [], []
-    for scores, own in zip(similarity, positive, strict=True):
-        if not own.any():
-            continue
-        ahead = [int((scores[~own] > p).sum()) + int((scores[~own] == p).sum()) / 2
-                 for p in scores[own].sort(descending=True).values]
-        r = len(ahead)
-        ranks = [j + nearer for j, nearer in enumerate(ahead, start=1)]
-        hits.append([ahead[0] < k for k in recalls])
-        maps.append(sum(j / rank for j, rank in enumerate(ranks, start=1) if rank <= r) / r)
-        precisions.append(sum(rank <= r for rank in ranks) / r)
-    shares = 100 * np.mean(hits, axis=0)
-    return {**{f'R@{k}': share for k, share in zip(recalls, shares, strict=True)},
-            'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(hits)}
+    return measure([[int((scores[~own] > p).sum()) + int((scores[~own] == p).sum()) / 2
+                     for p in scores[own].sort(descending=True).values]
+                    for scores, own in zip(similarity, positive, strict=True)], recalls)
 
 
 @pytest.fixture
