@@ -17,7 +17,7 @@ from PIL import Image
 import data_utils
 from utils import UserError, load, locked, save
 
-NAME = 'car_resnet18_{}_16'
+NAME = 'car_timm-test_resnet_{}_16'
 NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('balanced_proxy') + '_positive',
          'momentum': NAME.format('asymptotic_proxy')}
 # Three epochs write statistics and checkpoint each, the first (and perhaps a later one) model and data base before;
@@ -49,6 +49,7 @@ def test_a_run_killed_anywhere_goes_on_bit_for_bit(whole, raw_sets, tmp_path, ru
     saved = (tmp_path / 'killed' / f'{NAMES[rule]}_checkpoint.pth').is_file()
     code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
     assert code == 0, printed
+    assert ('epoch 1/3' in printed) is not saved  # it goes on, and does not begin again
     assert not differing_results(whole[rule], tmp_path / 'killed')
 
 
@@ -74,6 +75,7 @@ def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole,
     saved = (tmp_path / 'k' / f'{NAMES["gradient"]}_checkpoint.pth').is_file()
     code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
     assert code == 0, printed
+    assert ('epoch 1/3' in printed) is not saved  # it goes on, and does not begin again
     assert not differing_results(whole['gradient'], tmp_path / 'k')
 
 
@@ -230,4 +232,4 @@ def test_a_collapse_stops_or_warns(tmp_path, choice):
     else:
         assert_one_line_error(result, 'in epoch 3 is chance for 40 classes', '--momentum nearer 0.5',
                               '--on_collapse warn')
-    assert len(pd.read_csv(tmp_path / 'r' / 'grey_resnet18_asymptotic_proxy_16_statistics.csv')) == 3
+    assert len(pd.read_csv(tmp_path / 'r' / 'grey_timm-test_resnet_asymptotic_proxy_16_statistics.csv')) == 3
