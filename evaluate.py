@@ -163,6 +163,9 @@ def load_data_base(path: str | Path) -> dict:
         if not fits or not images:
             raise UserError(f'{path}: the {subset} images, labels and features do not belong together or are empty; '
                             'train again')
+        if (torch.linalg.vector_norm(features.double(), dim=1) > 1.01).any():  # of NaN metrics.py tells the number
+            raise UserError(f'{path}: the {subset} features are no unit rows, so that their products are no cosines; '
+                            'train again')
         check_paths(path, images)
         if int(labels.min()) < 0 or int(labels.max()) >= len(names):
             raise UserError(f'{path}: a label of {subset} has no class name; train again')

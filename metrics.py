@@ -82,9 +82,9 @@ class Cosine:
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
         self.query, self.gallery, self.dim = query, gallery, query.shape[1]
         # A float32 sum of D products, in any order, is off by at most D 2^-24 |x| |y| (Higham, Accuracy and Stability
-        # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32 and the grid.
+        # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32, and the grid's step.
         length = longest(query) * longest(gallery)
-        self.error = 1.001 * (self.dim + 4) * 2.0**-24 * length
+        self.error = 1.001 * (self.dim + 4) * 2.0**-24 * length + 2.0**-33
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
         """Return similarities (r, c) in float32, off by at most `error`, in `room` where it is given."""
@@ -320,6 +320,7 @@ def count_decisive(compare, positives: torch.Tensor, query_labels: torch.Tensor,
         nearer[rows] = count_nearer(compare.of(rows), positives[rows], last.float(), query_labels[rows], gallery_labels,
                                     False, f'recall of {len(rows):,} far ones')
     return nearer
+
 
 # ---------------------------------------------------- metrics --------------------------------------------------------
 def check_finite(**features: torch.Tensor) -> None:
