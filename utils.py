@@ -83,6 +83,8 @@ def run_script(main) -> None:
         sys.exit(_fail(f'{script}: stopped by {name}' + (f': {stop}' if str(stop) else ''), code))
     finally:
         stop_processes()
+        for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to tidy up
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _fail(line: str, code: int) -> int:
