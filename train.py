@@ -115,10 +115,11 @@ def train_one_epoch(model: nn.Module, criterion: nn.Module, optimizer: torch.opt
 
 def describe_failure(step: int, loader: DataLoader, optimizer: torch.optim.Optimizer) -> str:
     """Say in which step of an epoch the loss was not finite, with which learning rates and images."""
-    rates = ' and '.join(f'{group["lr"]:g}' for group in optimizer.param_groups)
+    rates = ' and '.join(f'{group["lr"]:g} ({what})' for group, what in zip(
+        optimizer.param_groups, ('network', 'proxies'), strict=False))  # moving proxies have no rate
     batch = list(loader.batch_sampler)[step - 1]
     images = ', '.join(loader.dataset.images[index] for index in batch[:4])
-    return (f'the loss is not finite in step {step} of this epoch, at a learning rate of {rates} (network, proxies), '
+    return (f'the loss is not finite in step {step} of this epoch, at a learning rate of {rates}, '
             f'with {len(batch)} images, {images}{", ..." if len(batch) > 4 else ""}; lower --lr or --proxy_lr, or set '
             '--clip_value 10')
 

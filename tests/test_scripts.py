@@ -477,6 +477,13 @@ def test_held_out_classes_choose_the_epoch_and_are_not_trained_on(seeds, raw_set
     assert '8 images of 2 classes' in printed
 
 
+def test_held_out_classes_have_the_say_over_the_test_classes():
+    rows = [{'epoch': epoch, 'dense_R@1': test, 'val_dense_R@1': val}
+            for epoch, test, val in ((1, 50.0, 70.0), (2, 60.0, 80.0), (3, 90.0, 80.0))]
+    assert train_script.chosen_epoch(rows)['epoch'] == 2  # of equals the first
+    assert train_script.chosen_epoch([{key: row[key] for key in ('epoch', 'dense_R@1')} for row in rows])['epoch'] == 3
+
+
 def test_a_share_of_the_classes_is_held_out():
     split = {'train': {str(label): [f'{label}_{number}.jpg' for number in range(3)] for label in range(10)}, 'test': {}}
     held = [train_script.hold_out(split, 0.3, seed) for seed in (0, 0, 1)]
