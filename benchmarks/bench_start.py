@@ -1,0 +1,74 @@
+"""Seconds from typing `python train.py` to the help, to a mistyped flag's answer, and to the end of the first step.
+
+    python benchmarks/bench_start.py
+
+The training is that of `make demo`. Each is a process of its own; the first turn, which fills the disk's cache, is not
+counted. Ends with one line of JSON.
+"""
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import finish, median, take_turns
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def demo_words() -> list[str]:
+    """Return the flags with which `make demo` trains."""
+    printed = subprocess.run(['make', '--dry-run', '--always-make', 'demo'], cwd=REPOSITORY, check=True,
+                             capture_output=True, text=True).stdout.replace('\\\n', ' ')
+    (line,) = [line for line in printed.splitlines() if 'train.py' in line]
+    return shlex.split(line.split('train.py', 1)[1])
+
+
+def get_args():
+    from utils import Parser
+
+    parser = Parser(description=__doc__)
+    parser.add_argument('--repetitions', type=int, default=3, help='turns [%(default)s]')
+    return parser.parse_args()
+
+
+def first_step(folder: str) -> float:
+    """Start the demo's training, wait until its bar shows a step, end it; returns the seconds until the bar began."""
+    command = [sys.executable, REPOSITORY / 'train.py', *demo_words(), '--data_path', folder, '--results_dir', folder]
+    start, began, seen = time.perf_counter(), None, b''
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while b' 1/80 ' not in seen:
+            part = process.stderr.read1()
+            if not part:
+                raise SystemExit(f'the training ended: {seen.decode()}')
+            seen += part
+            if began is None and b' 0/80 ' in seen:
+                began = time.perf_counter() - start
+        process.terminate()
+    return began
+
+
+def main() -> None:
+    args = get_args()
+    began = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, REPOSITORY / 'data_utils.py', '--data_path', folder, '--data_name', 'glyph'],
+                       check=True, capture_output=True)
+        seconds = take_turns({
+            'help': lambda: subprocess.run([sys.executable, REPOSITORY / 'train.py', '--help'], check=True,
+                                           capture_output=True),
+            'mistyped flag': lambda: subprocess.run([sys.executable, REPOSITORY / 'train.py', '--los', 'x'],
+                                                    check=False, capture_output=True),
+            'first step done': lambda: began.append(first_step(folder))}, args.repetitions)
+    seconds['first batch asked for'] = began[1:]
+    result = {name: round(median(values), 2) for name, values in seconds.items()}
+    for name, value in result.items():
+        print(f'{name:<24}{value:>6.2f} s')
+    finish({'benchmark': 'start', 'seconds': result})
+
+
+if __name__ == '__main__':
+    from utils import run_script
+
+    run_script(main)
