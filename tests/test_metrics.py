@@ -174,8 +174,24 @@ def test_near_and_far_positives_are_counted_alike(small_pieces, noise, binary):
     features = F.normalize(torch.randn(41, 30, generator=generator)[labels] + noise * torch.randn(
         330, 30, generator=generator), dim=-1)
     compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
-    assert_equal(retrieval_metrics(features, labels, recalls=(1, 10, 300), binary=binary),
-                 rows_and_columns(compared, labels, compared, labels, True, (1, 10, 300)))
+    recalls = (1, 10, 30, 50, 80, 120, 300)
+    assert_equal(retrieval_metrics(features, labels, recalls=recalls, binary=binary),
+                 rows_and_columns(compared, labels, compared, labels, True, recalls))
+
+
+@pytest.mark.parametrize('binary', [False, True])
+@pytest.mark.parametrize('guess', ['far too high', 'far too low', 'any'])
+def test_a_wrong_guess_of_the_thresholds_changes_nothing(small_pieces, monkeypatch, guess, binary):
+    generator = torch.Generator().manual_seed(10)
+    features, labels = random_features(200, 16, 9, 10)
+    unit = 16 if binary else 1  # the scale of the similarities
+    thresholds = {'far too high': torch.full((200,), 2.0 * unit), 'far too low': torch.full((200,), -2.0 * unit),
+                  'any': unit * (2 * torch.rand(200, generator=generator) - 1)}[guess]
+    expected = retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary)
+    monkeypatch.setattr(module, 'guess_threshold', lambda *arguments: thresholds)
+    assert retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary) == expected
+    compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
+    assert_equal(expected, rows_and_columns(compared, labels, compared, labels, True, (1, 7, 60)))
 
 
 def test_groups_of_queries_do_not_change_the_result(monkeypatch, small_pieces):
