@@ -11,9 +11,10 @@ positive of a query, the number of negatives nearer than it, and only for positi
 
 1. the positives' similarities are computed in float64 (`positive_similarities`);
 2. a sample of the gallery tells each query a similarity that few negatives exceed (`guess_threshold`);
-3. one pass over all pairs in float32 picks those above it. A pick that lies farther from every positive of its query
-   than float32 can be wrong is counted as it is, the others are computed again in float64 (`count_nearer`). Where the
-   queries are the gallery, each product serves both of its images, so that half of the matrix is enough;
+3. one pass over all pairs, in bfloat16 where the processor has instructions for it and else in float32, picks those
+   above it. A pick that lies farther from every positive of its query than the pass can be wrong is counted as it is,
+   the others are computed again, in float32 and then in float64 (`count_nearer`). Where the queries are the gallery,
+   each product serves both of its images, so that half of the matrix is enough;
 4. queries that this leaves undecided, such as those whose best positive lies behind thousands, take a second pass
    with a threshold of their own.
 
@@ -25,7 +26,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from utils import UserError, gather_rows, progress, shard, sum_over_processes, world_rank, world_size
+from utils import (UserError, bfloat16_is_fast, gather_rows, progress, shard, sum_over_processes, world_rank,
+                   world_size)
 
 BLOCK_ELEMENTS = 2**24  # numbers held at once: 128 MiB in float64
 TILE = {'cpu': 4096, 'cuda': 8192}  # side of the blocks of similarities
@@ -60,10 +62,10 @@ def pack_codes(features: torch.Tensor) -> torch.Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(2, dtype=torch.uint8)
 
 
-def unpack_codes(codes: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return packed codes (..., ceil(D / 8)) as float32 (..., D) of -1 and +1."""
+def unpack_codes(codes: torch.Tensor, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return packed codes (..., ceil(D / 8)) as (..., D) of -1 and +1."""
     bits = codes[..., None] >> torch.arange(8, dtype=torch.uint8, device=codes.device) & 1
-    return bits.flatten(-2)[..., :dim].float().mul_(2).sub_(1)
+    return bits.flatten(-2)[..., :dim].to(dtype).mul_(2).sub_(1)
 
 
 def shaped(room: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor | None:
@@ -71,40 +73,72 @@ def shaped(room: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor |
     return None if room is None else room[:rows * columns].view(rows, columns)
 
 
-def longest(features: torch.Tensor) -> float:
-    """Return the largest norm of a row, without a second tensor of their size."""
-    return max(torch.linalg.vector_norm(part, dim=1).amax().item() for part in features.split(2**14))
+def longest(features: torch.Tensor) -> tuple[float, float]:
+    """Return the largest norm of a row, and that of a row less the same row in bfloat16."""
+    parts = features.split(2**14)  # spares a second tensor of their size
+    return tuple(max(torch.linalg.vector_norm(rows(part), dim=1).amax().item() for part in parts)
+                 for rows in (lambda part: part, lambda part: part - part.bfloat16().to(part.dtype)))
 
 
 class Cosine:
-    """Cosines of queries (Q, D) and a gallery (G, D), float32 or float64, unit rows."""
+    """Cosines of queries (Q, D) and a gallery (G, D), float32 or float64, unit rows.
+
+    Attributes:
+        dtype: of `tile`.
+        error: no cosine of `tile` is off by more.
+        finer: pairs of a dtype, and by what the cosines computed in it may be off.
+    """
 
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
         self.query, self.gallery, self.dim = query, gallery, query.shape[1]
+        (query_length, query_rounding), (length, rounding) = longest(query), longest(gallery)
         # A float32 sum of D products, in any order, is off by at most D 2^-24 |x| |y| (Higham, Accuracy and Stability
         # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32, and the grid's step.
-        length = longest(query) * longest(gallery)
-        self.error = 1.001 * (self.dim + 4) * 2.0**-24 * length + 2.0**-33
+        self.error = 1.001 * (self.dim + 4) * 2.0**-24 * query_length * length + 2.0**-33
+        self.dtype, self.relative_error, self.finer = torch.float32, 0.0, ((torch.float64, 0.0),)
+        if query.device.type == 'cpu' and bfloat16_is_fast(query.device):
+            # Products of bfloat16 are summed in float32: |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y| for the rounded
+            # x', y'. The sum is then rounded to bfloat16, 8 bits.
+            self.dtype, self.finer = torch.bfloat16, ((torch.float32, self.error), *self.finer)
+            self.relative_error = 1.001 * 2.0**-8
+            self.absolute_error = 1.01 * (self.error + query_rounding * length + query_length * rounding)
+            largest = (query_length * length + self.absolute_error) / (1 - self.relative_error)  # value of a tile
+            self.error = self.absolute_error + self.relative_error * largest
+        else:
+            self.absolute_error = self.error
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return similarities (r, c) in float32, off by at most `error`, in `room` where it is given."""
-        query, gallery = self.query[rows].float(), self.gallery[columns].float()
+        """Return similarities (r, c), dtype `dtype`, in `room` where it is given."""
+        query, gallery = self.query[rows].to(self.dtype), self.gallery[columns].to(self.dtype)
         return torch.mm(query, gallery.T, out=shaped(room, len(query), len(gallery)))
+
+    def error_of(self, value: torch.Tensor) -> torch.Tensor | float:
+        """Return by what values of `tile`, float64, may be off."""
+        return self.absolute_error + self.relative_error * value.abs() if self.relative_error else self.error
 
     def exact(self, rows, columns) -> torch.Tensor:
         """Return similarities (..., r, c) in float64 of rows (..., r) and columns (..., c)."""
         return cosine_similarity(self.query[rows], self.gallery[columns])
 
-    def pairs(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return similarities (n,) in float64 of n pairs."""
-        step = max(1, BLOCK_ELEMENTS // 8 // self.dim)
-        parts = [on_grid((self.query[row].double() * self.gallery[column].double()).sum(1))
+    def again(self, rows, columns, dtype: torch.dtype) -> torch.Tensor:
+        """Return similarities (r, c) computed in a dtype of `finer`."""
+        if dtype == torch.float64:
+            return self.exact(rows, columns)
+        return self.query[rows].to(dtype) @ self.gallery[columns].to(dtype).T
+
+    def pairs(self, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return similarities (n,), float64, of n pairs, computed in a dtype of `finer`."""
+        step = max(1, 2**19 // self.dim)  # what stays in a processor's cache
+        parts = [self.query[row].to(dtype).mul_(self.gallery[column]).sum(1)
                  for row, column in zip(rows.split(step), columns.split(step), strict=True)]
-        return torch.cat(parts)
+        similarity = torch.cat(parts).double()
+        return on_grid(similarity) if dtype == torch.float64 else similarity
 
     def of(self, rows: torch.Tensor) -> 'Cosine':
         """Return the same for some of the queries."""
-        return Cosine(self.query[rows], self.gallery)
+        part = copy.copy(self)
+        part.query = self.query[rows]
+        return part
 
 
 class Hamming:
@@ -112,18 +146,27 @@ class Hamming:
 
     They are kept as packed bits and unpacked tile by tile for a product of floats, which is exact: whole numbers below
     2^24. Up to D = 2047 there is room for two in one float, so that a product of x_i + 4096 x_k serves two queries.
+    bfloat16 holds whole numbers up to 256 and even ones up to 512, and so all results up to D = 256 and for even D up
+    to 512, since equal less different bits is as even as D.
+
+    Attributes:
+        dtype, error, finer: as those of Cosine; `tile` is exact.
     """
-    error = 0.0
+    error, finer = 0.0, ()
 
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
         self.dim, self.query = query.shape[1], pack_codes(query)
         self.gallery = self.query if gallery is query else pack_codes(gallery)
+        fits = self.dim <= (256 if self.dim % 2 else 512)
+        native = query.device.type == 'cpu' and bfloat16_is_fast(query.device)
+        self.dtype = torch.bfloat16 if fits and native else torch.float32
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return equal less different bits (r, c), float32, in `room` where it is given."""
-        query, gallery = unpack_codes(self.query[rows], self.dim), unpack_codes(self.gallery[columns], self.dim)
+        """Return equal less different bits (r, c), dtype `dtype`, in `room` where it is given."""
+        query, gallery = (unpack_codes(codes, self.dim, self.dtype)
+                          for codes in (self.query[rows], self.gallery[columns]))
         tile = shaped(room, len(query), len(gallery))
-        if self.dim > 2047 or len(query) % 2:
+        if self.dtype == torch.bfloat16 or self.dim > 2047 or len(query) % 2:
             return torch.mm(query, gallery.T, out=tile)
         tile = torch.empty(len(query), len(gallery), device=query.device) if tile is None else tile
         (first, second), (upper, lower) = query.chunk(2), tile.chunk(2)
@@ -131,6 +174,10 @@ class Hamming:
         torch.mul(upper, 1 / 4096, out=lower).round_()
         upper.sub_(lower, alpha=4096)
         return tile
+
+    def error_of(self, value: torch.Tensor) -> float:
+        """Return by what values of `tile` may be off."""
+        return self.error
 
     def exact(self, rows, columns) -> torch.Tensor:
         """Return equal less different bits (..., r, c), float64, of rows (..., r) and columns (..., c)."""
@@ -204,9 +251,15 @@ def picks(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
 
     With `transpose` the tile is (c, r).
     """
+    dtype, lowest = tile.dtype, -torch.inf
+    if dtype == torch.bfloat16:
+        if threshold.amin() > 0:  # from there on its bits are ordered as integers are, of which maxima are faster
+            tile, threshold, lowest = tile.view(torch.int16), threshold.view(torch.int16), -2**15
+        else:
+            tile, threshold, dtype = tile.float(), threshold.float(), torch.float32
     width = tile.shape[not transpose]
     if width % CHUNK:
-        tile = F.pad(tile, (0, 0, 0, -width % CHUNK) if transpose else (0, -width % CHUNK), value=-torch.inf)
+        tile = F.pad(tile, (0, 0, 0, -width % CHUNK) if transpose else (0, -width % CHUNK), value=lowest)
     if transpose:  # a maximum over the last dimension of tile.T would be slow
         chunks = tile.unflatten(0, (-1, CHUNK))
         highest, chunks = chunks.amax(1).T, chunks.permute(2, 0, 1)
@@ -217,7 +270,7 @@ def picks(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
     for rows, numbers in zip(row.split(2**20 // CHUNK), chunk.split(2**20 // CHUNK), strict=True):
         values = chunks[rows, numbers]
         which, place = (values >= threshold[rows, None]).nonzero(as_tuple=True)
-        yield rows[which], numbers[which] * CHUNK + place, values[which, place]
+        yield rows[which], numbers[which] * CHUNK + place, values[which, place].view(dtype)
 
 
 def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, query_labels: torch.Tensor,
@@ -227,8 +280,8 @@ def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, quer
     Args:
         compare: Cosine or Hamming.
         positives: (Q, R) of `positive_similarities`.
-        threshold: (Q,) float32; the count is complete for positives of at least threshold + compare.error, and too
-            small, if anything, for the others.
+        threshold: (Q,) of compare.dtype; the count is complete for positives of at least threshold + compare.error,
+            and too small, if anything, for the others.
         query_labels, gallery_labels: (Q,), (G,) int64.
         symmetric: the queries are the gallery.
         title: of the progress bar.
@@ -238,23 +291,25 @@ def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, quer
     places = torch.zeros(num_queries * (most + 1), dtype=torch.float64, device=positives.device)
 
     def count(tile: torch.Tensor, rows: slice, columns: slice, transpose: bool) -> None:
-        product = None
+        products = {}
         for row, column, value in picks(tile, threshold[rows], transpose):
             negative = query_labels[rows][row] != gallery_labels[columns][column]
             row, column = row[negative] + rows.start, column[negative] + columns.start
             value = value[negative].double()
-            first = number_above(positives, row, value + compare.error, or_equal=False)
-            last = number_above(positives, row, value - compare.error, or_equal=True)
-            close = (first != last).nonzero()[:, 0] if compare.error else ()
-            if len(close):  # a positive lies so near that float32 does not tell which is larger
+            error = compare.error_of(value)
+            first = number_above(positives, row, value + error, or_equal=False)
+            last = number_above(positives, row, value - error, or_equal=True)
+            for dtype, error in compare.finer:
+                close = (first != last).nonzero()[:, 0]  # a positive lies too near to tell which is larger
                 row_close, column_close = row[close], column[close]
                 if len(close) * 64 > tile.numel():  # too many to take one by one
-                    product = compare.exact(rows, columns) if product is None else product
-                    value = product[row_close - rows.start, column_close - columns.start]
+                    if dtype not in products:
+                        products[dtype] = compare.again(rows, columns, dtype)
+                    value = products[dtype][row_close - rows.start, column_close - columns.start].double()
                 else:
-                    value = compare.pairs(row_close, column_close)
-                first[close] = number_above(positives, row_close, value, or_equal=False)
-                last[close] = number_above(positives, row_close, value, or_equal=True)
+                    value = compare.pairs(row_close, column_close, dtype)
+                first[close] = number_above(positives, row_close, value + error, or_equal=False)
+                last[close] = number_above(positives, row_close, value - error, or_equal=True)
             half = positives.new_full((len(row),), 0.5)
             for place in (first, last):
                 places.index_add_(0, row * (most + 1) + place, half)
@@ -263,7 +318,8 @@ def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, quer
     tiles = [(row, column) for row in range(0, num_queries, side)
              for column in range(row if symmetric else 0, len(gallery_labels), side)]
     own = tiles[world_rank()::world_size()]
-    room = torch.empty(min(side, num_queries) * min(side, len(gallery_labels)), device=positives.device)
+    room = torch.empty(min(side, num_queries) * min(side, len(gallery_labels)), dtype=compare.dtype,
+                       device=positives.device)
     for row, column in progress(own, desc=title, unit='tile', delay=2):
         rows, columns = slice(row, row + side), slice(column, column + side)
         tile = compare.tile(rows, columns, room)
@@ -289,7 +345,7 @@ def guess_threshold(compare, needed: torch.Tensor, query_labels: torch.Tensor,
     parts = [query_labels.new_zeros(0, dtype=torch.float32)]  # a process may have no query
     for start in range(own.start, own.stop, side):
         rows = slice(start, min(start + side, own.stop))
-        similarity = compare.tile(rows, sample)
+        similarity = compare.tile(rows, sample).float()
         similarity.masked_fill_(query_labels[rows, None] == gallery_labels[sample], -torch.inf)
         nearest = similarity.topk(int(place[rows].max()), 1).values
         parts.append(nearest.gather(1, place[rows, None] - 1)[:, 0])
@@ -309,7 +365,7 @@ def count_decisive(compare, positives: torch.Tensor, query_labels: torch.Tensor,
     needed = 2.0 * number + 1 + min(largest, 10)
     threshold = guess_threshold(compare, needed, query_labels, gallery_labels)
     last = positives.masked_fill(~counted, torch.inf).amin(1) - 2 * compare.error
-    threshold = threshold.maximum(last.float())
+    threshold = threshold.maximum(last.float()).to(compare.dtype)
     nearer = count_nearer(compare, positives, threshold, query_labels, gallery_labels, symmetric, 'recall')
     incomplete = counted & (positives < threshold.double()[:, None] + compare.error)
     undecided = incomplete & (order + nearer <= number[:, None])
@@ -317,8 +373,8 @@ def count_decisive(compare, positives: torch.Tensor, query_labels: torch.Tensor,
     rows = undecided.any(1).nonzero()[:, 0]
     if len(rows):
         last = positives[rows].masked_fill(~undecided[rows], torch.inf).amin(1) - 2 * compare.error
-        nearer[rows] = count_nearer(compare.of(rows), positives[rows], last.float(), query_labels[rows], gallery_labels,
-                                    False, f'recall of {len(rows):,} far ones')
+        nearer[rows] = count_nearer(compare.of(rows), positives[rows], last.to(compare.dtype), query_labels[rows],
+                                    gallery_labels, False, f'recall of {len(rows):,} far ones')
     return nearer
 
 

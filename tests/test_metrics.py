@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import metrics as module
-from metrics import Hamming, pack_codes, retrieval_metrics, unpack_codes
+from metrics import Cosine, Hamming, pack_codes, retrieval_metrics, unpack_codes
 from utils import UserError
+
+
+@pytest.fixture(scope='module', autouse=True, params=['float32', 'bfloat16'])
+def first_pass(request):
+    """Every test holds for a processor without bfloat16 instructions and for one with them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+        yield getattr(torch, request.param)
 
 
 def measure(counts, recalls):
@@ -83,9 +91,9 @@ def test_binary_metrics_equal_brute_force_on_signs(gallery):
     assert_equal(ours, expected)
 
 
-@pytest.mark.parametrize('d', [1, 7, 64, 65, 2047, 2048])
+@pytest.mark.parametrize('d', [1, 7, 64, 65, 255, 257, 512, 514, 2047, 2048])
 @pytest.mark.parametrize('queries', [4, 5])
-def test_packed_codes_count_different_signs(d, queries):
+def test_packed_codes_count_different_signs(first_pass, d, queries):
     features = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
     features[0, 0] = 0.0  # a zero counts as +1
     features[1], features[2] = features[0], -features[0]
@@ -94,7 +102,9 @@ def test_packed_codes_count_different_signs(d, queries):
     assert torch.equal(unpack_codes(pack_codes(features), d), torch.where(features >= 0, 1.0, -1.0))
     different = ((features[:queries, None] >= 0) != (features[None] >= 0)).sum(-1)
     compare = Hamming(features[:queries], features)
-    assert torch.equal(compare.tile(slice(0, queries), slice(0, 9)), d - 2.0 * different)
+    tile = compare.tile(slice(0, queries), slice(0, 9))
+    assert tile.dtype == (first_pass if d in (1, 7, 64, 65, 255, 512) else torch.float32)
+    assert torch.equal(tile.double(), d - 2.0 * different.double())
     assert torch.equal(compare.exact(torch.arange(queries), torch.arange(9)), d - 2.0 * different.double())
 
 
@@ -164,6 +174,30 @@ def test_similarities_that_float32_does_not_tell_apart_are_ranked_exactly(small_
     searched = arguments if gallery else (features, labels, features, labels)
     assert_equal(retrieval_metrics(*arguments, recalls=(1, 3, 100)),
                  rows_and_columns(*searched, not gallery, (1, 3, 100)))
+
+
+@pytest.mark.parametrize('d', [2, 512, 4096])
+@pytest.mark.parametrize('kind', ['any signs', 'one sign', 'equal entries'])
+def test_the_first_pass_is_off_by_no_more_than_it_says(first_pass, d, kind):
+    features = torch.randn(300, d, generator=torch.Generator().manual_seed(d))
+    features = F.normalize({'any signs': features, 'one sign': features.abs(),
+                            'equal entries': 1 + torch.arange(300)[:, None] / 300 + 0 * features}[kind], dim=-1)
+    features[::7] *= 1 + 0.9e-3  # unit rows as far as evaluate.py takes them
+    compare, every = Cosine(features, features), slice(0, 300)
+    tile = compare.tile(every, every)
+    assert tile.dtype == first_pass
+    off = (tile.double() - features.double() @ features.double().T).abs()
+    bound = torch.as_tensor(compare.error_of(tile.double()))
+    assert (off <= bound).all()
+    assert (bound <= compare.error).all()
+    if kind == 'any signs' and first_pass == torch.bfloat16:
+        assert off.max() > compare.error / 8  # a bound that tells something
+    for dtype, error in compare.finer:
+        rows = torch.arange(300)
+        for value, expected in ((compare.again(every, every, dtype), features.double() @ features.double().T),
+                                (compare.pairs(rows, rows.flip(0), dtype),
+                                 (features.double() * features.double().flip(0)).sum(1))):
+            assert (value.double() - expected).abs().max() <= error + 2.0**-33
 
 
 @pytest.mark.parametrize('binary', [False, True])

@@ -1,5 +1,7 @@
 """The scripts as a user types them: every system's command lines, a whole run, resuming, retrieval, bad input."""
+import copy
 import json
+import math
 import re
 import shlex
 import shutil
@@ -15,6 +17,7 @@ from raw_trees import make_car, write_image
 
 import evaluate
 import train as train_script
+from model import LOSSES
 from utils import UserError
 
 SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--recalls', '1,2',
@@ -524,3 +527,50 @@ def test_files_say_how_they_were_made(run, raw_sets):
     result = type_command('evaluate.py', '--data_base', results / f'{NAME}_data_base.pth')
     assert f'{NAME}: recipe balanced_proxy, seed 0, epoch ' in result.stdout
     assert f'torch {torch.__version__}' in result.stdout
+
+
+# ---------------------------------------------------- rates ---------------------------------------------------------
+@pytest.mark.parametrize(('words', 'factors'), [
+    (('--lr_schedule', 'step', '--lr_decay_step', 2, '--lr_decay_gamma', 0.25), [1, 1, 0.25, 0.25, 0.0625]),
+    (('--lr_schedule', 'multistep', '--lr_milestones', '0.2,0.8', '--lr_decay_gamma', 0.1), [1, 0.1, 0.1, 0.1, 0.01]),
+    (('--lr_schedule', 'cosine'), [(1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)]),
+    (('--lr_schedule', 'constant'), [1] * 5)])
+def test_the_rates_of_network_and_proxies_follow_the_schedule(raw_sets, tmp_path, words, factors):
+    result = train(raw_sets, tmp_path, *TINY, '--backbone_type', 'timm:test_resnet', '--num_epochs', 5, '--lr', 1e-3,
+                   '--proxy_lr', 0.5, '--weight_decay', 0.25, *words)
+    assert result.returncode == 0, result.stderr
+    (file,) = tmp_path.glob('*_statistics.csv')
+    table = pd.read_csv(file)
+    assert table['lr'].tolist() == pytest.approx([1e-3 * factor for factor in factors])
+    assert table['proxy_lr'].tolist() == pytest.approx([0.5 * factor for factor in factors])
+    (file,) = tmp_path.glob('*_checkpoint.pth')
+    assert [group['weight_decay'] for group in load(file)['optimizer']['param_groups']] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize('clip_value', [0.0, 1e-3])
+def test_gradients_are_clipped_entry_by_entry(clip_value):
+    model = torch.nn.Linear(3, 2, bias=False)
+    criterion = LOSSES['normalized_softmax'](4, 2, scale=100.0)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    batches = [(torch.tensor([[5.0, 0, 0], [0, -5.0, 1]]), torch.tensor([2, 0]))]
+    train_script.train_one_epoch(model, criterion, torch.optim.SGD(parameters, lr=1.0), batches, torch.device('cpu'),
+                                 False, clip_value, '')
+    moved = max((old - new.detach()).abs().max().item() for old, new in zip(before, parameters, strict=True))
+    assert moved == pytest.approx(clip_value, abs=1e-6) if clip_value else moved > 0.01
+
+
+def test_an_epoch_takes_one_plain_step_for_each_batch():
+    generator = torch.Generator().manual_seed(0)
+    model, criterion = torch.nn.Linear(3, 2, bias=False), LOSSES['proxy_anchor'](4, 2)
+    batches = [(torch.randn(5, 3, generator=generator), torch.tensor([0, 1, 2, 1, 0])) for _ in range(3)]
+    expected, last = copy.deepcopy(model), copy.deepcopy(criterion)
+    for images, labels in batches:
+        parameters = [*expected.parameters(), *last.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(last(expected(images), labels), parameters),
+                                       strict=True):
+            parameter.data -= 0.1 * gradient
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    train_script.train_one_epoch(model, criterion, optimizer, batches, torch.device('cpu'), False, 0.0, '')
+    assert torch.allclose(model.weight, expected.weight, rtol=1e-5)
+    assert torch.allclose(criterion.proxies, last.proxies, rtol=1e-5)
