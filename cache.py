@@ -130,9 +130,10 @@ class Cache:
         import torch
 
         if self.pixels is None:
-            self.pixels = np.memmap(self.file, np.uint8, 'r')
+            # Not copied, so that a crop reads no more than its part; 'c': a write would stay in this process.
+            self.pixels = np.asarray(np.memmap(self.file, np.uint8, 'c'))
         start, height, width, checksum = self.places[path]
-        pixels = np.array(self.pixels[start:start + 3 * height * width]).reshape(height, width, 3)
+        pixels = self.pixels[start:start + 3 * height * width].reshape(height, width, 3)
         if path not in self.checked:
             if zlib.crc32(pixels) != checksum:
                 raise UserError(f'{self.file} is damaged where it holds {path}; delete it, then {self.remedy}')
