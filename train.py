@@ -66,6 +66,8 @@ SCHEDULES = {
 PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'on_collapse', 'seeds', 'runs', 'group',
          'resume', 'overwrite')
 CHECKPOINT_VERSION = 2
+CHECKPOINT = {'version': int, 'args': dict, 'split': str, 'epoch': int, 'rows': list, 'model': dict,
+              'criterion': dict, 'optimizer': dict, 'schedule': dict, 'rng': torch.Tensor}
 RUN_FILES = ('statistics.csv', 'model.pth', 'data_base.pth', 'checkpoint.pth', 'curves.png')
 
 
@@ -155,7 +157,7 @@ def claim_run(args: argparse.Namespace):
             raise UserError(f'a run named {args.run} is in {folder} already; add --resume to go on with it, --remark '
                             'WORD to name this one otherwise, or --overwrite to replace it')
         if world_rank() == 0:  # what a process that was killed while it wrote has left
-            for name in RUN_FILES:
+            for name in (*RUN_FILES, 'curves.pdf'):
                 for left in folder.glob(f'.{args.run}_{name}.????????'):
                     left.unlink()
         earlier = files['checkpoint'].stat().st_mtime_ns if taken and files['checkpoint'].exists() else None
@@ -192,16 +194,22 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     Raises:
         UserError: naming the settings that differ.
     """
-    checkpoint = load(file, 'checkpoint', ('version', 'args', 'split', 'epoch', 'rows', 'model', 'criterion',
-                                           'optimizer', 'schedule', 'rng'))
+    checkpoint = load(file, 'checkpoint', tuple(CHECKPOINT))
+    wrong = [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]
+    rows = checkpoint['rows']
+    if wrong or checkpoint['epoch'] != len(rows) or not all(
+            type(row) is dict and row.keys() == rows[0].keys() and {'epoch', 'dense_R@1'} <= row.keys()
+            and all(type(value) in (int, float) for value in row.values()) for row in rows):
+        raise UserError(f'--resume: {file} is damaged ({", ".join(wrong) or "rows"}); start again with --overwrite')
     if checkpoint['version'] != CHECKPOINT_VERSION:
         raise UserError(f'--resume: {file} was written by another version of train.py; start again with --overwrite')
     if checkpoint['split'] != fingerprint(split):
         raise UserError(f'--resume: the data set {args.data_name} was converted anew since the run {args.run} began; '
                         'convert it as it was, or name a new run with --remark')
     now, before = portable_args(args), checkpoint['args']
-    differ = [f'--{name} {now.get(name)} (was {before.get(name)})' for name in sorted(now.keys() | before.keys())
-              if now.get(name) != before.get(name)]
+    differ = [f'--{name} {now.get(name)} (was {" ".join(str(before.get(name)).split())})'
+              for name in sorted(now.keys() | before.keys(), key=str)
+              if type(now.get(name)) is not type(before.get(name)) or now.get(name) != before.get(name)]
     if differ:
         raise UserError(f'--resume: the run {args.run} was started with other settings: {", ".join(differ)}; give the '
                         'same, or name a new run with --remark')
@@ -214,10 +222,14 @@ def restore(checkpoint: dict, file: Path, model, criterion, optimizer, schedule)
         model.load_state_dict(checkpoint['model'])
         criterion.load_full_state_dict(checkpoint['criterion'])
         criterion.load_full_optimizer_state(optimizer, checkpoint['optimizer'])
+        for parameter, state in optimizer.state.items():  # torch does not look at the shapes
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape not in (parameter.shape, ()):
+                    raise ValueError(f'{name} of the optimizer has the shape {tuple(value.shape)}')
         schedule.load_state_dict(checkpoint['schedule'])
         torch.set_rng_state(checkpoint['rng'])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(f'{file} is damaged ({reason}); start again with --overwrite') from None
 
 

@@ -1,14 +1,16 @@
 """Break runs and files at length and count what happened; the tests do the same at a small size.
 
     python benchmarks/soak.py                                           # about an hour on two cores
-    python benchmarks/soak.py --kills 5 --inputs 10000 --damages 50     # minutes
+    python benchmarks/soak.py --kills 5 --process_kills 1 --inputs 10000 --damages 50 --tampers 50   # minutes
 
-Runs of each way in which proxies move are killed by SIGKILL at random moments, with 0 and 2 workers, resumed, and
-compared bit for bit with the uninterrupted run. Random texts go through every parser; truncated and bit-flipped
-checkpoints, data bases, models and caches are read. Where a tmpfs can be mounted, a run fills one. Ends with one line
-of JSON; every fault is printed, and the exit code is 1 if there is one.
+Runs of each way in which proxies move are killed by SIGKILL at random moments, with 0 and 2 workers and with 2
+processes, resumed, and compared bit for bit with the uninterrupted run. Random texts go through every parser; truncated
+and bit-flipped checkpoints, data bases, models, weights, annotations and caches are read, and such whose checksums are
+right and whose contents are strange. Where a tmpfs can be mounted, a run fills one. Ends with one line of JSON; every
+fault is printed, and the exit code is 1 if there is one.
 """
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ def kill_runs(data: Path, folder: Path, number: int, rng) -> dict:
     faults, killed, saved_before = [], 0, 0
     whole, seconds = {}, {}
     for rule, words in RULES.items():
-        for workers in (0, 2):
+        for workers in (0, 0, 2):  # the first one starts the process from which the others are forked
             whole[rule] = folder / f'whole_{rule}'
             shutil.rmtree(whole[rule], ignore_errors=True)
             start = time.perf_counter()
@@ -37,20 +39,50 @@ def kill_runs(data: Path, folder: Path, number: int, rng) -> dict:
             seconds[rule, workers] = time.perf_counter() - start
             if code:
                 raise SystemExit(f'the uninterrupted run failed: {printed}')
-    for index in tqdm(range(number), desc='kill', dynamic_ncols=True):
-        rule, workers = list(RULES)[index % 3], (0, 2)[index // 3 % 2]
-        results, log = folder / f'killed_{index}', folder / f'killed_{index}.log'
+    bar = tqdm(total=number, desc='kill', dynamic_ncols=True)
+    while killed < number:
+        rule, workers = list(RULES)[killed % 3], (0, 2)[killed // 3 % 2]
+        results, log = folder / 'killed', folder / 'killed.log'
         command = (*RULES[rule], *TINY, '--num_workers', workers, '--data_path', data, '--results_dir', results)
         code, _ = train(command, log, seconds=rng.uniform(0.3, seconds[rule, workers]))
-        killed += code == -9
-        saved = bool(list(results.glob('*_checkpoint.pth')))
-        saved_before += saved
-        code, printed = train((*command, '--resume' if saved else '--overwrite'), log)
-        different = differing_results(whole[rule], results) if code == 0 else [printed]
-        if different:
-            faults.append(f'{rule}, {workers} workers: {different}')
-        shutil.rmtree(results)
+        if code == -signal.SIGKILL:  # else it was done before
+            killed += 1
+            bar.update()
+            saved = bool(list(results.glob('*_checkpoint.pth')))
+            saved_before += saved
+            code, printed = train((*command, '--resume' if saved else '--overwrite'), log)
+            different = differing_results(whole[rule], results) if code == 0 else [printed]
+            if different:
+                faults.append(f'{rule}, {workers} workers: {different}')
+        shutil.rmtree(results, ignore_errors=True)
     return {'kills': killed, 'with_a_checkpoint': saved_before, 'faults': faults}
+
+
+def kill_processes(data: Path, folder: Path, number: int, rng) -> dict:
+    """Kill both processes of a run that torchrun started, some time after an epoch is saved, resume, compare."""
+    from faults import RULES, TINY, differing_results, start_torchrun, torchrun_killed
+    from tqdm import tqdm
+
+    def finish_run(*words) -> str:
+        with start_torchrun(words) as process:
+            printed = process.communicate()[0]
+        return printed if process.returncode else ''
+
+    faults, killed, epochs = [], folder / 'two_killed', []
+    for index in tqdm(range(number), desc='kill two processes', dynamic_ncols=True):
+        rule = list(RULES)[index % len(RULES)]
+        words = (*RULES[rule], *TINY, '--num_workers', 0, '--data_path', data, '--results_dir')
+        whole = folder / f'two_whole_{rule}'
+        if not whole.exists():
+            finish_run(*words, whole)
+        printed = torchrun_killed((*words, killed), rng.uniform(0, 0.5))
+        epochs.append(sum(line.startswith('epoch ') and ': loss' in line for line in printed.splitlines()))
+        failure = finish_run(*words, killed, '--resume')
+        different = [failure] if failure else differing_results(whole, killed)
+        if different:
+            faults.append(f'{rule}, 2 processes: {different}')
+        shutil.rmtree(killed)
+    return {'kills': number, 'epochs_before': epochs, 'faults': faults}
 
 
 def fuzz_parsers(folder: Path, number: int, rng) -> dict:
@@ -69,18 +101,22 @@ def fuzz_parsers(folder: Path, number: int, rng) -> dict:
 def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     """Read damaged files of each kind; what is not refused has to be the same."""
     import torch
-    from faults import TINY, damaged, differences, train
+    from faults import TINY, TRUNK, damaged, differences, train
     from tqdm import tqdm
 
     from cache import Cache, build_cache
-    from data_utils import read_split
+    from data_utils import read_car, read_split
     from evaluate import load_data_base, load_model
+    from model import EmbeddingNet, load_weights
     from utils import UserError, load
 
     train((*TINY, '--num_workers', 0, '--data_path', data, '--results_dir', folder / 'run'), folder / 'run.log')
     build_cache(data, 'car', 'uncropped', 24)
     root, split = read_split(data, 'car')
     images = [path for subset in ('train', 'test') for paths in split[subset].values() for path in paths]
+
+    weights = folder / 'weights.pth'
+    torch.save(EmbeddingNet(TRUNK, 16, weights='none').trunk.state_dict(), weights)
 
     def pixels(_) -> list:
         cache = Cache(root, 'uncropped', 24, split)
@@ -90,6 +126,8 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     kinds = {'checkpoint': (folder / 'run' / f'{run}_checkpoint.pth', lambda path: load(path, 'checkpoint', ('rows',))),
              'data base': (folder / 'run' / f'{run}_data_base.pth', load_data_base),
              'model': (folder / 'run' / f'{run}_model.pth', lambda path: load_model(path, torch.device('cpu'))[1]),
+             'weights': (weights, lambda path: load_weights(str(path), None)),
+             'annotations (.mat)': (root / 'cars_annos.mat', lambda _: [item._asdict() for item in read_car(root)[0]]),
              'cache index': (root / 'uncropped_cache_24.pth', pixels),
              'cache': (root / 'uncropped_cache_24.bin', pixels)}
     counts, faults = {}, []
@@ -109,29 +147,47 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     return {**counts, 'faults': faults}
 
 
+def tamper_files(data: Path, folder: Path, number: int, rng) -> dict:
+    """Read files whose checksums are right and whose contents are strange."""
+    from faults import TINY, tamper, tamper_targets, train
+    from tqdm import tqdm
+
+    run = folder / 'tampered_run'
+    train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', data, '--results_dir', run),
+          folder / 'tampered.log')
+    targets, faults = tamper_targets(run, data, folder), []
+    for name, target in tqdm(targets.items(), desc='tamper', dynamic_ncols=True):
+        faults += tamper({name: target}, number, rng)
+    return {'files': number * len(targets), 'kinds': list(targets), 'faults': faults}
+
+
 def fill_disk(data: Path, folder: Path) -> dict:
-    """Train onto a tmpfs that is too small for the second checkpoint."""
-    from faults import TINY, train
+    """Train onto a tmpfs without room for the second checkpoint, then make room and go on."""
+    from faults import TINY, differing_results, train
 
     from utils import load
 
     disk = folder / 'disk'
     disk.mkdir()
-    # One epoch's files take 135 MB, and each file is written beside the one that it replaces.
-    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=240m', 'tmpfs', disk], capture_output=True, text=True,
+    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64m', 'tmpfs', disk], capture_output=True, text=True,
                            check=False)
     if mount.returncode:
         return {'full_disk': f'not tried: {mount.stderr.strip()}', 'faults': []}
     try:
-        words = (*TINY, '--num_workers', 0, '--data_path', data, '--results_dir', disk)
-        train((*words, '--num_epochs', 1, '--warm_up', 0), folder / 'disk.log')
+        words = (*TINY, '--num_workers', 0, '--data_path', data, '--results_dir')
+        train((*words, folder / 'undisturbed'), folder / 'disk.log')
+        train((*words, disk), folder / 'disk.log', ('step', 5))  # dies in the second epoch
         (checkpoint,) = disk.glob('*_checkpoint.pth')
         (disk / 'fill').write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 2**20)))
-        code, printed = train((*words, '--num_epochs', 1, '--warm_up', 0, '--overwrite'), folder / 'disk2.log')
+        code, printed = train((*words, disk, '--resume'), folder / 'disk2.log')
         line = [line for line in printed.splitlines() if 'error:' in line]
         sound = load(checkpoint, 'checkpoint', ('epoch',))['epoch'] == 1
         fine = code == 2 and len(line) == 1 and 'No space left on device' in line[0] and sound
-        return {'full_disk': line[0] if line else printed[-300:], 'faults': [] if fine else [f'full disk: {printed}']}
+        (disk / 'fill').unlink()
+        code, _ = train((*words, disk, '--resume'), folder / 'disk3.log')
+        different = differing_results(folder / 'undisturbed', disk) if code == 0 else ['does not go on']
+        return {'full_disk': line[0] if line else printed[-300:],
+                'faults': ([] if fine else [f'full disk: {printed}']) + different}
     finally:
         subprocess.run(['umount', disk], check=True)
 
@@ -141,8 +197,11 @@ def get_args():
 
     parser = Parser(description=__doc__)
     parser.add_argument('--kills', type=int, default=50, help='[%(default)s]')
+    parser.add_argument('--process_kills', type=int, default=6, help='of two processes that share a run [%(default)s]')
     parser.add_argument('--inputs', type=int, default=1_000_000, help='texts for the parsers [%(default)s]')
     parser.add_argument('--damages', type=int, default=200, help='of each kind of file [%(default)s]')
+    parser.add_argument('--tampers', type=int, default=2000, help='files of each kind with strange contents '
+                        '[%(default)s]')
     parser.add_argument('--seed', type=int, default=0, help='[%(default)s]')
     return parser.parse_args()
 
@@ -160,7 +219,9 @@ def main() -> None:
                         '--data_name', 'car'], check=True, capture_output=True)
         result = {'benchmark': 'soak', 'seed': args.seed,
                   'killed': kill_runs(folder / 'data', folder, args.kills, rng),
+                  'killed_two_processes': kill_processes(folder / 'data', folder, args.process_kills, rng),
                   'damaged': damage_files(folder / 'data', folder, args.damages, rng),
+                  'tampered': tamper_files(folder / 'data', folder, args.tampers, rng),
                   'disk': fill_disk(folder / 'data', folder),
                   'fuzzed': fuzz_parsers(folder / 'raw', args.inputs, rng)}
     faults = [fault for part in result.values() if isinstance(part, dict) for fault in part['faults']]

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,7 +51,8 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
     Args:
         words: of the command line.
         log: file for what it prints.
-        fault: ('write', n) dies where it syncs its n-th file to the disk, ('step', n) in its n-th optimizer step,
+        fault: ('write', n) dies where it syncs its n-th file to the disk, ('file', name) where it syncs the first
+            one of that name, ('step', n) in its n-th optimizer step,
             ('embed', n) before it embeds its n-th set of test images; ('send', signal, n) gets a signal in its n-th
             step; ('full', bytes) can write no file of more bytes.
     """
@@ -75,6 +77,9 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
     kind = fault[0] if fault else None
     if kind == 'write':
         os.fsync = before(os.fsync, fault[1], die)
+    elif kind == 'file':
+        fsync = os.fsync
+        os.fsync = lambda number: die() if fault[1] in os.readlink(f'/proc/self/fd/{number}') else fsync(number)
     elif kind == 'step':
         torch.optim.Optimizer.zero_grad = before(torch.optim.Optimizer.zero_grad, fault[1], die)
     elif kind == 'embed':
@@ -114,6 +119,32 @@ def train(words, log: Path, fault: tuple | None = None, seconds: float | None = 
     code = process.exitcode
     process.kill()
     return code, Path(log).read_text() if Path(log).exists() else ''
+
+
+def start_torchrun(words) -> subprocess.Popen:
+    """Start a training in two processes, of one thread each, by torchrun; its lines come through a pipe."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+               Path(__file__).parent.parent / 'train.py', *words]
+    return subprocess.Popen([str(word) for word in command], env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def torchrun_killed(words, seconds: float = 0) -> str:
+    """Start a training by torchrun and kill all its processes so long into the second epoch; returns what it printed.
+
+    They are sessions of their own, and would go on if torchrun alone was killed.
+    """
+    printed = ''
+    with start_torchrun(words) as process:
+        for line in process.stdout:
+            printed += line
+            if line.startswith('epoch 2/'):
+                time.sleep(seconds)
+                children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+                for number in (process.pid, *map(int, children)):
+                    os.kill(number, signal.SIGKILL)
+                printed += process.stdout.read()
+    return printed
 
 
 def differences(one, other, place: str = '') -> list[str]:
@@ -158,6 +189,98 @@ def damaged(data: bytes, rng) -> bytes:
     if rng.random() < 0.5:
         return data[:place]
     return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
+
+
+STRANGE = (None, True, 0, -1, 1, 2.5, float('nan'), 2**40, 2**70, '', 'x', '../x', 'x' * 300, b'x', [], {}, (), [None],
+           ['x'], {'a': 1}, {1: 'a'}, torch.zeros(0), torch.zeros(()), torch.zeros(2, 3), torch.full((3, 4), torch.nan),
+           torch.full((4,), 2**62), torch.zeros(1, dtype=torch.complex64), torch.eye(3).to_sparse())
+
+
+def tampered(value, rng):
+    """Change one thing, anywhere in nested dicts, lists and tensors: another value, type, shape, or nothing at all."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[int(rng.integers(len(keys)))]
+        if rng.random() < 0.1:
+            del copy[key]
+        else:
+            copy[key] = tampered(copy[key], rng)
+        return copy
+    if torch.is_tensor(value) and rng.random() < 0.7:
+        changes = (value[:-1] if value.ndim else value, value[None], value.double(), value.long(), value.half(),
+                   -value, value * 1e30, value * torch.nan, value.expand(2, *value.shape))
+        return changes[int(rng.integers(len(changes)))]
+    return STRANGE[int(rng.integers(len(STRANGE)))]
+
+
+def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
+    """Return readers of files that others may have made: {name: (good contents, function of contents)}.
+
+    A function ends, or raises UserError; all else is a fault.
+
+    Args:
+        run: the folder of a run that was trained with TINY for one epoch without warm-up.
+        data: the data path with its data set, car.
+        folder: for the files.
+    """
+    from data_utils import read_split
+    from evaluate import load_data_base, load_model, measure
+    from model import LOSSES
+    from settings import get_args
+    from train import load_checkpoint, restore
+    from utils import load
+
+    good = {kind: load(next(run.glob(f'*_{kind}.pth')), kind) for kind in ('checkpoint', 'model', 'data_base')}
+    args = get_args([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])
+    split = read_split(data, 'car')[1]
+    cpu = torch.device('cpu')
+    model = load_model(next(run.glob('*_model.pth')), cpu)[0]
+    criterion = LOSSES[args.base_loss](len(split['train']), args.feature_dim)
+    optimizer = torch.optim.AdamW([{'params': list(model.parameters())}, {'params': list(criterion.parameters())}])
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    file = folder / 'tampered.pth'
+
+    def checkpoint(contents) -> None:
+        torch.save(contents, file)
+        restore(load_checkpoint(file, args, split), file, model, criterion, optimizer, schedule)
+
+    def data_base(contents) -> None:
+        torch.save(contents, file)
+        found = load_data_base(file)
+        measure(found, tuple(found['args']['recalls']), cpu)
+
+    def network(contents) -> None:
+        torch.save(contents, file)
+        load_model(file, cpu)
+
+    def split_file(contents) -> None:
+        (folder / 'tampered').mkdir(exist_ok=True)
+        torch.save(contents, folder / 'tampered' / 'uncropped_data_dicts.pth')
+        read_split(folder, 'tampered')
+
+    return {'checkpoint': (good['checkpoint'], checkpoint), 'data base': (good['data_base'], data_base),
+            'model': (good['model'], network), 'split file': (split, split_file)}
+
+
+def tamper(targets: dict, number: int, rng) -> list[str]:
+    """Read a number of tampered files of each kind; returns the faults."""
+    import traceback
+
+    from utils import UserError
+
+    faults = []
+    for name, (good, function) in targets.items():
+        function(good)
+        for _ in range(number):
+            try:
+                function(tampered(good, rng))
+            except UserError as error:
+                if '\n' in str(error):
+                    faults.append(f'{name}: more than a line: {error}')
+            except Exception as error:
+                faults.append(f'{name}: {type(error).__name__}: {error}; {traceback.format_exc(limit=-2)}')
+    return faults
 
 
 def mutated(text: str, rng) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_command
-from faults import RULES, TINY, differing_results, start_train, train
+from conftest import REPOSITORY, assert_one_line_error, type_command
+from faults import RULES, TINY, differing_results, start_torchrun, start_train, torchrun_killed, train
 from PIL import Image
 
 import data_utils
@@ -22,7 +22,8 @@ NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('bal
          'momentum': NAME.format('asymptotic_proxy')}
 # Three epochs write statistics and checkpoint each, the first (and perhaps a later one) model and data base before;
 # 12 images in batches of 4 are 3 steps an epoch.
-FAULTS = [('write', 1), ('write', 2), ('write', 3), ('write', 4), ('write', 5), ('step', 2), ('step', 5), ('embed', 2)]
+FAULTS = [('write', 1), ('write', 2), ('write', 3), ('write', 4), ('write', 5), ('file', 'curves.pdf'),
+          ('step', 2), ('step', 5), ('embed', 2)]
 
 
 @pytest.fixture(scope='module')
@@ -80,21 +81,16 @@ def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole,
 
 
 def test_two_killed_processes_go_on_bit_for_bit(raw_sets, tmp_path):
-    engine = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', 'train.py']
-    words = [str(word) for word in (*RULES['gradient'], *TINY, '--num_workers', 0, '--data_path', raw_sets)]
-    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
-    results = [subprocess.run([*engine, *words, '--results_dir', whole], cwd=REPOSITORY, env=ENVIRONMENT,
-                              capture_output=True, text=True, timeout=200, check=False)]
-    with subprocess.Popen([*engine, *words, '--results_dir', killed], cwd=REPOSITORY, env=ENVIRONMENT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        for line in process.stdout:
-            if line.startswith('epoch 2/3'):
-                os.killpg(process.pid, signal.SIGKILL)
-    results.append(subprocess.run([*engine, *words, '--results_dir', killed, '--resume'], cwd=REPOSITORY,
-                                  env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False))
-    for result in results:
-        assert result.returncode == 0, result.stderr
-    assert not differing_results(whole, killed)
+    words = (*RULES['gradient'], *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir')
+    printed = torchrun_killed((*words, tmp_path / 'killed'))
+    assert 'epoch 1/3' in printed
+    assert 'next:' not in printed
+    for more in ((tmp_path / 'whole',), (tmp_path / 'killed', '--resume')):
+        with start_torchrun((*words, *more)) as process:
+            printed = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, printed
+    assert 'epoch 1/3: loss' not in printed  # it goes on, and does not begin again
+    assert not differing_results(tmp_path / 'whole', tmp_path / 'killed')
 
 
 # ---------------------------------------------------- signals -------------------------------------------------------

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import TINY, TRUNK, damaged, differences, fuzz, fuzz_targets, train
+from faults import TINY, TRUNK, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets, train
 from PIL import Image
 from raw_trees import make_car, make_cub, make_isc, make_sop
+from scipy.io import loadmat, savemat
 
 from cache import Cache, build_cache
-from data_utils import BrokenImage, image_file, load_image, read_split
+from data_utils import BrokenImage, image_file, load_image, read_car, read_split
 from evaluate import load_data_base, load_model
 from model import EmbeddingNet
 from train import load_checkpoint
@@ -182,6 +183,28 @@ def test_no_text_ends_in_anything_but_success_or_one_line(tmp_path, seed):
     for make in (make_cub, make_sop, make_isc):
         make(tmp_path)
     assert not fuzz(fuzz_targets(tmp_path), 5000, np.random.default_rng(seed))
+
+
+def test_no_tampered_file_ends_in_anything_but_success_or_one_line(run, raw_sets, tmp_path):
+    assert not tamper(tamper_targets(run, raw_sets, tmp_path), 150, np.random.default_rng(4))
+
+
+def test_an_optimizer_of_other_shapes_is_refused(run, raw_sets, tmp_path):
+    good, read = tamper_targets(run, raw_sets, tmp_path)['checkpoint']
+    state = {number: {**values, 'exp_avg': torch.zeros(1)} for number, values in good['optimizer']['state'].items()}
+    with pytest.raises(UserError, match='exp_avg of the optimizer has the shape'):
+        read({**good, 'optimizer': {**good['optimizer'], 'state': state}})
+
+
+def test_annotations_that_crash_their_reader_are_refused(tmp_path):
+    root = make_car(tmp_path)
+    contents = {name: value for name, value in loadmat(root / 'cars_annos.mat').items() if name[0] != '_'}
+    savemat(root / 'cars_annos.mat', contents)  # without compression, whose checksum catches most damage
+    data, rng, refused = (root / 'cars_annos.mat').read_bytes(), np.random.default_rng(0), 0
+    assert len(read_car(root)[0]) == 24
+    for _ in range(40):
+        refused += read_damaged(root / 'cars_annos.mat', damaged(data, rng), lambda _: read_car(root)) is None
+    assert refused >= 20
 
 
 def test_a_checkpoint_of_other_contents_is_refused(tmp_path):
