@@ -16,6 +16,7 @@ PyTorch is imported where it is used, so that a run with nothing to do ends at o
 import functools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shlex
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
@@ -796,6 +798,19 @@ class RetrievalDataset:
         except BrokenImage as error:
             raise UserError(f'the image {path} is missing or broken ({error}); convert the data set again with '
                             'data_utils.py, --skip_bad leaves such images out') from None
+
+
+def end_with_parent(_worker: int) -> None:
+    """Let a worker process end when the one that reads from it dies: the `worker_init_fn` of a DataLoader.
+
+    PyTorch's own watch looks at the parent process, which with the start method `forkserver` (that of Python 3.14) is
+    another one, and lives on.
+    """
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches(loader):

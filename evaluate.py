@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data_utils import RetrievalDataset, batches, check_paths, make_transform, read_split
+from data_utils import RetrievalDataset, batches, check_paths, end_with_parent, make_transform, read_split
 from metrics import COUNTS, retrieval_metrics
 from model import EmbeddingNet
 from recipes import POOLINGS, canonical_backbone, resize_for
@@ -47,7 +47,7 @@ def make_loader(dataset: RetrievalDataset, batch_size: int, num_workers: int, de
     batches = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
     own = [batches[number] for number in shard(len(batches))]
     return DataLoader(dataset, batch_sampler=own, num_workers=num_workers, pin_memory=device.type == 'cuda',
-                      persistent_workers=num_workers > 0, generator=torch.Generator())
+                      persistent_workers=num_workers > 0, worker_init_fn=end_with_parent, generator=torch.Generator())
 
 
 @torch.inference_mode()

@@ -609,7 +609,6 @@ class BalancedProxy(ProxyLoss):
     Source: Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters.
     """
     scale, margin = LOSS_SETTINGS['balanced_proxy']
-
     negatives = 'of_class'
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -623,7 +622,6 @@ class NormalizedSoftmax(ProxyLoss):
     """Normalized softmax: the cross entropy of alpha s. Source: Zhai & Wu, BMVC 2019, arXiv 1811.12649."""
     scale, margin = LOSS_SETTINGS['normalized_softmax']
 
-
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self.scale * own, negative)
 
@@ -636,7 +634,6 @@ class ProxyNCA(ProxyLoss):
     Source: Movshovitz-Attias et al., ICCV 2017, arXiv 1703.07464; Teh et al., ECCV 2020, arXiv 2004.01113, eq. 5.
     """
     scale, margin = LOSS_SETTINGS['proxy_nca']
-
     slope = 2.0
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -649,7 +646,6 @@ class CosFace(ProxyLoss):
     Source: Wang et al., CVPR 2018, arXiv 1801.09414, eq. 4.
     """
     scale, margin = LOSS_SETTINGS['cos_face']
-
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self.scale * (own - self.margin), negative)
@@ -664,7 +660,6 @@ class ArcFace(ProxyLoss):
     Source: Deng et al., CVPR 2019, arXiv 1801.07698, eq. 3.
     """
     scale, margin = LOSS_SETTINGS['arc_face']
-
 
     def formula(self, own: torch.Tensor, negative: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         square = 1 - own.square()  # rounding can take it to 0 and below, where sqrt has no finite gradient

@@ -44,7 +44,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cache import Cache
-from data_utils import BatchSampler, RetrievalDataset, batches, count_images, make_transform, read_split
+from data_utils import (BatchSampler, RetrievalDataset, batches, count_images, end_with_parent, make_transform,
+                        read_split)
 from evaluate import make_data_base, make_test_loaders, measure, use_amp
 from metrics import COUNTS
 from model import LOSSES, EmbeddingNet
@@ -390,6 +391,7 @@ def train(args: argparse.Namespace, files: dict[str, Path], device: torch.device
         args.seed, split['class_names'], cache=cache)
     loader = DataLoader(train_set, batch_sampler=sampler, num_workers=args.num_workers,
                         pin_memory=device.type == 'cuda', persistent_workers=args.num_workers > 0,
+                        worker_init_fn=end_with_parent,
                         generator=torch.Generator())  # else the network's random numbers depended on the workers
     test_transform = make_transform(False, args.image_size, args.resize_size, model.interpolation)
     make_loaders = functools.partial(

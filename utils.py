@@ -80,6 +80,8 @@ def run_script(main) -> None:
         sys.exit(_fail(f'{script}: stopped, since another process did', 1))
     except KeyboardInterrupt as stop:
         name, code = ('SIGTERM', 143) if isinstance(stop, Terminated) else ('Ctrl-C', 130)
+        if int(os.environ.get('RANK', 0)) > 0:  # all processes get the signal, and the first one says it
+            sys.exit(code)
         sys.exit(_fail(f'{script}: stopped by {name}' + (f': {stop}' if str(stop) else ''), code))
     finally:
         stop_processes()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -78,6 +79,26 @@ def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole,
     assert code == 0, printed
     assert ('epoch 1/3' in printed) is not saved  # it goes on, and does not begin again
     assert not differing_results(whole['gradient'], tmp_path / 'k')
+
+
+def test_the_workers_of_a_killed_run_end_with_it(raw_sets, tmp_path):
+    def children(number: int) -> list[int]:
+        found = [int(word) for file in Path(f'/proc/{number}/task').glob('*/children')
+                 for word in file.read_text().split()]
+        return found + [below for child in found for below in children(child)]
+
+    run = start_train((*TINY, '--num_epochs', 1000, '--num_workers', 2, '--data_path', raw_sets, '--results_dir',
+                       tmp_path / 'r'), tmp_path / 'log')
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob('r/*_checkpoint.pth')) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    below = children(run.pid)
+    assert len(below) >= 4  # to train and to test
+    run.kill()
+    run.join()
+    while any(Path(f'/proc/{number}').exists() for number in below) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [number for number in below if Path(f'/proc/{number}').exists()]
 
 
 def test_two_killed_processes_go_on_bit_for_bit(raw_sets, tmp_path):

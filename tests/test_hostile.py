@@ -1,25 +1,30 @@
 """Files from strangers: damaged, crafted or absurd, they end in success or in one line, and never as something else."""
+import argparse
 import contextlib
 import os
+import re
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
 from faults import TINY, TRUNK, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from raw_trees import make_car, make_cub, make_isc, make_sop
 from scipy.io import loadmat, savemat
 
 from cache import Cache, build_cache
-from data_utils import BrokenImage, image_file, load_image, read_car, read_split
+from data_utils import RAW_SETS, BrokenImage, check_paths, image_file, load_image, read_car, read_split
 from evaluate import load_data_base, load_model
 from model import EmbeddingNet
 from train import load_checkpoint
-from utils import UserError, load, save
+from utils import UserError, int_list, load, run_name, save, seed_list
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
 
@@ -183,6 +188,55 @@ def test_no_text_ends_in_anything_but_success_or_one_line(tmp_path, seed):
     for make in (make_cub, make_sop, make_isc):
         make(tmp_path)
     assert not fuzz(fuzz_targets(tmp_path), 5000, np.random.default_rng(seed))
+
+
+PROPERTY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@PROPERTY
+@given(st.lists(st.integers(-5, 10**6), max_size=6))
+def test_recalls_and_seeds_are_read_as_they_are_written_or_refused(numbers):
+    text = ','.join(map(str, numbers))
+    for parse, sound in ((int_list, len(numbers) > 0 and min(numbers, default=0) > 0
+                          and numbers == sorted(set(numbers))),
+                         (seed_list, len(numbers) > 1 and min(numbers) >= 0 and len(set(numbers)) == len(numbers))):
+        if sound:
+            assert parse(text) == tuple(numbers)
+        else:
+            with pytest.raises(argparse.ArgumentTypeError):
+                parse(text)
+
+
+@PROPERTY
+@given(st.lists(st.text(st.sampled_from('ab./\\\0~ \n') | st.characters(), max_size=12), min_size=1, max_size=4))
+def test_a_path_that_is_accepted_lies_below_the_folder(parts):
+    path = '/'.join(parts)
+    with contextlib.suppress(UserError):
+        check_paths(Path('x.pth'), [path])
+        assert f'{os.path.normpath(os.path.join("/data/car", path))}/'.startswith('/data/car/')
+
+
+@PROPERTY
+@given(st.lists(st.text(max_size=20) | st.floats() | st.integers(), max_size=5))
+def test_a_run_name_is_a_file_name(parts):
+    assert re.fullmatch(r'[a-z0-9_.-]*', run_name(*parts))
+
+
+@PROPERTY
+@given(table=st.text(st.sampled_from('01 \t\n./-a') | st.characters(), max_size=60),
+       file=st.sampled_from(['cub/images.txt', 'cub/bounding_boxes.txt', 'sop/Ebay_test.txt',
+                             'isc/Eval/list_eval_partition.txt']))
+def test_any_text_as_annotations_is_read_or_refused(tmp_path, table, file):
+    for make in (make_cub, make_sop, make_isc):
+        if not (tmp_path / file.split('/')[0]).exists():
+            make(tmp_path)
+    good = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_text(table, encoding='utf-8', errors='surrogatepass', newline='')
+    name = file.split('/')[0]
+    with contextlib.suppress(UserError):
+        items, _ = RAW_SETS[name].read(tmp_path / name)
+        assert all(item.source[0] != '/' and '..' not in item.source.split('/') for item in items)
+    (tmp_path / file).write_bytes(good)
 
 
 def test_no_tampered_file_ends_in_anything_but_success_or_one_line(run, raw_sets, tmp_path):
