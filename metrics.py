@@ -11,18 +11,16 @@ positive of a query, the number of negatives nearer than it, and only for positi
 
 1. the positives' similarities are computed in float64 (`positive_similarities`);
 2. a sample of the gallery tells each query a similarity that few negatives exceed (`guess_threshold`);
-3. one pass over all pairs, of features in bfloat16 where the processor has instructions for it and else in float32, of
-   binary codes on a CPU in integers of 8 bits, picks those above it. A pick that lies farther from every positive of
-   its query than the pass can be wrong is counted as it is, the others are computed again, in float32 and then in
-   float64 (`count_nearer`). Where the queries are the gallery, each product serves both of its images, so that half of
-   the matrix is enough;
+3. one pass over all pairs, in bfloat16 where the processor has instructions for it and else in float32, picks those
+   above it. A pick that lies farther from every positive of its query than the pass can be wrong is counted as it is,
+   the others are computed again, in float32 and then in float64 (`count_nearer`). Where the queries are the gallery,
+   each product serves both of its images, so that half of the matrix is enough;
 4. queries that this leaves undecided, such as those whose best positive lies behind thousands, take a second pass
    with a threshold of their own.
 
 Processes share the tiles of the passes; all counts are whole or half numbers, whose sum has no rounding.
 """
 import copy
-import functools
 
 import numpy as np
 import torch
@@ -114,14 +112,6 @@ class Cosine:
         query, gallery = self.query[rows].to(self.dtype), self.gallery[columns].to(self.dtype)
         return torch.mm(query, gallery.T, out=shaped(room, len(query), len(gallery)))
 
-    def encode(self, threshold: torch.Tensor) -> torch.Tensor:
-        """Return thresholds for entries of `tile`, in its dtype; `decode` tells what they stand for."""
-        return threshold.to(self.dtype)
-
-    def decode(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the similarities, float64, of entries of `tile`."""
-        return value.double()
-
     def error_of(self, value: torch.Tensor) -> torch.Tensor | float:
         """Return by what values of `tile`, float64, may be off."""
         return self.absolute_error + self.relative_error * value.abs() if self.relative_error else self.error
@@ -144,53 +134,20 @@ class Cosine:
         similarity = torch.cat(parts).double()
         return on_grid(similarity) if dtype == torch.float64 else similarity
 
-    def of(self, rows: torch.Tensor, far: bool = False) -> 'Cosine':
-        """Return the same for some of the queries; `far` tells distances of all sizes apart."""
+    def of(self, rows: torch.Tensor) -> 'Cosine':
+        """Return the same for some of the queries."""
         part = copy.copy(self)
         part.query = self.query[rows]
         return part
 
 
-def int8_product(query: torch.Tensor, zero: int, gallery: torch.Tensor, bias: torch.Tensor, step: float,
-                 offset: int) -> torch.Tensor:
-    """Return round(((query - zero) gallery^T + bias) / step) + offset (r, c), uint8, cut to what uint8 holds.
-
-    Args:
-        query: (r, D) uint8.
-        zero: what stands for 0 in it.
-        gallery: (c, D) int8.
-        bias: (c,) float32 of whole numbers.
-    """
-    one, nothing = torch.ones(1), torch.zeros(1, dtype=torch.int64)
-    packed = torch.ops.onednn.qlinear_prepack(gallery, list(query.shape))
-    return torch.ops.onednn.qlinear_pointwise(query, 1.0, zero, packed, one, nothing, bias, step, offset, torch.uint8,
-                                              'none', [], '')
-
-
-@functools.cache
-def int8_is_exact() -> bool:
-    """Tell by trying whether `int8_product` is there, on an x86 processor, and exact."""
-    if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
-        return False
-    generator = torch.Generator().manual_seed(0)
-    query, gallery = (torch.randint(0, 2, (rows, 515), generator=generator) for rows in (48, 80))
-    query[:2], gallery[:2] = 1, 1
-    query[2], gallery[2] = 0, 0
-    equal = (query[:, None] == gallery).sum(2)
-    try:
-        product = int8_product(2 * query.byte(), 1, 2 * gallery.char() - 1, torch.full((80,), 515.0), 2.0, -260)
-    except (AttributeError, RuntimeError):  # of another PyTorch, or built without oneDNN
-        return False
-    return torch.equal(product.long(), (equal - 260).clamp(0, 255))
-
-
 class Hamming:
     """Equal less different bits, D - 2 x the Hamming distance, of the signs of queries (Q, D) and a gallery (G, D).
 
-    They are kept as packed bits and unpacked tile by tile for a product, which is exact. In integers of 8 bits its
-    result is the number of equal bits less `least`, and 0 for all from `least` equal bits down, so that the nearest 255
-    of D + 1 distances are told apart. In float32 it is whole numbers below 2^24. Up to D = 2047 there is room for two
-    in one float, so that a product of x_i + 4096 x_k serves two queries.
+    They are kept as packed bits and unpacked tile by tile for a product of floats, which is exact: whole numbers below
+    2^24. Up to D = 2047 there is room for two in one float, so that a product of x_i + 4096 x_k serves two queries.
+    bfloat16 holds whole numbers up to 256 and even ones up to 512, and so all results up to D = 256 and for even D up
+    to 512, since equal less different bits is as even as D.
 
     Attributes:
         dtype, error, finer: as those of Cosine; `tile` is exact.
@@ -200,19 +157,16 @@ class Hamming:
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
         self.dim, self.query = query.shape[1], pack_codes(query)
         self.gallery = self.query if gallery is query else pack_codes(gallery)
-        self.dtype = torch.uint8 if query.device.type == 'cpu' and int8_is_exact() else torch.float32
-        self.least = max(-1, self.dim - 255)
+        fits = self.dim <= (256 if self.dim % 2 else 512)
+        native = query.device.type == 'cpu' and bfloat16_is_fast(query.device)
+        self.dtype = torch.bfloat16 if fits and native else torch.float32
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return equal less different bits (r, c), encoded in `dtype`, in `room` where it is given and serves."""
-        dtypes = (torch.uint8, torch.int8) if self.dtype == torch.uint8 else (torch.float32, torch.float32)
-        query, gallery = (unpack_codes(codes, self.dim, dtype) for codes, dtype in zip(
-            (self.query[rows], self.gallery[columns]), dtypes, strict=True))
-        if self.dtype == torch.uint8:
-            bias = torch.full((len(gallery),), float(self.dim))
-            return int8_product(query.add_(1), 1, gallery, bias, 2.0, -self.least)  # -1 is 255 in uint8, and then 0
+        """Return equal less different bits (r, c), dtype `dtype`, in `room` where it is given."""
+        query, gallery = (unpack_codes(codes, self.dim, self.dtype)
+                          for codes in (self.query[rows], self.gallery[columns]))
         tile = shaped(room, len(query), len(gallery))
-        if self.dim > 2047 or len(query) % 2:
+        if self.dtype == torch.bfloat16 or self.dim > 2047 or len(query) % 2:
             return torch.mm(query, gallery.T, out=tile)
         tile = torch.empty(len(query), len(gallery), device=query.device) if tile is None else tile
         (first, second), (upper, lower) = query.chunk(2), tile.chunk(2)
@@ -220,17 +174,6 @@ class Hamming:
         torch.mul(upper, 1 / 4096, out=lower).round_()
         upper.sub_(lower, alpha=4096)
         return tile
-
-    def encode(self, threshold: torch.Tensor) -> torch.Tensor:
-        """As that of Cosine; what they stand for can be more than the thresholds."""
-        if self.dtype == torch.uint8:
-            return ((threshold + self.dim) / 2).floor_().sub_(self.least).clamp_(1, 255).byte()
-        return threshold.to(self.dtype)
-
-    def decode(self, value: torch.Tensor) -> torch.Tensor:
-        """As that of Cosine; a 0 in uint8 stands for no more than this."""
-        value = value.double()
-        return value.add_(self.least).mul_(2).sub_(self.dim) if self.dtype == torch.uint8 else value
 
     def error_of(self, value: torch.Tensor) -> float:
         """Return by what values of `tile` may be off."""
@@ -241,11 +184,10 @@ class Hamming:
         query, gallery = unpack_codes(self.query[rows], self.dim), unpack_codes(self.gallery[columns], self.dim)
         return (query @ gallery.transpose(-1, -2)).double()
 
-    def of(self, rows: torch.Tensor, far: bool = False) -> 'Hamming':
-        """As that of Cosine."""
+    def of(self, rows: torch.Tensor) -> 'Hamming':
+        """Return the same for some of the queries."""
         part = copy.copy(self)
         part.query = self.query[rows]
-        part.dtype = torch.float32 if far else self.dtype
         return part
 
 
@@ -309,7 +251,7 @@ def picks(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
 
     With `transpose` the tile is (c, r).
     """
-    dtype, lowest = tile.dtype, 0 if tile.dtype == torch.uint8 else -torch.inf  # no threshold is 0
+    dtype, lowest = tile.dtype, -torch.inf
     if dtype == torch.bfloat16:
         if threshold.amin() > 0:  # from there on its bits are ordered as integers are, of which maxima are faster
             tile, threshold, lowest = tile.view(torch.int16), threshold.view(torch.int16), -2**15
@@ -338,8 +280,8 @@ def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, quer
     Args:
         compare: Cosine or Hamming.
         positives: (Q, R) of `positive_similarities`.
-        threshold: (Q,) of `compare.encode`; the count is complete for positives of at least what it stands for +
-            compare.error, and too small, if anything, for the others.
+        threshold: (Q,) of compare.dtype; the count is complete for positives of at least threshold + compare.error,
+            and too small, if anything, for the others.
         query_labels, gallery_labels: (Q,), (G,) int64.
         symmetric: the queries are the gallery.
         title: of the progress bar.
@@ -353,7 +295,7 @@ def count_nearer(compare, positives: torch.Tensor, threshold: torch.Tensor, quer
         for row, column, value in picks(tile, threshold[rows], transpose):
             negative = query_labels[rows][row] != gallery_labels[columns][column]
             row, column = row[negative] + rows.start, column[negative] + columns.start
-            value = compare.decode(value[negative])
+            value = value[negative].double()
             error = compare.error_of(value)
             first = number_above(positives, row, value + error, or_equal=False)
             last = number_above(positives, row, value - error, or_equal=True)
@@ -403,7 +345,7 @@ def guess_threshold(compare, needed: torch.Tensor, query_labels: torch.Tensor,
     parts = [query_labels.new_zeros(0, dtype=torch.float32)]  # a process may have no query
     for start in range(own.start, own.stop, side):
         rows = slice(start, min(start + side, own.stop))
-        similarity = compare.decode(compare.tile(rows, sample)).float()
+        similarity = compare.tile(rows, sample).float()
         similarity.masked_fill_(query_labels[rows, None] == gallery_labels[sample], -torch.inf)
         nearest = similarity.topk(int(place[rows].max()), 1).values
         parts.append(nearest.gather(1, place[rows, None] - 1)[:, 0])
@@ -423,17 +365,16 @@ def count_decisive(compare, positives: torch.Tensor, query_labels: torch.Tensor,
     needed = 2.0 * number + 1 + min(largest, 10)
     threshold = guess_threshold(compare, needed, query_labels, gallery_labels)
     last = positives.masked_fill(~counted, torch.inf).amin(1) - 2 * compare.error
-    threshold = compare.encode(threshold.maximum(last.float()))
+    threshold = threshold.maximum(last.float()).to(compare.dtype)
     nearer = count_nearer(compare, positives, threshold, query_labels, gallery_labels, symmetric, 'recall')
-    incomplete = counted & (positives < compare.decode(threshold)[:, None] + compare.error)
+    incomplete = counted & (positives < threshold.double()[:, None] + compare.error)
     undecided = incomplete & (order + nearer <= number[:, None])
     undecided[:, 0] |= incomplete[:, 0] & (nearer[:, 0] < largest)
     rows = undecided.any(1).nonzero()[:, 0]
     if len(rows):
         last = positives[rows].masked_fill(~undecided[rows], torch.inf).amin(1) - 2 * compare.error
-        far = compare.of(rows, far=True)
-        nearer[rows] = count_nearer(far, positives[rows], far.encode(last), query_labels[rows], gallery_labels, False,
-                                    f'recall of {len(rows):,} far ones')
+        nearer[rows] = count_nearer(compare.of(rows), positives[rows], last.to(compare.dtype), query_labels[rows],
+                                    gallery_labels, False, f'recall of {len(rows):,} far ones')
     return nearer
 
 
