@@ -103,12 +103,12 @@ class Cache:
         try:
             shapes = np.array(index['shapes'], dtype=np.int64).reshape(len(index['images']), 2)
             stamps = dict(zip(index['images'], index['stamps'], strict=True))
+            ends = np.cumsum(3 * shapes.prod(1))
+            self.total = int(ends[-1])
             if len(index['checksums']) != len(shapes):
                 raise ValueError
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, IndexError):
             raise UserError(f'--cache_size {size}: {index_file} is damaged; {remedy}') from None
-        ends = np.cumsum(3 * shapes.prod(1))
-        self.total = int(ends[-1])
         if self.file.stat().st_size != self.total or (shapes < 1).any():
             raise UserError(f'--cache_size {size}: {self.file} has {self.file.stat().st_size:,} bytes instead of '
                             f'{self.total:,}: it is truncated; {remedy}')

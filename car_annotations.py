@@ -16,7 +16,9 @@ MEMORY = 4 * 2**30  # bytes; the file of the data set needs 200 MB, most of it t
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     contents = loadmat(sys.argv[1])
     rows = [[str(row['relative_im_path'].item()), int(row['class'].item()),
              *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))]

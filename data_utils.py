@@ -47,6 +47,8 @@ COUNTS = {
     'sop': {'train': (11318, 59551), 'test': (11316, 60502)},
     'isc': {'train': (3997, 25882), 'query': (3985, 14218), 'gallery': (3985, 12612)},
 }
+# Of these alone: Pillow goes by a file's contents, and would start Ghostscript for PostScript in a .jpg.
+IMAGE_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
 SUBSETS = ('train', 'test', 'query', 'gallery')
 MOST_WORKERS = 1024  # processes that decode images
@@ -396,7 +398,7 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
         BrokenImage: whatever Pillow stumbles over.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file can unpack to fill the memory
                 raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels, more than the '
                                                    f'{Image.MAX_IMAGE_PIXELS} of Pillow: a decompression bomb?')
@@ -718,7 +720,8 @@ def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncroppe
             raise UserError(f'--crop_type cropped: {data_name} has no bounding boxes; leave it out')
         raise UserError(f'--data_name {data_name} is not converted yet (no {file}); run: {command}')
     split = load(file, 'split file', ('train',))
-    for subset in ('train', 'test') if 'test' in split else ('train', 'query', 'gallery'):
+    subsets = ('train', 'test') if 'test' in split else ('train', 'query', 'gallery')
+    for subset in subsets:
         entries = split.get(subset)
         if not isinstance(entries, dict) or not all(
                 isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in entries.values()):
@@ -729,7 +732,7 @@ def read_split(data_path: str | Path, data_name: str, crop_type: str = 'uncroppe
             raise UserError(f'{file}: no images in {subset}; convert again: {command}')
     names = split.get('class_names')
     split['class_names'] = {str(label): str(name) for label, name in names.items()} if isinstance(names, dict) else {}
-    return root, split
+    return root, {name: split[name] for name in split if name in (*subsets, 'class_names')}  # what was checked
 
 
 class RetrievalDataset:

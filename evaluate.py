@@ -99,8 +99,11 @@ def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, di
     """
     contents = load(path, 'model', ('config', 'state_dict', 'args'))
     check_run(path, contents['args'])
+    config = contents['config']
     try:
-        model = EmbeddingNet(**contents['config'], weights='none')
+        if not (0 <= config['feature_dim'] <= 65536 and 0 < config['image_size'] <= 8192):  # before memory is asked for
+            raise ValueError('a size that no training accepts')
+        model = EmbeddingNet(**config, weights='none')
         model.load_state_dict(contents['state_dict'])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f'{path} does not fit its own description ({str(error).splitlines()[0][:120]}); it was damaged '
@@ -156,8 +159,10 @@ def load_data_base(path: str | Path) -> dict:
         images, labels, features = (data_base.get(f'{subset}_{kind}') for kind in ('images', 'labels', 'features'))
         fits = (isinstance(images, list) and all(isinstance(image, str) for image in images)
                 and torch.is_tensor(labels) and torch.is_tensor(features)
-                and features.layout == labels.layout == torch.strided and features.device.type == 'cpu'
-                and features.ndim == 2 and features.is_floating_point() and labels.dtype == torch.int64
+                and features.layout == labels.layout == torch.strided
+                and features.is_contiguous() and labels.is_contiguous() and not features.requires_grad
+                and features.device.type == 'cpu' and features.ndim == 2 and features.shape[1] > 0
+                and features.is_floating_point() and labels.dtype == torch.int64
                 and features.shape[1] == data_base['test_features'].shape[1]
                 and labels.shape == (len(images),) == (len(features),))
         if not fits or not images:
@@ -282,7 +287,7 @@ def main() -> None:
     if args.json:
         if contents:
             results['made_by'] = {name: contents.get(name) for name in ('args', 'epoch', 'made_with')}
-        print(json.dumps(results, default=str))
+        print(json.dumps(results, default=str, skipkeys=True))
         return
     print(format_table(results))
     if contents:

@@ -65,7 +65,7 @@ SCHEDULES = {
 }
 # Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
 PLACE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'on_collapse', 'seeds', 'runs', 'group',
-         'resume', 'overwrite')
+         'resume', 'overwrite', 'replaced')
 CHECKPOINT_VERSION = 2
 CHECKPOINT = {'version': int, 'args': dict, 'split': str, 'epoch': int, 'rows': list, 'model': dict,
               'criterion': dict, 'optimizer': dict, 'schedule': dict, 'rng': torch.Tensor}
@@ -153,7 +153,8 @@ def claim_run(args: argparse.Namespace):
     with alone if world_rank() == 0 else contextlib.nullcontext():
         taken = any(file.exists() for file in files.values())
         if args.resume and not files['checkpoint'].is_file():
-            raise UserError(f'--resume: there is no {files["checkpoint"]}; start the run without --resume')
+            raise UserError(f'--resume: there is no {files["checkpoint"]}; start the run '
+                            f'without --resume{" and with --overwrite" if taken else ""}')
         if taken and not (args.resume or args.overwrite):
             raise UserError(f'a run named {args.run} is in {folder} already; add --resume to go on with it, --remark '
                             'WORD to name this one otherwise, or --overwrite to replace it')
@@ -198,8 +199,9 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     checkpoint = load(file, 'checkpoint', tuple(CHECKPOINT))
     wrong = [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]
     rows = checkpoint['rows']
+    columns = {'epoch', 'lr', 'proxy_lr', *(f'{kind}_R@{k}' for kind in ('dense', 'binary') for k in args.recalls)}
     if wrong or checkpoint['epoch'] != len(rows) or not all(
-            type(row) is dict and row.keys() == rows[0].keys() and {'epoch', 'dense_R@1'} <= row.keys()
+            type(row) is dict and row.keys() == rows[0].keys() and columns <= row.keys()
             and all(type(value) in (int, float) for value in row.values()) for row in rows):
         raise UserError(f'--resume: {file} is damaged ({", ".join(wrong) or "rows"}); start again with --overwrite')
     if checkpoint['version'] != CHECKPOINT_VERSION:
@@ -210,7 +212,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     now, before = portable_args(args), checkpoint['args']
     differ = [f'--{name} {now.get(name)} (was {" ".join(str(before.get(name)).split())})'
               for name in sorted(now.keys() | before.keys(), key=str)
-              if type(now.get(name)) is not type(before.get(name)) or now.get(name) != before.get(name)]
+              if repr(now.get(name)) != repr(before.get(name))]  # a tensor has no one answer to !=
     if differ:
         raise UserError(f'--resume: the run {args.run} was started with other settings: {", ".join(differ)}; give the '
                         'same, or name a new run with --remark')
@@ -438,8 +440,9 @@ def train(args: argparse.Namespace, files: dict[str, Path], device: torch.device
         proxies, criterion_state = criterion.all_proxies(), criterion.full_state_dict()
         optimizer_state = criterion.full_optimizer_state(optimizer)
         if world_rank() == 0:
-            if epoch == 1:  # what --overwrite replaces can no longer be resumed
-                files['checkpoint'].unlink(missing_ok=True)
+            if epoch == 1:  # --overwrite takes place: of what it replaces nothing may be left beside the new
+                for file in args.replaced:
+                    file.unlink(missing_ok=True)
             if best:
                 save({'config': model.config, 'state_dict': model.state_dict(), **made_by}, files['model'])
                 save({**data_base, 'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
@@ -464,11 +467,16 @@ def main() -> None:
     if args.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when the GPU is first used
     device = select_device(start_processes(args.device))
-    runs = {}
+    runs, folder = {}, Path(args.results_dir)
     for seed, name in args.runs.items():
         one = argparse.Namespace(**{**vars(args), 'seed': seed, 'run': name})
         if args.seeds:  # --resume starts those that are not there
-            one.resume = args.resume and (Path(args.results_dir) / f'{name}_checkpoint.pth').is_file()
+            one.resume = args.resume and (folder / f'{name}_checkpoint.pth').is_file()
+            one.overwrite = args.overwrite or (args.resume and not one.resume)  # of a first epoch that was cut off
+        # With --overwrite the seeds that come later are to be trained anew as well, after an interruption too.
+        later = [other for number, other in args.runs.items() if args.overwrite and number not in runs]
+        one.replaced = [*(folder / f'{name}_{file}' for file in (*RUN_FILES, 'curves.pdf')),
+                        *(folder / f'{other}_checkpoint.pth' for other in later)]
         with claim_run(one) as files:
             runs[seed] = train(one, files, device)
     if args.seeds and world_rank() == 0:

@@ -149,7 +149,7 @@ def seed_list(text: str) -> tuple[int, ...]:
         values = tuple(int(part) for part in text.split(','))
     except ValueError:
         values = ()
-    if len(set(values)) < max(2, len(values)) or min(values) < 0:
+    if len(set(values)) < max(2, len(values)) or min(values) < 0 or max(values) >= 2**63:
         raise argparse.ArgumentTypeError(f'{text!r} must be two or more different seeds, as in 1,2,3')
     return values
 

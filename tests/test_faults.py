@@ -64,9 +64,25 @@ def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets,
         lock.unlink()
     assert not differing_results(whole['gradient'], tmp_path / 'r')
     assert train((*words, '--lr', '0.01', '--overwrite'), tmp_path / 'log', ('write', 2))[0] == -signal.SIGKILL
+    assert {load(file, 'file', ('args',))['args']['lr'] for file in (tmp_path / 'r').glob('*.pth')} == {0.01}
+    assert not list((tmp_path / 'r').glob('*_statistics.csv'))
     code, printed = train((*words, '--resume'), tmp_path / 'log2')
     assert code == 2
     assert '--resume: there is no' in printed
+    assert 'without --resume and with --overwrite' in printed
+
+
+def test_seeds_that_are_overwritten_keep_none_of_the_old_runs(raw_sets, tmp_path):
+    words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 1, '--warm_up', 0)
+    assert train(words, tmp_path / 'log')[0] == 0
+    second = tmp_path / 'r' / f'{NAMES["gradient"]}_seed2_checkpoint.pth'
+    before = load(second, 'checkpoint', ('made_with',))
+    save({**before, 'made_with': {'commit': 'old'}}, second)
+    assert train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 5))[0] == 143  # in the second run
+    assert not second.exists()
+    code, printed = train((*words, '--resume'), tmp_path / 'log3')
+    assert code == 0, printed
+    assert load(second, 'checkpoint', ('made_with',))['made_with']['commit'] != 'old'
 
 
 @pytest.mark.parametrize('seed', range(2))
