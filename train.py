@@ -199,10 +199,9 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     checkpoint = load(file, 'checkpoint', tuple(CHECKPOINT))
     wrong = [name for name, kind in CHECKPOINT.items() if type(checkpoint[name]) is not kind]
     rows = checkpoint['rows']
-    columns = {'epoch', 'lr', 'proxy_lr', *(f'{kind}_R@{k}' for kind in ('dense', 'binary') for k in args.recalls)}
     if wrong or checkpoint['epoch'] != len(rows) or not all(
-            type(row) is dict and row.keys() == rows[0].keys() and columns <= row.keys()
-            and all(type(value) in (int, float) for value in row.values()) for row in rows):
+            type(row) is dict and row.keys() == rows[0].keys() and all(
+                type(value) in (int, float) for value in row.values()) for row in rows):
         raise UserError(f'--resume: {file} is damaged ({", ".join(wrong) or "rows"}); start again with --overwrite')
     if checkpoint['version'] != CHECKPOINT_VERSION:
         raise UserError(f'--resume: {file} was written by another version of train.py; start again with --overwrite')
@@ -216,6 +215,9 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     if differ:
         raise UserError(f'--resume: the run {args.run} was started with other settings: {", ".join(differ)}; give the '
                         'same, or name a new run with --remark')
+    columns = {'epoch', 'lr', 'proxy_lr', *(f'{kind}_R@{k}' for kind in ('dense', 'binary') for k in args.recalls)}
+    if not all(columns <= row.keys() for row in rows):
+        raise UserError(f'--resume: {file} is damaged (rows); start again with --overwrite')
     return checkpoint
 
 

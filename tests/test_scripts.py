@@ -201,6 +201,8 @@ def test_resume_names_the_settings_that_differ(run, raw_sets, tmp_path):
         shutil.copy(file, tmp_path)
     result = train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--lr', '0.5', '--resume')
     assert_one_line_error(result, '--lr 0.5 (was 0.0001)')
+    result = train(raw_sets, tmp_path, *TINY, '--num_epochs', 2, '--recalls', '1,3', '--resume')
+    assert_one_line_error(result, '--recalls (1, 3) (was (')
     result = train(raw_sets, tmp_path, *TINY, '--remark', 'new', '--resume')
     assert_one_line_error(result, '--resume: there is no')
 
