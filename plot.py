@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from utils import COLOURS, GREY, Parser, UserError, make_folder, nearest, plot_style, run_script, save_figure
+from engine.errors import UserError, nearest
+from engine.files import make_folder
+from engine.runs import RunFiles, read_statistics
+from utils import COLOURS, GREY, Parser, plot_style, run_script, save_figure
 
-ENDING = '_statistics.csv'
+ENDING = f'_{RunFiles.ENDINGS["statistics"]}'
 TITLES = {'loss': 'loss', 'accuracy': 'training accuracy (%)', 'lr': 'learning rate', 'img_s': 'images per second',
           'proxy_lr': 'learning rate of the proxies', 'angle_to_proxy': 'class mean to proxy (degrees)'}
 LINES = ('-', '--', ':', '-.')  # after the colours run out
@@ -24,24 +27,6 @@ SAME = {'scale': 'temperature', 'temperature': 'scale'}  # two words for one set
 
 
 # ---------------------------------------------------- statistics files ----------------------------------------------
-def read_statistics(path: str | Path) -> pd.DataFrame:
-    """Read the statistics of a run: a row an epoch.
-
-    Raises:
-        UserError: if the file is missing, empty, or no statistics file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f'there is no statistics file {path}; train.py writes them as RUN{ENDING}')
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError) as error:  # ValueError: of pandas, for an empty or ragged file
-        raise UserError(f'{path} is no statistics file ({str(error).splitlines()[0][:100]})') from None
-    if 'epoch' not in table or not len(table) or not pd.api.types.is_numeric_dtype(table['epoch']):
-        raise UserError(f'{path} is no statistics file: it has no rows with an epoch')
-    return table
-
-
 def check_metric(table: pd.DataFrame, metric: str, path: str | Path) -> None:
     """Refuse a metric that a statistics file does not have, and list those that it has."""
     measured = [column for column in table.select_dtypes('number') if not column.startswith('args.')

@@ -1,23 +1,36 @@
-"""The papers' hyper-parameters as data: one entry a recipe, each with its source.
+"""The papers' hyper-parameters as data: one entry a recipe, each with its source; and what there is to choose from.
+
+    python recipes.py                # the table of all recipes
 
 `train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as its
 system's own page prints it; what that changes for a data set or a trunk stands in `overrides`, later entries win.
 
     proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
     lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
-    optimizer_type  a star (adam*) means: this optimizer, and the proxies move by momentum (Momentum Proxy's spelling)
 
-The names of losses, trunks and so on stand here too, so that a command line can be read before torch is imported.
+Losses and trunks are registered here, by the names of their class or function in model.py, so that a command line can
+be read before torch is imported.
 """
-from utils import check_choice
+from typing import NamedTuple
 
-LOSS_SETTINGS = {  # scale (alpha) and margin (delta) of each loss; None: its formula has no margin
-    'proxy_anchor': (32.0, 0.1),
-    'balanced_proxy': (32.0, 0.1),
-    'normalized_softmax': (32.0, None),
-    'proxy_nca': (9.0, None),  # ProxyNCA++: temperature 1/9
-    'cos_face': (64.0, 0.35),
-    'arc_face': (64.0, 0.5),  # 28.6 degrees
+from engine.errors import check_choice
+
+
+class LossEntry(NamedTuple):
+    """A loss: its class in model.py and its own hyper-parameters."""
+
+    class_name: str
+    scale: float  # alpha
+    margin: float | None = None  # delta; None: its formula has no margin
+
+
+LOSSES = {
+    'proxy_anchor': LossEntry('ProxyAnchor', 32.0, 0.1),
+    'balanced_proxy': LossEntry('BalancedProxy', 32.0, 0.1),
+    'normalized_softmax': LossEntry('NormalizedSoftmax', 32.0),
+    'proxy_nca': LossEntry('ProxyNCA', 9.0),  # ProxyNCA++: temperature 1/9
+    'cos_face': LossEntry('CosFace', 64.0, 0.35),
+    'arc_face': LossEntry('ArcFace', 64.0, 0.5),  # 28.6 degrees
 }
 # Two names are a loss together with a way in which the proxies move.
 COMBINED_LOSSES = {
@@ -26,10 +39,11 @@ COMBINED_LOSSES = {
 }
 PROXY_UPDATES = ('gradient', 'positive', 'momentum')
 MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
-TRUNKS = ('resnet50', 'inception', 'googlenet', 'resnet18', 'resnet101')
+TRUNKS = {'resnet50': 'resnet', 'inception': 'bn_inception', 'googlenet': 'googlenet', 'resnet18': 'resnet',
+          'resnet101': 'resnet'}  # the function in model.py that builds it
 POOLINGS = ('max', 'avg', 'avg_max', 'cls')
-OPTIMIZERS = ('adamw', 'adam', 'sgd')
-SCHEDULES = ('step', 'multistep', 'cosine', 'constant')
+OPTIMIZER_NAMES = ('adamw', 'adam', 'sgd')
+SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')
 
 # What the five systems share; each recipe below says only where it differs.
 COMMON = {
@@ -37,6 +51,7 @@ COMMON = {
     'proxy_lr_factor': 100.0,
     'weight_decay': 1e-4,
     'optimizer_type': 'adamw',
+    'proxy_update': 'gradient',
     'lr_schedule': 'step',
     'lr_decay_step': 5,
     'lr_decay_gamma': 0.5,
@@ -81,8 +96,9 @@ RECIPES = {
     'momentum_proxy': {
         'source': 'Momentum proxy based fine-grained image retrieval',
         'settings': {
-            'loss_name': 'proxy_nca', 'optimizer_type': 'adam*', 'lr': 1e-3, 'proxy_lr_factor': 1.0,
-            'weight_decay': 0.0, 'lr_schedule': 'multistep', 'lr_decay_gamma': 0.1, 'lr_milestones': (0.5, 0.8),
+            'loss_name': 'proxy_nca', 'optimizer_type': 'adam', 'proxy_update': 'momentum', 'lr': 1e-3,
+            'proxy_lr_factor': 1.0, 'weight_decay': 0.0, 'lr_schedule': 'multistep', 'lr_decay_gamma': 0.1,
+            'lr_milestones': (0.5, 0.8),
         },
         'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
@@ -134,3 +150,37 @@ def recipe_settings(name: str, data_name: str, backbone_type: str) -> dict:
         if all(chosen[key] in allowed for key, allowed in condition.items()):
             settings.update(values)
     return settings
+
+
+# ---------------------------------------------------- the table ----------------------------------------------------
+def describe(recipe: str, setting: str) -> str:
+    """Return a setting of a recipe as a cell of the table: `0.0001; 4e-05 (sop, isc)`, `-` where it has no effect."""
+    def text(value) -> str:
+        if isinstance(value, bool):
+            return 'yes' if value else 'no'
+        return ', '.join(map(text, value)) if isinstance(value, tuple) else f'{value:g}' if isinstance(
+            value, float) else str(value)
+
+    own = {**COMMON, **RECIPES[recipe]['settings']}
+    own |= COMBINED_LOSSES.get(own['loss_name'], {})
+    loss = LOSSES[own['loss_name']]
+    own = {'temperature': 1 / loss.scale, 'margin': loss.margin or '-', 'momentum': MOMENTUM, **own}
+    without = {'momentum': own['proxy_update'] != 'momentum', 'proxy_lr_factor': own['proxy_update'] == 'momentum',
+               'lr_decay_step': own['lr_schedule'] != 'step', 'lr_milestones': own['lr_schedule'] != 'multistep'}
+    if without.get(setting):
+        return '-'
+    others = [f'{text(values[setting])} ({", ".join(name for names in condition.values() for name in names)})'
+              for condition, values in RECIPES[recipe]['overrides'] if setting in values]
+    return '; '.join([text(own[setting]), *others])
+
+
+def format_table() -> str:
+    """Return all recipes as a Markdown table, a column each."""
+    settings = dict.fromkeys(['loss_name', 'proxy_update', 'temperature', 'margin', 'momentum', *COMMON])
+    lines = [f'| | {" | ".join(RECIPES)} |', '|---' * (1 + len(RECIPES)) + '|']
+    lines += [f'| {setting} | {" | ".join(describe(recipe, setting) for recipe in RECIPES)} |' for setting in settings]
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    print(format_table())

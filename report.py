@@ -16,13 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data_utils import find_root, image_file, load_tile
-from evaluate import find_data_base, load_data_base, measure
-from metrics import COUNTS, choose_queries, nearest_images, rank_queries, searched_subset, similarity_to
-from plot import draw_curves, read_statistics
-from utils import Parser, UserError, make_folder, run_script, write_atomically
+from browse import add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries
+from engine.errors import UserError
+from engine.files import image_file, make_folder, write_atomically
+from engine.images import load_tile
+from engine.processes import progress
+from engine.runs import DataBase, read_statistics
+from evaluate import measure
+from metrics import NUMBERS_OF_QUERIES
+from plot import draw_curves
+from utils import Parser, check_between, run_script
 
 NUM_NEIGHBOURS = 20
 NUM_QUERIES = 8  # hardest, and easiest
@@ -31,24 +35,24 @@ MOST_IMAGES = 5000  # with thumbnails; a larger data base is shown in part
 SIDES = (160, 128, 112, 96, 80, 64, 48, 32)  # px of a thumbnail, the largest that fits is taken
 QUALITY = 60  # of WebP
 THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64: with the rest the file stays below 15 MB
-SAMPLE = 100  # images from which the size of all is estimated
-TEMPLATE = 'report_template.html'
+SAMPLED_IMAGES = 100  # from which the size of all is estimated
+TEMPLATES = Path(__file__).parent / 'templates'
 
 
 # ---------------------------------------------------- what to show --------------------------------------------------
-class Places:
+class Numbered:
     """Number the images of a data base: test images first, then the gallery, if there is one."""
 
-    def __init__(self, data_base: dict):
-        subsets = [subset for subset in ('test', 'gallery') if f'{subset}_images' in data_base]
-        self.paths = [path for subset in subsets for path in data_base[f'{subset}_images']]
-        self.labels = torch.cat([data_base[f'{subset}_labels'] for subset in subsets]).tolist()
-        self.features = torch.cat([data_base[f'{subset}_features'] for subset in subsets])
-        self.num_queries = len(data_base['test_images'])
-        self.searched_from = self.num_queries if len(subsets) == 2 else 0  # number of the first searched image
+    def __init__(self, data_base: DataBase):
+        subsets = list(data_base.subsets.values())
+        self.paths = [path for subset in subsets for path in subset.images]
+        self.labels = torch.cat([subset.labels for subset in subsets]).tolist()
+        self.features = torch.cat([subset.features for subset in subsets])
+        self.num_queries = len(data_base.test.images)
+        self.searched_from = 0 if data_base.gallery is None else self.num_queries  # number of the first searched image
 
 
-def choose_images(first: list[int], places: Places, data_base: dict, most: int, binary: bool, seed: int) -> dict:
+def choose_images(first: list[int], images: Numbered, data_base: DataBase, most: int, binary: bool, seed: int) -> dict:
     """Choose queries, with their neighbours, as long as all images together are not more than `most`.
 
     Args:
@@ -56,15 +60,14 @@ def choose_images(first: list[int], places: Places, data_base: dict, most: int, 
         most: images to show.
 
     Returns:
-        {query: [(image, similarity), ...]}, images as numbered by `places`.
+        {query: [(image, similarity), ...]}, images as numbered.
     """
-    compare = similarity_to(data_base[f'{searched_subset(data_base)}_features'], binary)
-    others = np.random.default_rng(seed).permutation(places.num_queries).tolist()
+    others = np.random.default_rng(seed).permutation(images.num_queries).tolist()
     neighbours, shown = {}, set()
-    bar = tqdm(dict.fromkeys([*first, *others]), desc='neighbours', leave=False, dynamic_ncols=True)
+    bar = progress(dict.fromkeys([*first, *others]), desc='neighbours')
     for query in bar:
-        found = [(places.searched_from + index, similarity) for index, similarity in nearest_images(
-            places.features[query], data_base, ('test', query), NUM_NEIGHBOURS, binary, compare)]
+        found = [(images.searched_from + index, similarity) for index, similarity in nearest_images(
+            images.features[query], data_base, ('test', query), NUM_NEIGHBOURS, binary)]
         together = shown | {query, *(image for image, _ in found)}
         if len(together) > most:
             break
@@ -73,7 +76,7 @@ def choose_images(first: list[int], places: Places, data_base: dict, most: int, 
     return dict(sorted(neighbours.items()))
 
 
-def confused_pairs(ranked: dict, places: Places) -> list[dict]:
+def confused_pairs(ranked: dict, images: Numbered) -> list[dict]:
     """Return the pairs of classes of which one is most often found nearest to the other.
 
     Returns:
@@ -82,7 +85,7 @@ def confused_pairs(ranked: dict, places: Places) -> list[dict]:
     """
     counts, examples = Counter(), {}
     for query, nearest in enumerate(ranked['nearest'].tolist()):
-        pair = places.labels[query], places.labels[places.searched_from + nearest]
+        pair = images.labels[query], images.labels[images.searched_from + nearest]
         if pair[0] != pair[1] and ranked['rank'][query] >= 1:
             counts[pair] += 1
             examples.setdefault(pair, query)
@@ -96,9 +99,9 @@ def confused_pairs(ranked: dict, places: Places) -> list[dict]:
     return pairs
 
 
-def measure_classes(ranked: dict[str, dict], places: Places) -> list[dict]:
+def measure_classes(ranked: dict[str, dict], images: Numbered) -> list[dict]:
     """Return R@1 of each class: [{'label', 'queries', 'dense', 'binary': per cent}, ...], the lowest first."""
-    labels = torch.tensor(places.labels[:places.num_queries])
+    labels = torch.tensor(images.labels[:images.num_queries])
     classes = []
     for label in labels.unique().tolist():
         row = {'label': label}
@@ -152,14 +155,14 @@ def encode(path: Path, side: int) -> str | None:
 
 def make_thumbnails(paths: list[Path]) -> tuple[list[str | None], int]:
     """Return a thumbnail for each path, None where there is no image, and their side in px: the largest that fits."""
-    sample = [paths[index] for index in np.linspace(0, len(paths) - 1, min(SAMPLE, len(paths))).astype(int)]
+    sample = [paths[index] for index in np.linspace(0, len(paths) - 1, min(SAMPLED_IMAGES, len(paths))).astype(int)]
     for side in SIDES:
         sizes = [len(thumbnail) for path in sample if (thumbnail := encode(path, side))]
         if not sizes or sum(sizes) / len(sizes) * len(paths) <= THUMBNAIL_BYTES:
             break
     with ThreadPoolExecutor(2) as pool:
-        thumbnails = list(tqdm(pool.map(lambda path: encode(path, side), paths), desc='thumbnails', unit='img',
-                               total=len(paths), leave=False, dynamic_ncols=True))
+        thumbnails = list(progress(pool.map(lambda path: encode(path, side), paths), desc='thumbnails', unit='img',
+                                   total=len(paths)))
     return thumbnails, side
 
 
@@ -172,41 +175,41 @@ def draw_curves_inline(statistics: Path) -> str:
 
 
 # ---------------------------------------------------- report --------------------------------------------------------
-def gather(data_base: dict, root: Path, args) -> dict:
+def gather(data_base: DataBase, root: Path, args) -> dict:
     """Compute what the template shows.
 
     Returns:
         the template's variables; `data` is what its script reads. Images are numbered by their place among those
         shown.
     """
-    places, kind = Places(data_base), 'binary' if args.binary else 'dense'
-    results = measure(data_base, tuple(data_base['args']['recalls']), torch.device('cpu'))
+    images, kind = Numbered(data_base), 'binary' if args.binary else 'dense'
+    results = measure(data_base, tuple(data_base.origin['args']['recalls']), torch.device('cpu'))
     ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
     chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']))
               for how in ('worst', 'best')}
-    pairs = confused_pairs(ranked[kind], places)
+    pairs = confused_pairs(ranked[kind], images)
     first = [*chosen['worst'], *chosen['best'], *(pair['example'] for pair in pairs)]
-    neighbours = choose_images(first, places, data_base, args.max_images, args.binary, args.seed)
+    neighbours = choose_images(first, images, data_base, args.max_images, args.binary, args.seed)
     if not neighbours:
         raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
     shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
     number = {image: place for place, image in enumerate(shown)}
-    thumbnails, side = make_thumbnails([image_file(root, places.paths[image]) for image in shown])
+    thumbnails, side = make_thumbnails([image_file(root, images.paths[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
-    maps = map_embeddings(places.features[shown])
+    maps = map_embeddings(images.features[shown])
     return {
         'kind': kind, 'side': side, 'results': results,
-        'columns': [name for name in results['dense'] if name not in COUNTS],
+        'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES],
         'chosen': {how: [{'image': number[query], 'rank': ranks[query] + 1, 'found': [number[image] for image, _ in
                                                                                     neighbours[query][:8]]}
                          for query in queries if query in neighbours] for how, queries in chosen.items()},
         'pairs': [{**pair, 'example': number.get(pair['example'])} for pair in pairs],
-        'classes': measure_classes(ranked, places), 'class_names': data_base['class_names'],
-        'num_queries': places.num_queries, 'num_images': len(places.paths), 'num_shown': len(shown),
+        'classes': measure_classes(ranked, images), 'class_names': data_base.class_names,
+        'num_queries': images.num_queries, 'num_images': len(images.paths), 'num_shown': len(shown),
         'num_lost': thumbnails.count(None),
         'data': {
-            'classes': data_base['class_names'],
-            'paths': [places.paths[image] for image in shown], 'labels': [places.labels[image] for image in shown],
+            'classes': data_base.class_names,
+            'paths': [images.paths[image] for image in shown], 'labels': [images.labels[image] for image in shown],
             'thumbnails': thumbnails,
             'ranks': [ranks[image] + 1 if image in neighbours and ranks[image] == ranks[image] else None
                       for image in shown],
@@ -221,51 +224,40 @@ def render(variables: dict) -> str:
     """Fill the template; everything from a file is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(TEMPLATE).render(variables)
+    return environment.get_template('report.html').render(variables)
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
-                        help='file, or its name in --results_dir [%(default)s]')
-    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    add_data_base_flags(parser)
     parser.add_argument('--statistics', help='of the run [RUN_statistics.csv beside the data base]')
     parser.add_argument('--binary', action='store_true', help='rank by the Hamming distance of sign(features)')
     parser.add_argument('--max_images', type=int, default=MOST_IMAGES, help='images with thumbnails; of a larger data '
                         'base the hardest, the easiest and random queries are shown with their neighbours '
                         '[%(default)s]')
     parser.add_argument('--seed', type=int, default=0, help='of the random queries [%(default)s]')
-    parser.add_argument('--results_dir', default='results', help='where data bases are [%(default)s]')
     parser.add_argument('--output', help='HTML file [RUN_report.html beside the data base]')
     args = parser.parse_args(argv)
-    if args.max_images < 2:
-        raise UserError(f'--max_images {args.max_images} must be at least 2')
-    if args.seed < 0:
-        raise UserError(f'--seed {args.seed} must be at least 0')
+    check_between(args, {'max_images': (2, None), 'seed': (0, None)})
     return args
 
 
 def main() -> None:
     """Write the report that the command line names."""
     args = get_args()
-    file = find_data_base(args.data_base, args.results_dir)
-    data_base = load_data_base(file)
-    root = find_root(args.data_path, data_base['args']['data_name'])
-    if root is None:
-        raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
-                        f'{file.name}; name the folder that does')
-    run = file.name.removesuffix('.pth').removesuffix('_data_base')
-    statistics = Path(args.statistics) if args.statistics is not None else file.with_name(f'{run}_statistics.csv')
-    output = Path(args.output) if args.output is not None else file.with_name(f'{run}_report.html')
+    run = open_run(args.data_base, args.results_dir, args.data_path)
+    data_base, name = run.data_base, run.files.name
+    statistics = Path(args.statistics) if args.statistics is not None else run.files.statistics
+    output = Path(args.output) if args.output is not None else run.files.folder / f'{name}_report.html'
     make_folder('--output', output.parent)
     curves = draw_curves_inline(statistics) if args.statistics is not None or statistics.is_file() else None
-    variables = gather(data_base, root, args)
-    html = render({**variables, 'run': run, 'settings': data_base['args'], 'epoch': data_base.get('epoch'),
-                   'curves': curves, 'statistics': statistics.name}).encode()
+    variables = gather(data_base, run.root, args)
+    html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
+                   'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()
     write_atomically(output, lambda target: target.write(html))
     if variables['num_lost']:
         print(f'{variables["num_lost"]:,} of {variables["num_shown"]:,} images are missing or broken and shown as grey '

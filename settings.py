@@ -4,10 +4,14 @@ Nothing here imports torch, so that `train.py --help` and a mistyped flag are an
 """
 import argparse
 
-from recipes import (COMBINED_LOSSES, LOSS_SETTINGS, MOMENTUM, OPTIMIZERS, POOLINGS, PROXY_UPDATES, RECIPES, SCHEDULES,
-                     TRUNKS, canonical_backbone, recipe_settings, resize_for)
-from utils import (Parser, UserError, canonical_data_name, check_choice, fraction_list, gpu_id, int_list, run_name,
-                   seed_list, switch)
+from engine.errors import UserError, check_choice
+from engine.runs import LARGEST, run_name
+from raw_sets import canonical_data_name
+from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
+                     SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
+from utils import Parser, add_device_flags, check_between, fraction_list, int_list, seed_list, switch
+
+SMALL, LARGE = 1e-30, 1e38  # what float32 holds
 
 
 def get_parser(description: str | None = None) -> Parser:
@@ -18,7 +22,7 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--recipe', help='paper whose hyper-parameters are the defaults: ' + ', '.join(RECIPES) +
                        ' [the one named like --loss_name, else balanced_proxy]')
     group.add_argument('--loss_name', '--loss', type=str.lower, help='loss: ' +
-                       ', '.join([*LOSS_SETTINGS, *COMBINED_LOSSES]) + ' [the recipe\'s]. asymptotic_proxy is '
+                       ', '.join([*LOSSES, *COMBINED_LOSSES]) + ' [the recipe\'s]. asymptotic_proxy is '
                        'normalized_softmax with proxies moved by momentum and temperature 0.03; positive_proxy is '
                        'normalized_softmax with --proxy_update positive')
     group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, '
@@ -88,7 +92,7 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--weight_decay', '--weight-decay', type=float, help='papers: 1e-4, Asymptotic and Momentum 0')
     group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy '
                        'Anchor 10')
-    group.add_argument('--lr_schedule', choices=SCHEDULES, help='step: every --lr_decay_step epochs; multistep: '
+    group.add_argument('--lr_schedule', choices=SCHEDULE_NAMES, help='step: every --lr_decay_step epochs; multistep: '
                        'at --lr_milestones; cosine: to zero; constant. Papers: step, Asymptotic and Momentum multistep')
     group.add_argument('--lr_decay_step', '--lr-decay-step', type=int, help='epochs between the steps; papers: 5, '
                        'Proxy Anchor 5 to 20 by data set and trunk')
@@ -114,9 +118,7 @@ def get_parser(description: str | None = None) -> Parser:
                        'time; slower on a GPU, and some operations end in an error there. A CPU does it anyway, for '
                        'one number of threads')
     group.add_argument('--seed', type=int, help='of weights, order and augmentation [0]')
-    group.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
-    group.add_argument('--gpu_id', '--gpu-id', type=gpu_id, dest='device', metavar='N', help='Proxy Anchor\'s spelling '
-                       'of --device cuda:N; -1 or a machine without a GPU: the CPU')
+    add_device_flags(group)
     group.add_argument('--shard_proxies', action='store_true', help='with several processes: each holds its share of '
                        'the proxies and of their optimizer state; for millions of classes')
     group.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='compute the network in bfloat16; '
@@ -131,8 +133,11 @@ def get_parser(description: str | None = None) -> Parser:
     return parser
 
 
-def get_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+def get_runs(argv: list[str] | None = None, description: str | None = None) -> tuple[str, list[argparse.Namespace]]:
     """Parse the command line and settle every setting: flag, else recipe.
+
+    Returns:
+        the name of the runs without their seeds, and the settings of each run, one for each seed.
 
     Raises:
         UserError: for a value that is not known or out of range, a contradiction, or a flag without effect.
@@ -140,8 +145,12 @@ def get_args(argv: list[str] | None = None, description: str | None = None) -> a
     args = get_parser(description).parse_args(argv)
     args.data_name = canonical_data_name(args.data_name)
     args.backbone_type = canonical_backbone(args.backbone_type)
+    given = {name for name, value in vars(args).items() if value is not None}
+    starred = bool(args.optimizer_type) and args.optimizer_type.endswith('*')  # Momentum Proxy's adam* and sgd*
+    if args.optimizer_type is not None:
+        args.optimizer_type = args.optimizer_type.removesuffix('*')
     if args.loss_name is not None:
-        check_choice('--loss_name', args.loss_name, [*LOSS_SETTINGS, *COMBINED_LOSSES])
+        check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES])
     if args.momentum is not None and not (args.recipe or args.loss_name or args.proxy_update or args.optimizer_type):
         raise UserError(f'--momentum {args.momentum} belongs to two systems: add --recipe asymptotic_proxy or '
                         '--recipe momentum_proxy')
@@ -149,15 +158,14 @@ def get_args(argv: list[str] | None = None, description: str | None = None) -> a
     args.recipe = check_choice('--recipe', default if args.recipe is None else args.recipe, RECIPES)
     if args.seeds and args.seed is not None:
         raise UserError(f'--seed {args.seed} and --seeds contradict each other; leave one of them out')
-    given = {name for name, value in vars(args).items() if value is not None}
     args.seed = args.seed or 0
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
-    settle_loss(args, settings, given)
+    settle_rule(args, settings, starred)
+    settle_loss(args, settings)
     for name, value in settings.items():
-        if name not in given and name in vars(args):
+        if name != 'temperature' and getattr(args, name, 0) is None:
             setattr(args, name, value)
-    args.optimizer_type = args.optimizer_type.removesuffix('*')
-    check_choice('--optimizer_type', args.optimizer_type, OPTIMIZERS)
+    check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
     check_effect(args, given)
     check_ranges(args)
     if args.proxy_update == 'momentum':
@@ -166,47 +174,50 @@ def get_args(argv: list[str] | None = None, description: str | None = None) -> a
         args.proxy_lr = args.lr * settings['proxy_lr_factor']
     args.resize_size = args.resize_size or resize_for(args.image_size)
     args.on_collapse = args.on_collapse or ('stop' if args.proxy_update == 'momentum' else 'warn')
-    args.group = name_run(argparse.Namespace(**{**vars(args), 'seed': 0}), settings, given)
-    args.runs = {seed: name_run(argparse.Namespace(**{**vars(args), 'seed': seed}), settings, given)
-                 for seed in args.seeds or (args.seed,)}
-    args.run = next(iter(args.runs.values()))
-    return args
+    runs = [argparse.Namespace(**{**vars(args), 'seed': seed, 'run': name_run(args, settings, given, seed)})
+            for seed in args.seeds or (args.seed,)]
+    return name_run(args, settings, given, 0), runs
 
 
-def settle_loss(args: argparse.Namespace, settings: dict, given: set) -> None:
-    """Settle loss, rule, scale and momentum, each of which can be said in more than one way."""
-    own_loss = args.loss_name in (None, settings['loss_name'])
+def settle_rule(args: argparse.Namespace, settings: dict, starred: bool) -> None:
+    """Settle loss and rule of the proxies, which can be said by the loss, by itself, or by a starred optimizer."""
     args.loss_name = args.loss_name or settings['loss_name']
     combined = COMBINED_LOSSES.get(args.loss_name, {})
-    star = (args.optimizer_type or settings['optimizer_type']).endswith('*')
-    said = {f'--loss_name {args.loss_name}': combined.get('proxy_update'),
-            f'--proxy_update {args.proxy_update}': args.proxy_update,
-            f'--optimizer_type {args.optimizer_type}': 'momentum' if star and 'optimizer_type' in given else None}
-    said = {flag: rule for flag, rule in said.items() if rule}
-    if len(set(said.values())) > 1:
+    args.base_loss = combined.get('loss_name', args.loss_name)
+    rules = {f'--loss_name {args.loss_name}': combined.get('proxy_update'),
+             f'--proxy_update {args.proxy_update}': args.proxy_update,
+             f'--optimizer_type {args.optimizer_type}*': 'momentum' if starred else None}
+    rules = {flag: rule for flag, rule in rules.items() if rule}
+    if len(set(rules.values())) > 1:
         remedy = f'; use --loss_name {combined["loss_name"]}' if combined else '; leave one of them out'
-        raise UserError(f'{" and ".join(said)} contradict each other: the proxies move in one way{remedy}')
-    args.proxy_update = next(iter(said.values()), 'momentum' if star else 'gradient')
-    if 'momentum' in given and args.proxy_update != 'momentum':
+        raise UserError(f'{" and ".join(rules)} contradict each other: the proxies move in one way{remedy}')
+    # An optimizer without a star is, in Momentum Proxy's spelling, one with proxies that learn.
+    default = settings['proxy_update'] if args.optimizer_type is None else 'gradient'
+    args.proxy_update = next(iter(rules.values()), default)
+    if args.momentum is not None and args.proxy_update != 'momentum':
         raise UserError(f'--momentum {args.momentum} has no effect while the proxies move by {args.proxy_update}; add '
                         '--proxy_update momentum, or leave it out')
     if args.proxy_update == 'momentum' and args.momentum is None:
         args.momentum = MOMENTUM
-    args.base_loss = combined.get('loss_name', args.loss_name)
+
+
+def settle_loss(args: argparse.Namespace, settings: dict) -> None:
+    """Settle scale, which can also be said as temperature, and margin."""
     if args.scale is not None and args.temperature is not None:
         raise UserError(f'--scale {args.scale} and --temperature {args.temperature} say the same (temperature = '
                         '1 / scale); leave one of them out')
     if args.temperature is None and args.scale is None:
-        args.temperature = (settings.get('temperature') if own_loss else None) or combined.get('temperature')
+        of_recipe = settings.get('temperature') if args.loss_name == settings['loss_name'] else None
+        args.temperature = of_recipe or COMBINED_LOSSES.get(args.loss_name, {}).get('temperature')
     if args.temperature is not None:
         if not 1e-6 <= args.temperature < float('inf'):
             raise UserError(f'--temperature {args.temperature} must be a number above 1e-6')
         args.scale = 1 / args.temperature
-    scale, margin = LOSS_SETTINGS[args.base_loss]
-    if args.margin is not None and margin is None:
+    loss = LOSSES[args.base_loss]
+    if args.margin is not None and loss.margin is None:
         raise UserError(f'--margin {args.margin} has no effect: {args.loss_name} has no margin; leave it out')
-    args.scale = scale if args.scale is None else args.scale
-    args.margin = margin if args.margin is None else args.margin
+    args.scale = loss.scale if args.scale is None else args.scale
+    args.margin = loss.margin if args.margin is None else args.margin
 
 
 def check_effect(args: argparse.Namespace, given: set) -> None:
@@ -228,38 +239,23 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
 
 def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers out of range, with the flag."""
-    at_most = {'feature_dim': 65536, 'image_size': 8192, 'resize_size': 8192, 'num_workers': 1024}
-    at_least = {'feature_dim': 1, 'num_epochs': 1, 'image_size': 16, 'lr_decay_step': 1, 'warm_up': 0, 'num_workers': 0,
-                'weight_decay': 0, 'clip_value': 0, 'seed': 0, 'images_per_class': 0, 'batch_size': 1, 'cache_size': 0}
-    for name, smallest in at_least.items():
-        largest = at_most.get(name, 2**63 - 1)
-        if not smallest <= getattr(args, name) <= largest:
-            raise UserError(f'--{name} {getattr(args, name)} must lie between {smallest} and {largest}')
-    if args.margin is not None and not 0 <= args.margin < float('inf'):
-        raise UserError(f'--margin {args.margin} must be a number of at least 0')
-    for name in ('lr', 'proxy_lr', 'lr_decay_gamma', 'scale'):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float('inf'):
-            raise UserError(f'--{name} {value} must be a positive number')
-    if args.momentum is not None and not 0 < args.momentum <= 1:
-        raise UserError(f'--momentum {args.momentum} must be above 0 and at most 1')
-    if not 0 <= args.val_ratio < 1:
-        raise UserError(f'--val_ratio {args.val_ratio} must be at least 0 and below 1')
+    check_between(args, {
+        'feature_dim': (1, LARGEST['feature_dim']), 'image_size': (16, LARGEST['side']), 'num_workers': (0, 1024),
+        'resize_size': (args.image_size, LARGEST['side']), 'cache_size': (0, LARGEST['side']),
+        'num_epochs': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
+        'batch_size': (1, None), 'images_per_class': (0, None),
+        'lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE), 'scale': (SMALL, LARGE),
+        'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE), 'momentum': (SMALL, 1),
+        'min_crop': (SMALL, 1), 'flip': (0, 1), 'val_ratio': (0, 0.999)})
     if args.recalls[0] != 1:
         raise UserError(f'--recalls {",".join(map(str, args.recalls))} must begin with 1, by which the best epoch is '
                         'chosen')
-    if not 0 < args.min_crop <= 1 or not 0 <= args.flip <= 1:
-        raise UserError(f'--min_crop {args.min_crop} must lie in (0, 1] and --flip {args.flip} in [0, 1]')
-    if args.resize_size is not None and not args.image_size <= args.resize_size <= at_most['resize_size']:
-        raise UserError(f'--resize_size {args.resize_size} must lie between --image_size {args.image_size} and '
-                        f'{at_most["resize_size"]}')
 
 
-def name_run(args: argparse.Namespace, settings: dict, given: set) -> str:
+def name_run(args: argparse.Namespace, settings: dict, given: set, seed: int) -> str:
     """Name the run: data set, trunk, loss, feature length, then what differs from the recipe of that loss."""
     loss_recipe = args.loss_name if args.loss_name in RECIPES else 'balanced_proxy'
-    star = settings['optimizer_type'].endswith('*')
-    recipe_rule = COMBINED_LOSSES.get(args.loss_name, {}).get('proxy_update', 'momentum' if star else 'gradient')
+    recipe_rule = COMBINED_LOSSES.get(args.loss_name, settings)['proxy_update']
     return run_name(
         args.data_name, args.backbone_type, args.loss_name, args.feature_dim,
         args.recipe if args.recipe != loss_recipe else '',
@@ -269,5 +265,5 @@ def name_run(args: argparse.Namespace, settings: dict, given: set) -> str:
         f'm{args.momentum:g}' if 'momentum' in given else '',
         args.crop_type if args.crop_type != 'uncropped' else '',
         f'val{args.val_ratio:g}' if args.val_ratio else '',
-        f'seed{args.seed}' if args.seed else '',
+        f'seed{seed}' if seed else '',
         args.remark)

@@ -19,102 +19,94 @@ from pathlib import Path
 import torch
 from PIL import ImageOps
 
-from data_utils import BrokenImage, find_root, image_file, load_image, load_tile, make_transform
-from evaluate import find_data_base, load_data_base, load_model, use_amp
-from metrics import choose_queries, nearest_images, rank_queries, searched_subset
-from utils import (GREEN, GREY, RED, Parser, UserError, make_folder, nearest, plot_style, run_script, save_figure,
-                   save_json, select_device)
+from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries
+from dataset import make_transform
+from engine.errors import UserError, nearest
+from engine.files import image_file, make_folder, save_json
+from engine.images import BrokenImage, load_image, load_tile
+from engine.processes import select_device
+from engine.runs import DataBase
+from evaluate import use_amp
+from model import load_model
+from utils import GREEN, GREY, RED, Parser, check_between, plot_style, run_script, save_figure
 
-TILE = 224  # px, side of a written image inside its frame
+TILE_SIDE = 224  # px, of a written image inside its frame
 FRAME = 8  # px
 PER_ROW = 10  # retrieved images in a row of the figure
 MOST_QUERIES = 200  # rows of a sheet; PNG readers give up at 65,535 px
 
 
-def find_query(name: str, data_base: dict, root: Path) -> tuple[str, int] | None:
+def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | None:
     """Return the subset and index of a query in the data base, or None if it is an image file from elsewhere.
 
     Raises:
         UserError: if a bare file name occurs more than once, or nothing of that name exists.
     """
-    subsets = [subset for subset in ('test', 'gallery') if f'{subset}_images' in data_base]
+    positions = {image: (name, index) for name, subset in reversed(data_base.subsets.items())
+                 for index, image in reversed(list(enumerate(subset.images)))}  # of equals the first counts
     candidates = [Path(name).as_posix()]
     for path, folder in ((Path(name).absolute(), root.absolute()), (Path(name).resolve(), root.resolve())):
         if path.is_relative_to(folder):
             candidates.append(path.relative_to(folder).as_posix())
     for candidate in candidates:
-        for subset in subsets:
-            if candidate in data_base[f'{subset}_images']:
-                return subset, data_base[f'{subset}_images'].index(candidate)
-    same_name = [(subset, index) for subset in subsets for index, path in enumerate(data_base[f'{subset}_images'])
-                 if path.rsplit('/', 1)[-1] == name]
+        if candidate in positions:
+            return positions[candidate]
+    same_name = [image for subset in data_base.subsets.values() for image in subset.images
+                 if image.rsplit('/', 1)[-1] == name]
     if len(same_name) == 1:
-        return same_name[0]
+        return positions[same_name[0]]
     if same_name:
-        paths = ', '.join(data_base[f'{subset}_images'][index] for subset, index in same_name[:5])
-        raise UserError(f'--query_img_name {name} names {len(same_name)} images; give the path: {paths}')
+        raise UserError(f'--query_img_name {name} names {len(same_name)} images; give the path: '
+                        f'{", ".join(same_name[:5])}')
     if Path(name).is_file():
         return None
-    known = [path for subset in subsets for path in data_base[f'{subset}_images']]
-    if '/' not in name:
-        known = [path.rsplit('/', 1)[-1] for path in known]
+    known = positions if '/' in name else [image.rsplit('/', 1)[-1] for image in positions]
     raise UserError(f'--query_img_name {name} is neither an image of the data base nor a file{nearest(name, known)}')
 
 
-def embed_image(path: Path, model_file: Path, run: dict, device: torch.device) -> torch.Tensor:
+def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
     """Embed an image file from outside of the data set with the run's model; returns (D,)."""
+    model_file, settings = run.files.model, run.data_base.origin['args']
     if not model_file.is_file():
         raise UserError(f'--query_img_name {path} is not in the data base, and there is no {model_file} to embed it '
                         'with')
     model, contents = load_model(model_file, device)
-    if contents['args'] != run:
+    if contents['args'] != settings:
         raise UserError(f'{model_file} is of another run than the data base; keep the files of a run together')
-    transform = make_transform(False, model.config['image_size'], run['resize_size'], model.interpolation)
+    transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
     try:
         image = transform(load_image(path))
     except BrokenImage as error:
         raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
-                                                enabled=use_amp(run['amp'], device, model, training=False)):
+                                                enabled=use_amp(settings['amp'], device, model, training=False)):
         return model(image[None].to(device))[0].cpu()
 
 
-def look_up(place: tuple[str, int] | None, path: Path, data_base: dict, model_file: Path, args,
-            device: torch.device) -> dict:
-    """Retrieve for one query: the image at `place` in the data base, or an image file from elsewhere.
+def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bool, device: torch.device) -> dict:
+    """Retrieve a number of images for one query: subset and index in the data base, or an image file from elsewhere.
 
     Returns:
         {'query': file, 'class': name or None, 'note': '', 'retrieved': [{'image', 'class', 'similarity', 'correct'},
         ...]}; `correct` is None where the query's class is not known.
     """
-    if place:
-        subset, index = place
-        feature, label = data_base[f'{subset}_features'][index], int(data_base[f'{subset}_labels'][index])
+    data_base = run.data_base
+    if isinstance(query, Path):
+        path, label, query, feature = query, None, None, embed_image(query, run, device)
     else:
-        feature, label = embed_image(path, model_file, data_base['args'], device), None
-    subset = searched_subset(data_base)
-    found = nearest_images(feature, data_base, place, args.retrieval_num, args.binary)
-    if len(found) < args.retrieval_num:
-        raise UserError(f'--retrieval_num {args.retrieval_num} is larger than the {len(found)} images to retrieve from')
+        own = data_base.subsets[query[0]]
+        path, label, feature = image_file(run.root, own.images[query[1]]), int(own.labels[query[1]]), \
+            own.features[query[1]]
+    found = nearest_images(feature, data_base, query, number, binary)
+    if len(found) < number:
+        raise UserError(f'--retrieval_num {number} is larger than the {len(found)} images to retrieve from')
+    searched, names = data_base.subsets[data_base.searched], data_base.class_names
     retrieved = []
     for index, similarity in found:
-        own = int(data_base[f'{subset}_labels'][index])
-        retrieved.append({'image': data_base[f'{subset}_images'][index], 'class': data_base['class_names'][own],
-                          'similarity': similarity, 'correct': None if label is None else own == label})
-    return {'query': path, 'class': None if label is None else data_base['class_names'][label], 'note': '',
-            'retrieved': retrieved}
-
-
-def look_up_chosen(data_base: dict, root: Path, model_file: Path, args, device: torch.device) -> list[dict]:
-    """Retrieve for `--num_queries` of the test images, chosen as `--select` says; the rank becomes the note."""
-    ranked = rank_queries(data_base, args.binary)
-    answers = []
-    for index in choose_queries(ranked, args.select, args.num_queries, args.seed):
-        path = image_file(root, data_base['test_images'][index])
-        answer = look_up(('test', index), path, data_base, model_file, args, device)
-        # Negatives before it, and one for itself; a tie is drawn in the middle.
-        answers.append({**answer, 'note': f'first hit at rank {ranked["rank"][index].item() + 1:g}'})
-    return answers
+        other = int(searched.labels[index])
+        retrieved.append({'image': searched.images[index], 'class': names[other], 'similarity': similarity,
+                          'correct': None if label is None else other == label})
+    return {'query': path, 'class': None if label is None else names[label], 'note': '', 'retrieved': retrieved}
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
@@ -153,7 +145,7 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
 def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
     """Show an image on an axis in a frame, with text below."""
     axis.set_axis_on()
-    axis.imshow(load_tile(path, TILE)[0])
+    axis.imshow(load_tile(path, TILE_SIDE)[0])
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -184,10 +176,10 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     tiles = {}
     if singles:
         answer = answers[0]
-        tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], TILE)[0], FRAME, GREY)
+        tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], TILE_SIDE)[0], FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), TILE)[0], FRAME,
+            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), TILE_SIDE)[0], FRAME,
                                           colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
     ours = {*tiles, figure.name, figure.with_suffix('.pdf').name}
@@ -219,16 +211,12 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--select', choices=('random', 'best', 'worst'), help='--num_queries: at random, or those '
                         'whose best positive has the smallest or the largest rank [random]')
     parser.add_argument('--seed', type=int, help='of --select random [0]')
-    parser.add_argument('--data_base', default='car_resnet50_balanced_proxy_512_data_base.pth',
-                        help='file, or its name in --results_dir [%(default)s]')
+    add_data_base_flags(parser)
     parser.add_argument('--retrieval_num', type=int, default=8, help='images to retrieve [%(default)s]')
     parser.add_argument('--binary', action='store_true', help='rank by the Hamming distance of sign(features)')
-    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
-    parser.add_argument('--results_dir', default='results', help='where pictures go [%(default)s]')
     parser.add_argument('--device', default='auto', help='to embed an image of your own [%(default)s]')
     args = parser.parse_args(argv)
-    if args.retrieval_num < 1:
-        raise UserError(f'--retrieval_num {args.retrieval_num} must be at least 1')
+    check_between(args, {'retrieval_num': (1, None), 'num_queries': (1, MOST_QUERIES), 'seed': (0, None)})
     if args.num_queries is None:
         for flag in ('select', 'seed'):
             if getattr(args, flag) is not None:
@@ -237,14 +225,9 @@ def get_args(argv: list[str] | None = None):
     else:
         if args.query_img_name:
             raise UserError('--query_img_name and --num_queries contradict each other; leave one of them out')
-        if not 1 <= args.num_queries <= MOST_QUERIES:
-            raise UserError(f'--num_queries {args.num_queries} must lie between 1 and {MOST_QUERIES}')
         args.select = args.select or 'random'
         if args.seed is not None and args.select != 'random':
             raise UserError(f'--seed {args.seed} has no effect with --select {args.select}; leave it out')
-        args.seed = args.seed or 0
-        if args.seed < 0:
-            raise UserError(f'--seed {args.seed} must be at least 0')
     return args
 
 
@@ -268,37 +251,33 @@ def report_lost(answers: list[dict], root: Path) -> None:
 def main() -> None:
     """Look up, print and draw what the command line names."""
     args = get_args()
-    file = find_data_base(args.data_base, args.results_dir)
-    data_base = load_data_base(file)
-    root = find_root(args.data_path, data_base['args']['data_name'])
-    if root is None:
-        raise UserError(f'--data_path {args.data_path} does not hold the data set {data_base["args"]["data_name"]} of '
-                        f'{file.name}; name the folder that does')
-    run = file.name.removesuffix('.pth').removesuffix('_data_base')
-    model_file = file.with_name(f'{run}_model.pth')
-    device = select_device(args.device)
-    results = Path(args.results_dir)
-    if args.num_queries is not None:
-        answers = look_up_chosen(data_base, root, model_file, args, device)
-        for answer in answers:
-            print_answer(answer)
-        print(write_answers(results / f'{run}_{args.select}', answers, root, singles=False))
+    run = open_run(args.data_base, args.results_dir, args.data_path)
+    data_base, root, results = run.data_base, run.root, Path(args.results_dir)
+    if args.num_queries is None:
+        queries = [find_query(name, data_base, root) or Path(name) for name in args.query_img_name]
+        notes = [''] * len(queries)
     else:
-        answers = []
-        for name in args.query_img_name:
-            place = find_query(name, data_base, root)
-            path = image_file(root, data_base[f'{place[0]}_images'][place[1]]) if place else Path(name)
-            answers.append(look_up(place, path, data_base, model_file, args, device))
-        folders = {}
-        for answer in answers:
-            print_answer(answer)
+        ranked = rank_queries(data_base, args.binary)
+        chosen = choose_queries(ranked, args.select, args.num_queries, args.seed or 0)
+        queries = [('test', index) for index in chosen]
+        # Negatives before it, and one for itself; a tie is drawn in the middle.
+        notes = [f'first hit at rank {ranked["rank"][index].item() + 1:g}' for index in chosen]
+    device = select_device(args.device)
+    answers = [{**look_up(query, run, args.retrieval_num, args.binary, device), 'note': note}
+               for query, note in zip(queries, notes, strict=True)]
+    folders = {}
+    for answer in answers:
+        print_answer(answer)
+        if args.num_queries is None:
             stem = answer['query'].stem
             folders[stem] = folders.get(stem, 0) + 1
             folder = stem if folders[stem] == 1 else f'{stem}_{folders[stem]}'
             print(write_answers(results / folder, [answer], root, singles=True))
-        if len(answers) > 1:
-            folder = f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
-            print(write_answers(results / folder, answers, root, singles=False))
+    if args.num_queries is not None:
+        print(write_answers(results / f'{run.files.name}_{args.select}', answers, root, singles=False))
+    elif len(answers) > 1:
+        folder = f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
+        print(write_answers(results / folder, answers, root, singles=False))
     report_lost(answers, root)
 
 

@@ -9,23 +9,28 @@ its max-pool, pooled by maximum, with a linear layer to 2 dimensions; at most 60
 test it. A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_embeddings.pth (best
 R@1 on the test classes), and the plot, {run}.png and {run}.pdf.
 """
+import io
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from data_utils import BatchSampler, RetrievalDataset, draw_glyph, drawable_characters, make_transform
-from evaluate import extract_embeddings, make_loader, use_amp
+from dataset import BatchSampler, ImageData, RetrievalDataset, batches_in_order, make_loader, make_transform
+from engine.errors import UserError, check_choice
+from engine.files import make_folder, save, write_atomically
+from engine.processes import select_device
+from engine.runs import provenance, run_name, save_statistics
+from evaluate import extract_embeddings, use_amp
+from glyph import draw_glyph, drawable_characters
 from metrics import retrieval_metrics
-from model import LOSSES, EmbeddingNet
-from recipes import COMBINED_LOSSES, MOMENTUM
-from train import train_one_epoch
-from utils import (COLOURS, GREY, Parser, UserError, check_choice, make_folder, plot_style, provenance, run_name,
-                   run_script, save, save_figure, save_statistics, select_device, write_atomically)
+from model import EmbeddingNet, NetConfig, make_loss
+from recipes import COMBINED_LOSSES, LOSSES, MOMENTUM
+from train import Learner, train_one_epoch
+from utils import COLOURS, GREY, Parser, check_between, plot_style, run_script, save_figure
 
 NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
 IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
@@ -36,7 +41,8 @@ TRAIN_GLYPHS = 90  # images of each character that trains
 TRAIN_IMAGES = 30  # of each training class in the plot
 GLYPH_RANGE = 60  # characters that the ten are chosen from
 MARKERS = ('o', 's', '^')  # of the test classes
-PLACE = ('data_path', 'results_dir', 'device', 'compare', 'animate', 'overwrite')  # change nothing in a run
+CHANGEABLE = ('data_path', 'results_dir', 'device', 'compare', 'animate', 'overwrite')  # change nothing in a run
+LABEL_GAP = 0.2  # rad between the names of proxies around the circle
 
 
 # ---------------------------------------------------- data ----------------------------------------------------------
@@ -44,10 +50,10 @@ class MemoryDataset(RetrievalDataset):
     """Images that are held in memory, with their labels 0..C-1."""
 
     def __init__(self, images: list[Image.Image], labels: list[int], class_names: list[str], transform, seed: int):
-        places = {name: [f'{name}/{index}' for index, label in enumerate(labels) if label == number]
-                  for number, name in enumerate(class_names)}
-        super().__init__(Path(), places, transform, seed)
-        self.pictures = [images[int(place.rsplit('/', 1)[1])] for place in self.images]
+        numbers = {name: [str(index) for index, label in enumerate(labels) if label == number]
+                   for number, name in enumerate(class_names)}
+        super().__init__(ImageData(Path(), {'train': numbers, 'class_names': {}}), 'train', transform, seed)
+        self.pictures = [images[int(number)] for number in self.images]
 
     def read(self, index: int) -> Image.Image:
         return self.pictures[index]
@@ -94,11 +100,11 @@ def make_sets(args, interpolation: str) -> dict[str, MemoryDataset]:
     augment = make_transform(True, size, interpolation=interpolation, min_crop=MIN_CROP[args.data_name],
                              flip=FLIP[args.data_name])
     plain = make_transform(False, size, size, interpolation)
-    places = [[index for index, label in enumerate(labels) if label == number] for number in range(len(names))]
+    by_class = [[index for index, label in enumerate(labels) if label == number] for number in range(len(names))]
     train, test = slice(0, NUM_TRAIN_CLASSES), slice(NUM_TRAIN_CLASSES, None)
 
     def build(classes, transform, most):
-        chosen = [(index, label) for label, own in enumerate(places[classes]) for index in own[:most]]
+        chosen = [(index, label) for label, own in enumerate(by_class[classes]) for index in own[:most]]
         return MemoryDataset([images[index] for index, _ in chosen], [label for _, label in chosen], names[classes],
                              transform, args.seed)
 
@@ -122,7 +128,7 @@ def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: t
     """
     frame = {'epoch': epoch, 'proxies': F.normalize(criterion.proxies.detach(), dim=-1).cpu()}
     for name in ('train', 'test'):
-        loader = make_loader(sets[name], 128, 0, device)
+        loader = make_loader(sets[name], batches_in_order(len(sets[name]), 128), 0, device)
         frame[f'{name}_embeddings'] = extract_embeddings(model, loader, device, amp)
         frame[f'{name}_labels'] = torch.tensor(sets[name].labels)
         frame[f'{name}_classes'] = sets[name].class_names
@@ -139,33 +145,35 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
         {'run': name, 'best': frame with the best R@1, 'frames': [before the training, after each epoch]}.
     """
     torch.manual_seed(args.seed)
-    model = EmbeddingNet('resnet18', 2, 'max', freeze_bn=args.weights != 'none', weights=args.weights, max_pool=False,
-                         image_size=IMAGE_SIZE[args.data_name]).to(device, memory_format=torch.channels_last)
-    loss = LOSSES[COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)]
-    criterion = loss(NUM_TRAIN_CLASSES, 2, 'gradient' if learnable else 'momentum', args.momentum or MOMENTUM,
-                     1 / args.temperature).to(device)
+    model = EmbeddingNet(NetConfig('resnet18', 2, freeze_bn=args.weights != 'none', max_pool=False,
+                                   image_size=IMAGE_SIZE[args.data_name]), args.weights)
+    model = model.to(device, memory_format=torch.channels_last)
+    loss_name = COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)
+    criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, momentum=args.momentum or MOMENTUM,
+                          proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
     train_amp, test_amp = (use_amp('auto', device, model, training) for training in (True, False))
 
     sets = make_sets(args, model.interpolation)
     sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
-    loader = DataLoader(sets['augmented'], batch_sampler=sampler)
+    loader = make_loader(sets['augmented'], sampler, 0, device)
+    learner = Learner(model, criterion, optimizer, device, train_amp)
 
     run = name_run(args, learnable)
     folder = Path(args.results_dir)
-    settings = {name: value for name, value in vars(args).items() if name not in PLACE}
+    settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
     settings.update(with_learnable_proxy=learnable, weights=Path(args.weights).name,
                     momentum=None if learnable else args.momentum)
     rows, frames = [], [take_frame(0, model, criterion, sets, device, test_amp)]
     for epoch in range(1, args.num_epochs + 1):
         sets['augmented'].set_epoch(epoch)
         sampler.set_epoch(epoch)
-        trained = train_one_epoch(model, criterion, optimizer, loader, device, train_amp, 0.0, f'epoch {epoch}')
+        trained = train_one_epoch(learner, loader, f'epoch {epoch}')
         frame = take_frame(epoch, model, criterion, sets, device, test_amp)
         print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy {trained["accuracy"]:.1f} '
               f'%, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from their proxies', flush=True)
         if all(frame['R@1'] > row['dense_R@1'] for row in rows):
-            save({'config': model.config, 'state_dict': model.state_dict(), 'args': settings, 'epoch': epoch},
+            save({'config': asdict(model.config), 'state_dict': model.state_dict(), 'args': settings, 'epoch': epoch},
                  folder / f'{run}_model.pth')
             save(frame, folder / f'{run}_embeddings.pth')
         rows.append({'epoch': epoch, **trained, 'dense_R@1': frame['R@1'], 'angle_to_proxy': frame['angle']})
@@ -182,6 +190,18 @@ def name_run(args, learnable: bool) -> str:
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
+def spread(angles: list[float]) -> list[float]:
+    """Push angles (rad) on the circle apart until neighbours are LABEL_GAP apart, each as little as it takes."""
+    order = sorted(range(len(angles)), key=angles.__getitem__)
+    moved = list(angles)
+    for _ in range(100):
+        for left, right in zip(order, order[1:] + order[:1], strict=True):
+            missing = LABEL_GAP - (moved[right] - moved[left]) % (2 * math.pi)
+            if missing > 1e-6:
+                moved[left], moved[right] = moved[left] - missing / 2, moved[right] + missing / 2
+    return moved
+
+
 def draw_circle(axis, frame: dict, subset: str, title: str) -> None:
     """Draw a subset's points on the unit circle, the mean direction of each class, and the train proxies outside."""
     embeddings, labels, names = (frame[f'{subset}_{part}'] for part in ('embeddings', 'labels', 'classes'))
@@ -196,10 +216,12 @@ def draw_circle(axis, frame: dict, subset: str, title: str) -> None:
         mean = F.normalize(points.mean(0), dim=0)
         axis.annotate('', xy=0.95 * mean, xytext=(0, 0),
                       arrowprops={'arrowstyle': '->', 'color': COLOURS[label], 'linewidth': 1.3, 'shrinkA': 0})
+    angles = spread([math.atan2(y, x) for x, y in frame['proxies'].tolist()])
     for label, (proxy, name) in enumerate(zip(frame['proxies'], frame['train_classes'], strict=True)):
         colour = COLOURS[label] if training else GREY
         axis.scatter(*(1.3 * proxy), s=55, marker='*', color=colour, linewidths=0, zorder=3)
-        axis.annotate(name, 1.5 * proxy, fontsize=7, ha='center', va='center', color='#333333')
+        axis.annotate(name, (1.52 * math.cos(angles[label]), 1.52 * math.sin(angles[label])), fontsize=7, ha='center',
+                      va='center', color='#333333')
     axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal', xticks=[], yticks=[])
     axis.set_title(title)
     if not training:
@@ -231,8 +253,6 @@ def draw_toys(toys: dict[str, dict], target: Path) -> Path:
 
 def animate(toys: dict[str, dict], target: Path) -> Path:
     """Write a GIF with a picture per epoch of the training classes: proxies follow them, or lead them."""
-    from io import BytesIO
-
     pictures = []
     with plot_style():
         from matplotlib import pyplot
@@ -242,7 +262,7 @@ def animate(toys: dict[str, dict], target: Path) -> Path:
             figure.subplots_adjust(0, 0, 1, 0.9, 0)  # the same in every picture
             for axis, kind, frame in zip(axes[0], toys, frames, strict=True):
                 draw_circle(axis, frame, 'train', describe(frame, kind))
-            buffer = BytesIO()
+            buffer = io.BytesIO()
             figure.savefig(buffer, dpi=100)
             pyplot.close(figure)
             pictures.append(Image.open(buffer).convert('RGB').quantize(128, dither=Image.Dither.NONE))
@@ -291,10 +311,7 @@ def get_args(argv: list[str] | None = None):
     for flag in ('temperature', 'lr'):
         if not 1e-6 <= getattr(args, flag) < math.inf:
             raise UserError(f'--{flag} {getattr(args, flag)} must be a number of at least 1e-6')
-    if args.num_epochs < 1:
-        raise UserError(f'--num_epochs {args.num_epochs} must be at least 1')
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f'--seed {args.seed} must be a number of at least 0')
+    check_between(args, {'num_epochs': (1, None), 'seed': (0, None)})
     return args
 
 

@@ -39,8 +39,7 @@ def main() -> None:
     args = get_args()
     import torch
 
-    from cache import Cache
-    from data_utils import RetrievalDataset, make_transform, read_split
+    from dataset import RetrievalDataset, make_transform, open_data
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,17 +48,17 @@ def main() -> None:
             write_photographs(Path(folder) / args.data_name, 2 * args.num_images, (500, 375))
         subprocess.run([sys.executable, Path(__file__).parent.parent / 'data_utils.py', '--data_path', data_path,
                         '--data_name', args.data_name, '--cache_size', str(args.cache_size)], check=True)
-        root, split = read_split(data_path, args.data_name)
-        cache = Cache(root, 'uncropped', args.cache_size, split)
+        data = open_data(data_path, args.data_name, cache_size=args.cache_size)
+        cache = data.cache
         result = {'benchmark': 'data', 'cache_MB': round(cache.total / 1e6, 1), 'img_s': {}, 'ratio': {}}
         print(f'{"img/s on one core":<20}{"decode":>10}{"cache":>10}{"ratio":>8}')
         for name, training in (('training', True), ('test', False)):
             transform = make_transform(training, args.image_size, args.cache_size)
-            sets = {source: RetrievalDataset(root, split['train'], transform, cache=found)
+            sets = {source: RetrievalDataset(data._replace(cache=found), 'train', transform)
                     for source, found in (('decode', None), ('cache', cache))}
             count = min(args.num_images, len(sets['decode']))
-            seconds = take_turns({source: lambda data=data, count=count: [data[index] for index in range(count)][:0]
-                                  for source, data in sets.items()}, args.repetitions)
+            seconds = take_turns({source: lambda images=images, count=count: [images[index] for index in range(count)][:0]
+                                  for source, images in sets.items()}, args.repetitions)
             speeds = {source: count / median(values) for source, values in seconds.items()}
             ratio = median([a / b for a, b in zip(seconds['decode'], seconds['cache'], strict=True)])
             print(f'{name:<20}{speeds["decode"]:>10.0f}{speeds["cache"]:>10.0f}{ratio:>8.2f}')

@@ -3,7 +3,7 @@
     python benchmarks/bench_loss.py                        # about 15 minutes on two idle cores
     python benchmarks/bench_loss.py --classes 100,11318    # under a minute
 
-`ours` is LOSSES, `pml` pytorch-metric-learning (it has no balanced_proxy), `naive` the formula as it is written: unit
+`ours` is model.py, `pml` pytorch-metric-learning (it has no balanced_proxy), `naive` the formula as it is written: unit
 proxies, cosines, a one-hot mask, exponentials, sums. Times are medians over turns in which each takes a step after the
 other, in one process; at a million classes, where not all fit beside each other, that of one step. Memory is the
 largest resident size of a fresh process during two steps, less that before them, when embeddings and proxies are there
@@ -26,8 +26,9 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import LOSSES  # noqa: E402  a script finds modules beside itself only
-from utils import Parser, UserError, check_choice, int_list, run_script  # noqa: E402
+from engine.errors import UserError, check_choice  # noqa: E402  a script finds modules beside itself only
+from model import make_loss  # noqa: E402
+from utils import Parser, int_list, run_script  # noqa: E402
 
 LOSS_NAMES = ('proxy_anchor', 'balanced_proxy', 'normalized_softmax')
 LARGE = 10**6  # from here on, the process that measures memory measures time as well
@@ -80,7 +81,11 @@ def pml(loss_name: str, num_classes: int, feature_dim: int) -> nn.Module | None:
     return None
 
 
-IMPLEMENTATIONS = {'ours': lambda name, *shape, **kwargs: LOSSES[name](*shape, **kwargs), 'pml': pml, 'naive': Naive}
+def ours(loss_name: str, num_classes: int, feature_dim: int, **settings) -> nn.Module:
+    return make_loss(loss_name, num_classes=num_classes, feature_dim=feature_dim, **settings)
+
+
+IMPLEMENTATIONS = {'ours': ours, 'pml': pml, 'naive': Naive}
 
 
 # ---------------------------------------------------- measurements --------------------------------------------------

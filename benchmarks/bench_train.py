@@ -30,10 +30,10 @@ def seeds_step(backbone: str, root, split, args, device):
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    from data_utils import load_image
-    from model import LOSSES, EmbeddingNet
+    from engine.images import load_image
+    from model import EmbeddingNet, NetConfig, make_loss
 
-    network = EmbeddingNet(backbone, 512, weights='none', image_size=args.image_size)
+    network = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
     scale, mean, std = network.value_range, network.mean.flatten().tolist(), network.std.flatten().tolist()
 
     class Images(Dataset):
@@ -64,7 +64,7 @@ def seeds_step(backbone: str, root, split, args, device):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    criterion = LOSSES['normalized_softmax'](NUM_CLASSES, 512).to(device)
+    criterion = make_loss('normalized_softmax', num_classes=NUM_CLASSES, feature_dim=512).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
     loader = DataLoader(Images(), args.batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers,
                         persistent_workers=args.num_workers > 0)
@@ -84,30 +84,28 @@ def seeds_step(backbone: str, root, split, args, device):
     return step
 
 
-def our_step(backbone: str, root, split, args, device, amp: str = 'auto', feed: str = 'files', compiled: bool = False):
+def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str = 'files', compiled: bool = False):
     """Return a function that trains an epoch as train.py does, fed from `files`, a `tensor` or `one` step's tensor."""
     import torch
-    from torch.utils.data import DataLoader
 
-    from data_utils import BatchSampler, RetrievalDataset, make_transform
+    from dataset import BatchSampler, RetrievalDataset, make_loader, make_transform
     from evaluate import use_amp
-    from model import LOSSES, EmbeddingNet
-    from train import train_one_epoch
+    from model import EmbeddingNet, NetConfig, make_loss
+    from train import Learner, train_one_epoch
 
-    model = EmbeddingNet(backbone, 512, weights='none', image_size=args.image_size)
+    model = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
     model = model.to(device, memory_format=torch.channels_last)
-    criterion = LOSSES['normalized_softmax'](NUM_CLASSES, 512).to(device)
+    criterion = make_loss('normalized_softmax', num_classes=NUM_CLASSES, feature_dim=512).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
-    data = RetrievalDataset(root, split['train'], make_transform(True, args.image_size))
-    loader = DataLoader(data, batch_sampler=BatchSampler(data.labels, args.batch_size, drop_last=True),
-                        num_workers=args.num_workers, persistent_workers=args.num_workers > 0,
-                        pin_memory=device.type == 'cuda')
+    data = RetrievalDataset(images, 'train', make_transform(True, args.image_size))
+    loader = make_loader(data, BatchSampler(data.labels, args.batch_size, drop_last=True), args.num_workers, device)
     if feed != 'files':
-        images, labels = next(iter(loader))
-        loader = [(images.to(device), labels.to(device))] * (1 if feed == 'one' else len(loader))
+        batch, labels = next(iter(loader))
+        loader = [(batch.to(device), labels.to(device))] * (1 if feed == 'one' else len(loader))
     network = torch.compile(model) if compiled else model
     bfloat16 = use_amp(amp, device, model, training=True)
-    return lambda: train_one_epoch(network, criterion, optimizer, loader, device, bfloat16, 0.0, ''), bfloat16
+    learner = Learner(network, criterion, optimizer, device, bfloat16)
+    return lambda: train_one_epoch(learner, loader, ''), bfloat16
 
 
 def get_args():
@@ -130,8 +128,8 @@ def main() -> None:
     import subprocess
     import sys
 
-    from data_utils import read_split
-    from utils import select_device
+    from dataset import open_data
+    from engine.processes import select_device
 
     device = select_device(args.device)
     result = {'benchmark': 'train', 'batch_size': args.batch_size, 'image_size': args.image_size,
@@ -143,14 +141,14 @@ def main() -> None:
         write_photographs(Path(folder) / 'photographs', 2 * images, (500, 375), NUM_CLASSES)
         subprocess.run([sys.executable, Path(__file__).parent.parent / 'data_utils.py', '--data_path', folder,
                         '--data_name', 'photographs'], check=True, capture_output=True)
-        root, split = read_split(folder, 'photographs')
+        photographs = open_data(folder, 'photographs')
         for backbone in args.backbone_type:
-            make = functools.partial(our_step, backbone, root, split, args, device)
+            make = functools.partial(our_step, backbone, photographs, args, device)
             steps = {}
             steps['ours'], bfloat16 = make()
             result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
             if 'seeds' in ways:
-                steps['seeds'] = seeds_step(backbone, root, split, args, device)
+                steps['seeds'] = seeds_step(backbone, photographs.root, photographs.split, args, device)
             if 'tensor' in ways:
                 steps['tensor'], _ = make(feed='tensor')
             if 'compile' in ways:

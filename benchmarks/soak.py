@@ -104,27 +104,30 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     from faults import TINY, TRUNK, damaged, differences, train
     from tqdm import tqdm
 
-    from cache import Cache, build_cache
-    from data_utils import read_car, read_split
-    from evaluate import load_data_base, load_model
-    from model import EmbeddingNet, load_weights
-    from utils import UserError, load
+    from dataset import open_data
+    from engine.cache import Cache, build_cache
+    from engine.errors import UserError
+    from engine.files import load
+    from engine.runs import load_checkpoint_file, load_data_base
+    from model import EmbeddingNet, NetConfig, load_model
+    from raw_sets import images_of, read_car
+    from trunks import load_weights
 
     train((*TINY, '--num_workers', 0, '--data_path', data, '--results_dir', folder / 'run'), folder / 'run.log')
-    build_cache(data, 'car', 'uncropped', 24)
-    root, split = read_split(data, 'car')
-    images = [path for subset in ('train', 'test') for paths in split[subset].values() for path in paths]
+    root, split, _ = open_data(data, 'car')
+    images = images_of(split)
+    build_cache(root, 'uncropped', 24, images)
 
     weights = folder / 'weights.pth'
-    torch.save(EmbeddingNet(TRUNK, 16, weights='none').trunk.state_dict(), weights)
+    torch.save(EmbeddingNet(NetConfig(TRUNK, 16), 'none').trunk.state_dict(), weights)
 
     def pixels(_) -> list:
-        cache = Cache(root, 'uncropped', 24, split)
+        cache = Cache(root, 'uncropped', 24, images)
         return [cache.read(path).clone() for path in images]
 
     (run,) = (path.name.removesuffix('_model.pth') for path in (folder / 'run').glob('*_model.pth'))
-    kinds = {'checkpoint': (folder / 'run' / f'{run}_checkpoint.pth', lambda path: load(path, 'checkpoint', ('rows',))),
-             'data base': (folder / 'run' / f'{run}_data_base.pth', load_data_base),
+    kinds = {'checkpoint': (folder / 'run' / f'{run}_checkpoint.pth', load_checkpoint_file),
+             'data base': (folder / 'run' / f'{run}_data_base.pth', lambda path: load_data_base(path) and load(path, 'data base')),
              'model': (folder / 'run' / f'{run}_model.pth', lambda path: load_model(path, torch.device('cpu'))[1]),
              'weights': (weights, lambda path: load_weights(str(path), None)),
              'annotations (.mat)': (root / 'cars_annos.mat', lambda _: [item._asdict() for item in read_car(root)[0]]),
@@ -165,7 +168,7 @@ def fill_disk(data: Path, folder: Path) -> dict:
     """Train onto a tmpfs without room for the second checkpoint, then make room and go on."""
     from faults import TINY, differing_results, train
 
-    from utils import load
+    from engine.files import load
 
     disk = folder / 'disk'
     disk.mkdir()
@@ -181,7 +184,7 @@ def fill_disk(data: Path, folder: Path) -> dict:
         (disk / 'fill').write_bytes(bytes(max(0, shutil.disk_usage(disk).free - 2**20)))
         code, printed = train((*words, disk, '--resume'), folder / 'disk2.log')
         line = [line for line in printed.splitlines() if 'error:' in line]
-        sound = load(checkpoint, 'checkpoint', ('epoch',))['epoch'] == 1
+        sound = load(checkpoint, 'checkpoint')['epoch'] == 1
         fine = code == 2 and len(line) == 1 and 'No space left on device' in line[0] and sound
         (disk / 'fill').unlink()
         code, _ = train((*words, disk, '--resume'), folder / 'disk3.log')

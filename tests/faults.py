@@ -57,6 +57,7 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
             step; ('full', bytes) can write no file of more bytes.
     """
     import train
+    from settings import get_runs
     from utils import run_script
 
     redirect(log, log)
@@ -93,7 +94,7 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], fault[1]))
     sys.argv = ['train.py', *map(str, words)]
-    run_script(train.main)
+    run_script(lambda: train.main(*get_runs()))
 
 
 def start_train(words, log: Path, fault: tuple | None = None):
@@ -119,6 +120,12 @@ def train(words, log: Path, fault: tuple | None = None, seconds: float | None = 
     code = process.exitcode
     process.kill()
     return code, Path(log).read_text() if Path(log).exists() else ''
+
+
+def children_of(number: int) -> list[int]:
+    """Return the processes below a process."""
+    found = [int(word) for file in Path(f'/proc/{number}/task').glob('*/children') for word in file.read_text().split()]
+    return found + [below for child in found for below in children_of(child)]
 
 
 def start_torchrun(words) -> subprocess.Popen:
@@ -224,31 +231,32 @@ def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
         data: the data path with its data set, car.
         folder: for the files.
     """
-    from data_utils import read_split
-    from evaluate import load_data_base, load_model, measure
-    from model import LOSSES
-    from settings import get_args
-    from train import load_checkpoint, restore
-    from utils import load
+    from dataset import open_data
+    from engine.files import load
+    from engine.runs import load_data_base
+    from evaluate import measure
+    from model import load_model, make_loss
+    from settings import get_runs
+    from train import Learner, load_checkpoint, restore
 
     good = {kind: load(next(run.glob(f'*_{kind}.pth')), kind) for kind in ('checkpoint', 'model', 'data_base')}
-    args = get_args([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])
-    split = read_split(data, 'car')[1]
+    args = get_runs([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])[1][0]
+    split = open_data(data, 'car').split
     cpu = torch.device('cpu')
     model = load_model(next(run.glob('*_model.pth')), cpu)[0]
-    criterion = LOSSES[args.base_loss](len(split['train']), args.feature_dim)
+    criterion = make_loss(args.base_loss, num_classes=len(split['train']), feature_dim=args.feature_dim)
     optimizer = torch.optim.AdamW([{'params': list(model.parameters())}, {'params': list(criterion.parameters())}])
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5)
     file = folder / 'tampered.pth'
 
     def checkpoint(contents) -> None:
         torch.save(contents, file)
-        restore(load_checkpoint(file, args, split), file, model, criterion, optimizer, schedule)
+        restore(load_checkpoint(file, args, split), file, model, Learner(model, criterion, optimizer, cpu), schedule)
 
     def data_base(contents) -> None:
         torch.save(contents, file)
         found = load_data_base(file)
-        measure(found, tuple(found['args']['recalls']), cpu)
+        measure(found, tuple(found.origin['args']['recalls']), cpu)
 
     def network(contents) -> None:
         torch.save(contents, file)
@@ -257,7 +265,7 @@ def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
     def split_file(contents) -> None:
         (folder / 'tampered').mkdir(exist_ok=True)
         torch.save(contents, folder / 'tampered' / 'uncropped_data_dicts.pth')
-        read_split(folder, 'tampered')
+        open_data(folder, 'tampered')
 
     return {'checkpoint': (good['checkpoint'], checkpoint), 'data base': (good['data_base'], data_base),
             'model': (good['model'], network), 'split file': (split, split_file)}
@@ -267,7 +275,7 @@ def tamper(targets: dict, number: int, rng) -> list[str]:
     """Read a number of tampered files of each kind; returns the faults."""
     import traceback
 
-    from utils import UserError
+    from engine.errors import UserError
 
     faults = []
     for name, (good, function) in targets.items():
@@ -303,9 +311,10 @@ def fuzz_targets(folder: Path) -> dict:
 
     A function ends, or raises UserError (ArgumentTypeError from the parser of a value); all else is a fault.
     """
-    import data_utils
-    from plot import read_statistics
-    from settings import get_args
+    from engine.files import check_paths
+    from engine.runs import read_statistics
+    from raw_sets import RAW_SETS
+    from settings import get_runs
     from utils import fraction_list, int_list, seed_list
 
     def on_raw_set(name: str, file: str):
@@ -315,8 +324,8 @@ def fuzz_targets(folder: Path) -> dict:
             good = path.read_bytes()
             try:
                 path.write_text(text, errors='surrogatepass', newline='')
-                items, _ = data_utils.RAW_SETS[name].read(root)
-                data_utils.check_paths(root, (item.source for item in items))
+                items, _ = RAW_SETS[name].read(root)
+                check_paths(root, (item.source for item in items))
             finally:
                 path.write_bytes(good)
         return (folder / name / file).read_text(), read
@@ -330,7 +339,7 @@ def fuzz_targets(folder: Path) -> dict:
              '--loss Proxy_Anchor --model bn_inception --embedding-size 512 --batch-size 180 --warm 1 --bn-freeze 1',
              '--recalls 1,2,4 --lr_milestones 0.5,0.8 --lr_schedule multistep --temperature 0.05 --val_ratio 0.2']
     row = 'epoch,loss,dense_R@1,args.seed\n1,2.5,50.0,0\n2,1.5,60.25,0\n'
-    targets = {'command line': (lines, lambda text: get_args(text.split())),
+    targets = {'command line': (lines, lambda text: get_runs(text.split())),
                '--recalls': (['1,2,4,8', '1,10,100,1000'], int_list), '--seeds': (['1,2,3'], seed_list),
                '--lr_milestones': (['0.5,0.8'], fraction_list), 'statistics': ([row], statistics)}
     for name, file in (('cub', 'images.txt'), ('cub', 'image_class_labels.txt'), ('cub', 'bounding_boxes.txt'),
@@ -342,7 +351,7 @@ def fuzz_targets(folder: Path) -> dict:
 
 def fuzz(targets: dict, number: int, rng) -> list[str]:
     """Try a number of inputs in turn over all targets; returns the faults: target, input, error."""
-    from utils import UserError
+    from engine.errors import UserError
 
     faults = []
     names = list(targets)

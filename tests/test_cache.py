@@ -11,9 +11,11 @@ from conftest import assert_one_line_error, type_command
 from PIL import Image
 from raw_trees import make_car
 
-from cache import Cache, build_cache, cache_files
-from data_utils import RetrievalDataset, load_image, make_transform, read_split
-from utils import UserError
+from dataset import RetrievalDataset, make_transform, open_data
+from engine.cache import build_cache, cache_files
+from engine.errors import UserError
+from engine.images import load_image
+from raw_sets import images_of
 
 SIZE = 24
 
@@ -38,8 +40,13 @@ def data_path(built, tmp_path):
 
 
 def open_cache(data_path, crop_type='uncropped'):
-    root, split = read_split(data_path, 'car', crop_type)
-    return Cache(root, crop_type, SIZE, split), root, split
+    data = open_data(data_path, 'car', crop_type, SIZE)
+    return data.cache, data.root, data.split
+
+
+def build(data_path, size):
+    data = open_data(data_path, 'car')
+    build_cache(data.root, 'uncropped', size, images_of(data.split))
 
 
 @pytest.mark.parametrize('crop_type', ['uncropped', 'cropped'])
@@ -54,30 +61,29 @@ def test_the_cache_holds_the_images_with_their_short_side_reduced(built, crop_ty
 
 
 def test_test_images_from_the_cache_equal_those_from_the_files(built):
-    cache, root, split = open_cache(built)
+    data = open_data(built, 'car', cache_size=SIZE)
     transform = make_transform(False, 16, SIZE)
-    files, packed = (RetrievalDataset(root, split['test'], transform, cache=found) for found in (None, cache))
+    files, packed = (RetrievalDataset(part, 'test', transform) for part in (data._replace(cache=None), data))
     for (image, label), (cached, same) in zip(files, packed, strict=True):
         assert label == same
         assert torch.equal(image, cached)
 
 
 def test_training_crops_from_the_cache_are_those_of_the_files_to_rounding(built):
-    cache, root, split = open_cache(built)
+    data = open_data(built, 'car', cache_size=SIZE)
     transform = make_transform(True, 16, min_crop=0.5)
     for epoch in (1, 2):
-        sets = [RetrievalDataset(root, split['train'], transform, seed=3, cache=found) for found in (None, cache)]
-        for data in sets:
-            data.set_epoch(epoch)
+        sets = [RetrievalDataset(part, 'train', transform, seed=3) for part in (data._replace(cache=None), data)]
+        for dataset in sets:
+            dataset.set_epoch(epoch)
         correlations = [np.corrcoef(a[0].flatten(), b[0].flatten())[0, 1] for a, b in zip(*sets, strict=True)]
         assert min(correlations) > 0.5  # noise, reduced before the crop instead of after it
         assert np.mean(correlations) > 0.75
 
 
 def test_small_images_are_never_enlarged(data_path):
-    root, split = read_split(data_path, 'car')
-    build_cache(data_path, 'car', 'uncropped', 512)
-    cache = Cache(root, 'uncropped', 512, split)
+    build(data_path, 512)
+    root, split, cache = open_data(data_path, 'car', cache_size=512)
     path = split['train'][next(iter(split['train']))][0]
     assert torch.equal(cache.read(path).permute(1, 2, 0), torch.from_numpy(np.array(load_image(root / path))))
 
@@ -85,7 +91,7 @@ def test_small_images_are_never_enlarged(data_path):
 def test_a_sound_cache_is_not_built_again(data_path):
     pixels, _ = cache_files(data_path / 'car', 'uncropped', SIZE)
     before = pixels.stat().st_mtime_ns
-    build_cache(data_path, 'car', 'uncropped', SIZE)
+    build(data_path, SIZE)
     assert pixels.stat().st_mtime_ns == before
 
 
@@ -123,8 +129,8 @@ def test_a_cache_that_is_not_sound_is_named_and_built_again(data_path, spoil, wo
     spoil(data_path / 'car')
     with pytest.raises(UserError, match=word) as error:
         open_cache(data_path)
-    assert f'data_utils.py --data_name car --cache_size {SIZE}' in str(error.value)
-    build_cache(data_path, 'car', 'uncropped', SIZE)
+    assert f'--data_name car --cache_size {SIZE}' in str(error.value)
+    build(data_path, SIZE)
     open_cache(data_path)
 
 
@@ -132,7 +138,7 @@ def test_a_build_that_fails_leaves_no_cache(data_path):
     spoil_missing(data_path / 'car')
     (data_path / 'car/uncropped/000002.jpg').write_bytes(b'no image')
     with pytest.raises(UserError, match='000002.jpg is missing or broken'):
-        build_cache(data_path, 'car', 'uncropped', SIZE)
+        build(data_path, SIZE)
     assert not any(file.exists() for file in cache_files(data_path / 'car', 'uncropped', SIZE))
     assert not list((data_path / 'car').glob('.*'))
 

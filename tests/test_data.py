@@ -11,14 +11,17 @@ from PIL import Image
 from raw_trees import HEIGHT, WIDTH, make_car, make_cub, make_isc, make_sop, write_image
 from torch.utils.data import DataLoader
 
-import data_utils
-from data_utils import BatchSampler, RetrievalDataset, check_counts, load_image, make_transform, read_split
+import glyph
+import raw_sets as raw
+from data_utils import check_counts
+from dataset import BatchSampler, ImageData, RetrievalDataset, make_transform, open_data
+from engine.errors import UserError
+from engine.images import load_image
 from metrics import retrieval_metrics
-from utils import UserError
 
 
 def split_of(data_path, name, crop_type='uncropped'):
-    return torch.load(data_utils.find_root(data_path, name) / f'{crop_type}_data_dicts.pth', weights_only=True)
+    return torch.load(raw.find_root(data_path, name) / f'{crop_type}_data_dicts.pth', weights_only=True)
 
 
 def shape_of(split):
@@ -89,12 +92,14 @@ def test_the_archives_own_folder_names_are_found(tmp_path, make, folder, name):
     result = type_command('data_utils.py', '--data_path', tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('not found; looked in') == 3
-    assert read_split(tmp_path, name)[0] == tmp_path / folder
+    assert open_data(tmp_path, name).root == tmp_path / folder
 
 
 def test_counts_are_checked_against_the_complete_data_set():
-    assert 'complete data set' in check_counts('cub', {'train': (100, 5864), 'test': (100, 5924)})
-    assert '5,863 images instead of 100 and 5,864' in check_counts('cub', {'train': (100, 5863), 'test': (100, 5924)})
+    counts = raw.RAW_SETS['cub'].counts
+    assert 'complete data set' in check_counts({'train': (100, 5864), 'test': (100, 5924)}, counts)
+    assert '5,863 images instead of 100 and 5,864' in check_counts(
+        {'train': (100, 5863), 'test': (100, 5924)}, counts)
 
 
 # ---------------------------------------------------- what goes wrong ------------------------------------------------
@@ -323,8 +328,8 @@ def test_glyph_is_the_same_bytes_for_the_same_seed(tmp_path):
 
 def test_glyph_leaves_room_to_learn():
     """Nearest neighbours on raw pixels find the same character among 100 in less than 30 % of the cases."""
-    characters = data_utils.drawable_characters(300)[::3]
-    images = [np.asarray(data_utils.draw_glyph(*characters[label], random.Random(f'{label} {number}')), np.float32)
+    characters = glyph.drawable_characters(300)[::3]
+    images = [np.asarray(glyph.draw_glyph(*characters[label], random.Random(f'{label} {number}')), np.float32)
               for label in range(100) for number in range(20)]
     pixels = torch.from_numpy(np.stack(images)).flatten(1)
     features = torch.nn.functional.normalize(pixels - pixels.mean(1, keepdim=True), dim=-1)
@@ -332,19 +337,18 @@ def test_glyph_leaves_room_to_learn():
 
 
 def test_glyph_has_hundreds_of_characters_that_differ():
-    characters = data_utils.drawable_characters(900)
+    characters = glyph.drawable_characters(900)
     assert len({character for character, _ in characters}) == 900
     assert all(len(faces) >= 3 for _, faces in characters)
     lookalikes = {'A', '\u0391', '\u0410'}  # Latin, Greek, Cyrillic
     assert len(lookalikes & {character for character, _ in characters}) == 1
     with pytest.raises(UserError, match='they have'):
-        data_utils.drawable_characters(10**5)
+        glyph.drawable_characters(10**5)
 
 
 # ---------------------------------------------------- batches --------------------------------------------------------
 def make_set(raw_sets, epoch):
-    root, split = read_split(raw_sets, 'car')
-    dataset = RetrievalDataset(root, split['train'], make_transform(True, 16), seed=5)
+    dataset = RetrievalDataset(open_data(raw_sets, 'car'), 'train', make_transform(True, 16), seed=5)
     sampler = BatchSampler(dataset.labels, 4, seed=5)
     dataset.set_epoch(epoch)
     sampler.set_epoch(epoch)
@@ -427,6 +431,7 @@ def test_test_images_are_resized_and_centre_cropped():
 
 
 def test_a_missing_image_at_training_time_is_named(raw_sets):
-    dataset = RetrievalDataset(raw_sets / 'car', {'1': ['uncropped/gone.jpg']}, make_transform(False, 16))
+    data = ImageData(raw_sets / 'car', {'test': {'1': ['uncropped/gone.jpg']}, 'class_names': {}})
+    dataset = RetrievalDataset(data, 'test', make_transform(False, 16))
     with pytest.raises(UserError, match='gone.jpg is missing or broken'):
         dataset[0]

@@ -8,9 +8,10 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from model import LOSSES
-from recipes import PROXY_UPDATES
-from utils import UserError, check_same, gather_rows, shard, world_rank, world_size
+from engine.errors import UserError
+from engine.processes import check_same, gather_rows, shard, world_rank, world_size
+from model import make_loss
+from recipes import LOSSES, PROXY_UPDATES
 
 C, D, IMAGE = 5, 4, 6
 STEPS = 3
@@ -26,7 +27,7 @@ def build(name: str, rule: str, optimizer: str, shard_proxies: bool):
     """Build a small network, a loss and an optimizer; the same values in any number of processes."""
     torch.manual_seed(0)
     network = torch.nn.Linear(IMAGE, D).double()
-    criterion = LOSSES[name](C, D, rule, shard_proxies=shard_proxies).double()
+    criterion = make_loss(name, num_classes=C, feature_dim=D, proxy_update=rule, shard_proxies=shard_proxies).double()
     groups = [{'params': list(network.parameters()), 'lr': 0.05}, {'params': list(criterion.parameters()), 'lr': 0.5}]
     return network, criterion, OPTIMIZERS[optimizer]([group for group in groups if group['params']])
 
@@ -89,7 +90,7 @@ def gather_unequal_rows() -> dict:
 def other_seed(shard_proxies: bool) -> str:
     torch.manual_seed(world_rank())
     try:
-        LOSSES['proxy_anchor'](C, D, shard_proxies=shard_proxies)
+        make_loss('proxy_anchor', num_classes=C, feature_dim=D, shard_proxies=shard_proxies)
     except UserError as error:
         return str(error)
     return ''
@@ -195,4 +196,4 @@ def test_in_one_process_sharding_changes_nothing(alone):
 def test_more_processes_than_classes_are_refused(monkeypatch):
     monkeypatch.setattr('model.world_size', lambda: C + 1)
     with pytest.raises(UserError, match='--shard_proxies'):
-        LOSSES['proxy_anchor'](C, D, shard_proxies=True)
+        make_loss('proxy_anchor', num_classes=C, feature_dim=D, shard_proxies=True)

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import RULES, TINY, differing_results, start_torchrun, start_train, torchrun_killed, train
+from faults import RULES, TINY, children_of, differing_results, start_torchrun, start_train, torchrun_killed, train
 from PIL import Image
 
-import data_utils
-from utils import UserError, load, locked, save
+from engine.errors import UserError
+from engine.files import load, save
+from engine.runs import RunFiles
 
 NAME = 'car_timm-test_resnet_{}_16'
 NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('balanced_proxy') + '_positive',
@@ -64,7 +64,7 @@ def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets,
         lock.unlink()
     assert not differing_results(whole['gradient'], tmp_path / 'r')
     assert train((*words, '--lr', '0.01', '--overwrite'), tmp_path / 'log', ('write', 2))[0] == -signal.SIGKILL
-    assert {load(file, 'file', ('args',))['args']['lr'] for file in (tmp_path / 'r').glob('*.pth')} == {0.01}
+    assert {load(file, 'file')['args']['lr'] for file in (tmp_path / 'r').glob('*.pth')} == {0.01}
     assert not list((tmp_path / 'r').glob('*_statistics.csv'))
     code, printed = train((*words, '--resume'), tmp_path / 'log2')
     assert code == 2
@@ -76,13 +76,13 @@ def test_seeds_that_are_overwritten_keep_none_of_the_old_runs(raw_sets, tmp_path
     words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 1, '--warm_up', 0)
     assert train(words, tmp_path / 'log')[0] == 0
     second = tmp_path / 'r' / f'{NAMES["gradient"]}_seed2_checkpoint.pth'
-    before = load(second, 'checkpoint', ('made_with',))
+    before = load(second, 'checkpoint')
     save({**before, 'made_with': {'commit': 'old'}}, second)
     assert train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 5))[0] == 143  # in the second run
     assert not second.exists()
     code, printed = train((*words, '--resume'), tmp_path / 'log3')
     assert code == 0, printed
-    assert load(second, 'checkpoint', ('made_with',))['made_with']['commit'] != 'old'
+    assert load(second, 'checkpoint')['made_with']['commit'] != 'old'
 
 
 @pytest.mark.parametrize('seed', range(2))
@@ -98,17 +98,12 @@ def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole,
 
 
 def test_the_workers_of_a_killed_run_end_with_it(raw_sets, tmp_path):
-    def children(number: int) -> list[int]:
-        found = [int(word) for file in Path(f'/proc/{number}/task').glob('*/children')
-                 for word in file.read_text().split()]
-        return found + [below for child in found for below in children(child)]
-
     run = start_train((*TINY, '--num_epochs', 1000, '--num_workers', 2, '--data_path', raw_sets, '--results_dir',
                        tmp_path / 'r'), tmp_path / 'log')
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('r/*_checkpoint.pth')) and time.monotonic() < deadline:
         time.sleep(0.1)
-    below = children(run.pid)
+    below = children_of(run.pid)
     assert len(below) >= 4  # to train and to test
     run.kill()
     run.join()
@@ -177,7 +172,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_names_the_file(whole, raw_sets, t
     assert f'cannot write {tmp_path / "r" / NAMES["gradient"]}' in lines[0]
     assert 'File too large; it is not saved' in lines[0]
     assert 'Traceback' not in printed
-    assert load(checkpoint, 'checkpoint', ('epoch',))['epoch'] == 1
+    assert load(checkpoint, 'checkpoint')['epoch'] == 1
     assert checkpoint.read_bytes() == before[checkpoint.name]
     assert not list((tmp_path / 'r').glob('.*'))
     assert train((*words, '--resume'), tmp_path / 'log3')[0] == 0
@@ -201,7 +196,7 @@ def test_a_file_that_vanishes_while_it_is_written_is_named(tmp_path, monkeypatch
     monkeypatch.setattr(os, 'fsync', lose)
     with pytest.raises(UserError, match='cannot write .*a.pth: No such file'):
         save({'a': 2}, tmp_path / 'a.pth')
-    assert load(tmp_path / 'a.pth', 'file', ('a',)) == {'a': 1}
+    assert load(tmp_path / 'a.pth', 'file') == {'a': 1}
 
 
 # ---------------------------------------------------- two runs, workers, losses -------------------------------------
@@ -223,19 +218,25 @@ def test_a_second_run_of_the_same_name_stops(raw_sets, tmp_path):
 
 def test_a_lock_ends_with_its_context(tmp_path):
     refused = pytest.raises(UserError, match='taken')
-    with locked(tmp_path / 'lock', 'taken'), refused, locked(tmp_path / 'lock', 'taken'):
+    files = RunFiles(tmp_path, 'run')
+    with files.locked('taken'), refused, files.locked('taken'):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_worker_that_dies_names_the_image(raw_sets, monkeypatch):
-    root, split = data_utils.read_split(raw_sets, 'car')
-    data = data_utils.RetrievalDataset(root, split['train'], data_utils.make_transform(True, 32))
-    monkeypatch.setattr(data_utils, 'load_image', lambda path: os.kill(os.getpid(), signal.SIGKILL)
-                        if path.name == '000004.jpg' else Image.new('RGB', (40, 40)))
-    loader = torch.utils.data.DataLoader(data, 4, num_workers=1)
-    with pytest.raises(UserError, match='has died while reading uncropped/.*000004.jpg .*--num_workers'):
-        list(data_utils.batches(loader))
+def test_a_worker_that_dies_ends_a_run_in_one_line(raw_sets, tmp_path):
+    run = start_train((*TINY, '--num_epochs', 1000, '--num_workers', 2, '--data_path', raw_sets, '--results_dir',
+                       tmp_path / 'r'), tmp_path / 'log')
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob('r/*_checkpoint.pth')) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(children_of(run.pid)[-1], signal.SIGKILL)
+    run.join(60)
+    printed = (tmp_path / 'log').read_text()
+    assert run.exitcode == 2, printed
+    assert printed.count('train.py: error: a process that reads images has died') == 1
+    assert '--num_workers' in printed
+    assert 'Traceback' not in printed
 
 
 def test_a_loss_that_is_not_finite_names_step_rate_and_images(raw_sets, tmp_path):

@@ -7,9 +7,10 @@ from pytorch_metric_learning import losses as reference
 from torch.nn import functional as F
 
 import model
-from model import LOSSES
-from recipes import PROXY_UPDATES
-from utils import UserError
+from engine import similarities
+from engine.errors import UserError
+from model import make_loss
+from recipes import LOSSES, PROXY_UPDATES
 
 N, C, D = 7, 5, 4
 LABELS = torch.tensor([3, 0, 3, 1, 3, 0, 1])  # classes 2 and 4 are not in the batch
@@ -21,8 +22,8 @@ def make_batch(seed: int, dtype=torch.float64):
     return embeddings.requires_grad_(), torch.randn(C, D, generator=generator, dtype=torch.float64)
 
 
-def make_loss(name: str, proxies: torch.Tensor, **kwargs):
-    criterion = LOSSES[name](len(proxies), proxies.shape[1], **kwargs).to(proxies.dtype)
+def build(name: str, proxies: torch.Tensor, **kwargs):
+    criterion = make_loss(name, num_classes=len(proxies), feature_dim=proxies.shape[1], **kwargs).to(proxies.dtype)
     if isinstance(criterion.proxies, torch.nn.Parameter):
         criterion.proxies.data.copy_(proxies)
     else:
@@ -98,9 +99,9 @@ def test_every_loss_has_a_slow_version():
 @pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name', LOSSES)
 def test_value_and_gradients_equal_the_loops_in_blocks_of_any_size(name, seed, rows, monkeypatch):
-    monkeypatch.setitem(model.BLOCK_ELEMENTS, 'cpu', rows * N)
+    monkeypatch.setitem(similarities.SIMILARITIES_AT_ONCE, 'cpu', rows * N)
     embeddings, proxies = make_batch(seed)
-    criterion = make_loss(name, proxies)
+    criterion = build(name, proxies)
     loss = criterion(embeddings, LABELS)
     ours = loss, *torch.autograd.grad(loss, (embeddings, criterion.proxies))
     proxies = proxies.requires_grad_()
@@ -111,7 +112,7 @@ def test_value_and_gradients_equal_the_loops_in_blocks_of_any_size(name, seed, r
 @pytest.mark.parametrize('name', LOSSES)
 def test_a_batch_of_one_class_equals_the_loops(name):
     embeddings, proxies = make_batch(5)
-    criterion = make_loss(name, proxies)
+    criterion = build(name, proxies)
     labels = torch.full((N,), 2)
     loss = criterion(embeddings, labels)
     ours = loss, *torch.autograd.grad(loss, (embeddings, criterion.proxies))
@@ -123,7 +124,7 @@ def test_a_batch_of_one_class_equals_the_loops(name):
 @pytest.mark.parametrize('name', LOSSES)
 def test_gradients_scale_with_the_one_from_above_and_can_be_taken_twice(name):
     embeddings, proxies = make_batch(9)
-    criterion = make_loss(name, proxies)
+    criterion = build(name, proxies)
     loss = criterion(embeddings, LABELS)
     once = torch.autograd.grad(loss, (embeddings, criterion.proxies), retain_graph=True)
     thrice = torch.autograd.grad(-3 * loss, (embeddings, criterion.proxies))
@@ -139,9 +140,9 @@ def test_float32_keeps_the_digits_of_a_small_loss_beside_large_positives(name):
     labels = torch.arange(22) % 11
     noise = torch.randn(22, 33, generator=generator, dtype=torch.float64)
     embeddings = F.normalize(proxies[labels] + 0.05 * noise, dim=-1)
-    precise = make_loss(name, proxies)(embeddings, labels)
+    precise = build(name, proxies)(embeddings, labels)
     embeddings = embeddings.float().requires_grad_()
-    criterion = make_loss(name, proxies.float())
+    criterion = build(name, proxies.float())
     loss = criterion(embeddings, labels)
     torch.testing.assert_close(loss.double(), precise, rtol=1e-4, atol=0)
     assert criterion.accuracy == 1
@@ -150,11 +151,11 @@ def test_float32_keeps_the_digits_of_a_small_loss_beside_large_positives(name):
 @pytest.mark.parametrize('name', LOSSES)
 def test_accuracy_is_the_share_whose_nearest_proxy_is_their_own(name):
     embeddings, proxies = make_batch(11)
-    criterion = make_loss(name, proxies)
+    criterion = build(name, proxies)
     criterion(embeddings, LABELS)
     nearest = (embeddings @ F.normalize(proxies, dim=-1).T).argmax(1)
     assert criterion.accuracy == (nearest == LABELS).float().mean()
-    same = make_loss(name, torch.ones_like(proxies))
+    same = build(name, torch.ones_like(proxies))
     same(embeddings, LABELS)
     assert same.accuracy == 0  # a tie is no hit: proxies that fell together tell nothing apart
 
@@ -166,7 +167,7 @@ def test_a_label_without_proxy_does_not_pass_for_a_loss(name, label):
     labels = LABELS.clone()
     labels[2] = label
     try:
-        loss = make_loss(name, proxies)(embeddings, labels)
+        loss = build(name, proxies)(embeddings, labels)
     except (IndexError, RuntimeError):
         return
     assert not loss.isfinite()
@@ -188,7 +189,7 @@ def test_every_loss_but_balanced_proxy_has_a_reference():
 @pytest.mark.parametrize('name', REFERENCES)
 def test_value_and_gradients_equal_pytorch_metric_learning(name):
     embeddings, proxies = make_batch(3)
-    criterion = make_loss(name, proxies)
+    criterion = build(name, proxies)
     loss = criterion(embeddings, LABELS)
     ours = loss, *torch.autograd.grad(loss, (embeddings, criterion.proxies))
     theirs, weight, transposed = REFERENCES[name]()
@@ -204,7 +205,7 @@ def test_value_and_gradients_equal_pytorch_metric_learning(name):
 
 
 def test_arc_face_keeps_falling_past_pi():
-    criterion = LOSSES['arc_face'](2, 2, scale=4.0)
+    criterion = make_loss('arc_face', num_classes=2, feature_dim=2, scale=4.0)
     angles = torch.linspace(0.0, math.pi, 400, dtype=torch.float64)
     across = torch.zeros(1, dtype=torch.float64)  # one other class, at a right angle
     losses = torch.stack([criterion.formula(own[None], across, torch.tensor([0])) for own in angles.cos()])
@@ -219,20 +220,20 @@ def test_loss_and_gradients_are_finite_at_the_poles(name, scale, dtype):
     proxies = torch.eye(4)
     embeddings = torch.cat([proxies, -proxies, proxies.roll(1, 0)]).to(dtype).requires_grad_()
     labels = torch.arange(4).repeat(3)
-    criterion = make_loss(name, proxies, scale=scale)
+    criterion = build(name, proxies, scale=scale)
     loss = criterion(embeddings, labels)
     loss.backward()
     assert loss.isfinite()
     assert embeddings.grad.isfinite().all()
     assert criterion.proxies.grad.isfinite().all()
-    double = make_loss(name, proxies.double(), scale=scale)(embeddings.detach().double(), labels)
+    double = build(name, proxies.double(), scale=scale)(embeddings.detach().double(), labels)
     torch.testing.assert_close(loss.double(), double, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', LOSSES)
 def test_loss_is_float32_under_autocast(name):
     embeddings, proxies = make_batch(4, torch.float32)
-    criterion = make_loss(name, proxies.float())
+    criterion = build(name, proxies.float())
     with torch.autocast('cpu', torch.bfloat16):
         inside = criterion(embeddings, LABELS)
     assert inside.dtype == torch.float32
@@ -242,7 +243,7 @@ def test_loss_is_float32_under_autocast(name):
 @pytest.mark.parametrize('name', LOSSES)
 def test_positive_rule_gives_proxies_the_mean_of_their_own_samples_terms(name):
     embeddings, proxies = make_batch(6)
-    plain, positive = (make_loss(name, proxies, proxy_update=rule) for rule in ('gradient', 'positive'))
+    plain, positive = (build(name, proxies, proxy_update=rule) for rule in ('gradient', 'positive'))
     losses = plain(embeddings, LABELS), positive(embeddings, LABELS)
     assert losses[0] == losses[1]
     gradients = [torch.autograd.grad(loss, embeddings, retain_graph=True)[0] for loss in losses]
@@ -264,10 +265,10 @@ def test_positive_rule_gives_proxies_the_mean_of_their_own_samples_terms(name):
 @pytest.mark.parametrize('name', LOSSES)
 def test_momentum_rule_moves_the_classes_of_the_batch_after_the_loss(name):
     embeddings, proxies = make_batch(7)
-    criterion = make_loss(name, proxies, proxy_update='momentum', momentum=0.3)
+    criterion = build(name, proxies, proxy_update='momentum', momentum=0.3)
     before = criterion.proxies.clone()
     loss = criterion(embeddings, LABELS)
-    torch.testing.assert_close(loss, make_loss(name, proxies)(embeddings, LABELS), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, build(name, proxies)(embeddings, LABELS), rtol=1e-12, atol=0)
     loss.backward()
     assert embeddings.grad.isfinite().all()
     for c in range(C):
@@ -279,7 +280,7 @@ def test_momentum_rule_moves_the_classes_of_the_batch_after_the_loss(name):
 
 def test_moving_proxies_are_a_buffer_and_stand_still_in_eval_mode():
     embeddings, proxies = make_batch(8)
-    criterion = make_loss('proxy_nca', proxies, proxy_update='momentum').eval()
+    criterion = build('proxy_nca', proxies, proxy_update='momentum').eval()
     before = criterion.proxies.clone()
     criterion(embeddings, LABELS)
     assert not list(criterion.parameters())
@@ -293,7 +294,7 @@ def test_every_pair_of_loss_and_rule_trains(name, rule):
     labels = torch.arange(C).repeat(6)
     centres = F.normalize(torch.randn(C, 16), dim=-1)
     images = centres[labels] + 0.3 * torch.randn(len(labels), 16)
-    network, criterion = torch.nn.Linear(16, 32), LOSSES[name](C, 32, rule)
+    network, criterion = torch.nn.Linear(16, 32), make_loss(name, num_classes=C, feature_dim=32, proxy_update=rule)
     groups = [{'params': list(network.parameters()), 'lr': 0.02}, {'params': list(criterion.parameters()), 'lr': 0.002}]
     optimizer = torch.optim.Adam([group for group in groups if group['params']])
     start = criterion(F.normalize(network(images), dim=-1), labels).item()
@@ -309,22 +310,22 @@ def test_every_pair_of_loss_and_rule_trains(name, rule):
 @pytest.mark.parametrize('kwargs', [{'margin': 0.1}, {'scale': 0.0}, {'momentum': 0.0}, {'proxy_update': 'sideways'}])
 def test_a_setting_that_makes_no_sense_is_refused(kwargs):
     with pytest.raises(UserError):
-        LOSSES['normalized_softmax'](C, D, **kwargs)
+        make_loss('normalized_softmax', num_classes=C, feature_dim=D, **kwargs)
 
 
 def test_proxies_start_as_the_recipes_say():
     torch.manual_seed(0)
-    unit = LOSSES['balanced_proxy'](50, 64).proxies.detach()
+    unit = make_loss('balanced_proxy', num_classes=50, feature_dim=64).proxies.detach()
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(50))
-    kaiming = LOSSES['proxy_anchor'](50, 64, proxy_init='kaiming').proxies.detach()
+    kaiming = make_loss('proxy_anchor', num_classes=50, feature_dim=64, proxy_init='kaiming').proxies.detach()
     assert abs(kaiming.std().item() - math.sqrt(2 / 50)) < 0.02  # fan_out is the number of rows
 
 
 def test_a_shard_starts_with_the_rows_that_all_proxies_would_have(monkeypatch):
     """Across the 65,536 rows that are drawn at a time."""
     torch.manual_seed(0)
-    whole = LOSSES['proxy_anchor'](2**16 + 5, 3, proxy_init='kaiming').proxies
+    whole = make_loss('proxy_anchor', num_classes=2**16 + 5, feature_dim=3, proxy_init='kaiming').proxies
     monkeypatch.setattr(model, 'shard', lambda count: range(2**16 - 2, 2**16 + 3))
     torch.manual_seed(0)
-    part = LOSSES['proxy_anchor'](2**16 + 5, 3, proxy_init='kaiming', shard_proxies=True)
+    part = make_loss('proxy_anchor', num_classes=2**16 + 5, feature_dim=3, proxy_init='kaiming', shard_proxies=True)
     torch.testing.assert_close(part.proxies, whole[2**16 - 2:2**16 + 3], rtol=0, atol=0)

@@ -6,16 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import metrics as module
-from metrics import Cosine, Hamming, pack_codes, retrieval_metrics, unpack_codes
-from utils import UserError
+from engine import counting
+from engine.counting import Cosine, Hamming, pack_codes, unpack_codes
+from engine.errors import UserError
+from metrics import retrieval_metrics
 
 
 @pytest.fixture(scope='module', autouse=True, params=['float32', 'bfloat16'])
 def first_pass(request):
     """Every test holds for a processor without bfloat16 instructions and for one with them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+        patch.setattr(counting, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
         yield getattr(torch, request.param)
 
 
@@ -138,7 +139,7 @@ def test_order_of_the_gallery_does_not_matter_with_duplicates():
 def test_blocks_do_not_change_the_result(monkeypatch):
     features, labels = random_features(101, 8, 6, 4)
     whole = retrieval_metrics(features, labels)
-    monkeypatch.setitem(module.TILE, 'cpu', 17)
+    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 17)
     assert retrieval_metrics(features, labels) == whole
 
 
@@ -157,9 +158,9 @@ def rows_and_columns(query, query_labels, gallery, gallery_labels, itself, recal
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Constants so small that few images take every path: many tiles, chunks, pieces, a sample, a second pass."""
-    monkeypatch.setitem(module.TILE, 'cpu', 48)
-    monkeypatch.setattr(module, 'SAMPLE', 25)
-    monkeypatch.setattr(module, 'CHUNK', 8)
+    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 48)
+    monkeypatch.setattr(counting, 'SAMPLED_IMAGES', 25)
+    monkeypatch.setattr(counting, 'ENTRIES_A_TEST', 8)
 
 
 @pytest.mark.parametrize('spread', [0.0, 1e-8, 1e-7, 1e-6, 1e-4])
@@ -194,7 +195,7 @@ def test_the_first_pass_is_off_by_no_more_than_it_says(first_pass, d, kind):
         assert off.max() > compare.error / 8  # a bound that tells something
     for dtype, error in compare.finer:
         rows = torch.arange(300)
-        for value, expected in ((compare.again(every, every, dtype), features.double() @ features.double().T),
+        for value, expected in ((compare.recompute(every, every, dtype), features.double() @ features.double().T),
                                 (compare.pairs(rows, rows.flip(0), dtype),
                                  (features.double() * features.double().flip(0)).sum(1))):
             assert (value.double() - expected).abs().max() <= error + 2.0**-33
@@ -222,7 +223,7 @@ def test_a_wrong_guess_of_the_thresholds_changes_nothing(small_pieces, monkeypat
     thresholds = {'far too high': torch.full((200,), 2.0 * unit), 'far too low': torch.full((200,), -2.0 * unit),
                   'any': unit * (2 * torch.rand(200, generator=generator) - 1)}[guess]
     expected = retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary)
-    monkeypatch.setattr(module, 'guess_threshold', lambda *arguments: thresholds)
+    monkeypatch.setattr(counting, 'guess_threshold', lambda *arguments: thresholds)
     assert retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary) == expected
     compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
     assert_equal(expected, rows_and_columns(compared, labels, compared, labels, True, (1, 7, 60)))
@@ -231,7 +232,7 @@ def test_a_wrong_guess_of_the_thresholds_changes_nothing(small_pieces, monkeypat
 def test_groups_of_queries_do_not_change_the_result(monkeypatch, small_pieces):
     features, labels = random_features(150, 8, 3, 11)
     whole = retrieval_metrics(features, labels)
-    monkeypatch.setattr(module, 'BLOCK_ELEMENTS', 2500)  # classes of 50: groups of about 25 queries
+    monkeypatch.setattr(counting, 'NUMBERS_AT_ONCE', 2500)  # classes of 50: groups of about 25 queries
     assert retrieval_metrics(features, labels) == whole
 
 

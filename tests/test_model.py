@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import model as model_module
-from model import BACKBONES, EmbeddingNet, load_weights
-from utils import UserError
+import trunks
+from engine.errors import UserError
+from model import EmbeddingNet, NetConfig
+from recipes import TRUNKS
+from trunks import load_weights
 
 
 def images(size, n=2):
@@ -19,7 +21,7 @@ def images(size, n=2):
                                              ('googlenet', 1024), ('inception', 1024)])
 def test_trunks_give_unit_embeddings_from_their_feature_width(name, width):
     torch.manual_seed(0)
-    network = EmbeddingNet(name, 7, weights='none', image_size=64).eval()
+    network = EmbeddingNet(NetConfig(name, 7, image_size=64), 'none').eval()
     with torch.no_grad():
         embeddings = network(images(64))
     assert network.refactor.in_features == width
@@ -29,7 +31,7 @@ def test_trunks_give_unit_embeddings_from_their_feature_width(name, width):
 
 
 def test_all_trunks_are_tested():
-    assert set(BACKBONES) == {'resnet18', 'resnet50', 'resnet101', 'googlenet', 'inception'}
+    assert set(TRUNKS) == {'resnet18', 'resnet50', 'resnet101', 'googlenet', 'inception'}
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'googlenet'])
@@ -39,7 +41,7 @@ def test_a_trunk_computes_what_torchvision_computes(name):
     extra = {'aux_logits': False, 'init_weights': True} if name == 'googlenet' else {}
     whole = models.get_model(name, weights=None, **extra).eval()
     whole.fc, whole.dropout = nn.Identity(), nn.Identity()
-    network = EmbeddingNet(name, 0, 'avg', layer_norm=False, weights='none').eval()
+    network = EmbeddingNet(NetConfig(name, 0, 'avg', layer_norm=False), 'none').eval()
     network.trunk.load_state_dict(whole.state_dict())
     pixels = images(64)
     scaled = (pixels / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / \
@@ -50,7 +52,7 @@ def test_a_trunk_computes_what_torchvision_computes(name):
 
 
 def test_bn_inception_takes_bgr_pixels_from_0_to_255():
-    network = EmbeddingNet('inception', 3, weights='none')
+    network = EmbeddingNet(NetConfig('inception', 3), 'none')
     pixels = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1)
     expected = torch.tensor([50.0 - 104, 100.0 - 117, 200.0 - 128]).view(1, 3, 1, 1)
     torch.testing.assert_close(network.preprocess(pixels), expected, rtol=0, atol=1e-4)
@@ -62,7 +64,7 @@ def test_bn_inception_takes_bgr_pixels_from_0_to_255():
 def test_timm_models_of_every_layout_embed_images_of_any_size(name, size):
     """A feature map, tokens, and a feature map with channels last."""
     import timm
-    network = EmbeddingNet(name, 5, weights='none', image_size=size).eval()
+    network = EmbeddingNet(NetConfig(name, 5, image_size=size), 'none').eval()
     with torch.no_grad():
         assert network(images(size, 1)).shape == (1, 5)
     settings = timm.create_model(name.removeprefix('timm:')).pretrained_cfg
@@ -72,12 +74,12 @@ def test_timm_models_of_every_layout_embed_images_of_any_size(name, size):
 
 
 def test_pooling_is_over_the_map_or_the_patch_tokens():
-    network = EmbeddingNet('resnet18', 3, weights='none')
+    network = EmbeddingNet(NetConfig('resnet18', 3), 'none')
     features = torch.tensor([[[[1.0, 2], [3, 6]]]])
     for pooling, expected in (('max', 6.0), ('avg', 3.0), ('avg_max', 9.0)):
         network.pooling = pooling
         assert network.pool(features).tolist() == [[expected]]
-    network = EmbeddingNet('timm:vit_tiny_patch16_224', 3, 'cls', weights='none')
+    network = EmbeddingNet(NetConfig('timm:vit_tiny_patch16_224', 3, 'cls'), 'none')
     tokens = torch.tensor([[[7.0], [1], [3]]])  # the class token, two patches
     assert network.pool(tokens).item() == 7
     network.pooling = 'avg'
@@ -85,12 +87,12 @@ def test_pooling_is_over_the_map_or_the_patch_tokens():
 
 
 def test_layer_norm_and_bias_follow_their_flags():
-    network = EmbeddingNet('resnet18', 6, layer_norm=False, linear_bias=True, weights='none')
+    network = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=False, linear_bias=True), 'none')
     assert network.refactor.bias.tolist() == [0] * 6
     assert abs(network.refactor.weight.std().item() - (2 / 6) ** 0.5) < 0.02  # kaiming normal, fan_out
-    assert EmbeddingNet('resnet18', 6, weights='none').refactor.bias is None
+    assert EmbeddingNet(NetConfig('resnet18', 6), 'none').refactor.bias is None
     seen = []
-    network = EmbeddingNet('resnet18', 6, weights='none').eval()
+    network = EmbeddingNet(NetConfig('resnet18', 6), 'none').eval()
     network.refactor.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with torch.no_grad():
         network(images(64))
@@ -99,7 +101,7 @@ def test_layer_norm_and_bias_follow_their_flags():
 
 @pytest.mark.parametrize('frozen', [True, False])
 def test_batchnorm_statistics_are_frozen_where_asked(frozen):
-    network = EmbeddingNet('resnet18', 4, weights='none', freeze_bn=frozen).train()
+    network = EmbeddingNet(NetConfig('resnet18', 4, freeze_bn=frozen), 'none').train()
     before = network.trunk.bn1.running_mean.clone()
     network(images(64))
     assert torch.equal(network.trunk.bn1.running_mean, before) == frozen
@@ -107,7 +109,7 @@ def test_batchnorm_statistics_are_frozen_where_asked(frozen):
 
 
 def test_warm_up_leaves_the_trunk_alone_under_adamw():
-    network = EmbeddingNet('resnet18', 4, weights='none')
+    network = EmbeddingNet(NetConfig('resnet18', 4), 'none')
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
     network.train()
     for frozen in (False, True, True):  # a first free step leaves gradients and AdamW's averages behind
@@ -121,24 +123,24 @@ def test_warm_up_leaves_the_trunk_alone_under_adamw():
 
 
 def test_max_pool_can_be_left_out_of_a_resnet_only():
-    network = EmbeddingNet('resnet18', 4, weights='none', max_pool=False)
+    network = EmbeddingNet(NetConfig('resnet18', 4, max_pool=False), 'none')
     assert network.trunk(torch.zeros(1, 3, 48, 48)).shape == (1, 512, 3, 3)
     with pytest.raises(UserError, match='--max_pool 0 is for the ResNets'):
-        EmbeddingNet('googlenet', 4, weights='none', max_pool=False)
+        EmbeddingNet(NetConfig('googlenet', 4, max_pool=False), 'none')
 
 
 # ---------------------------------------------------- weights --------------------------------------------------------
 def save_trunk(name, path):
     torch.manual_seed(5)
     whole = {f'fc.{key}': value for key, value in nn.Linear(8, 2).state_dict().items()}
-    network = EmbeddingNet(name, 4, weights='none')
+    network = EmbeddingNet(NetConfig(name, 4), 'none')
     torch.save({**network.trunk.state_dict(), **whole}, path)
     return network
 
 
 def test_weights_from_a_file_are_loaded_without_the_head(tmp_path):
     saved = save_trunk('resnet18', tmp_path / 'r.pth')
-    loaded = EmbeddingNet('resnet18', 4, weights=str(tmp_path / 'r.pth'))
+    loaded = EmbeddingNet(NetConfig('resnet18', 4), str(tmp_path / 'r.pth'))
     for key, value in saved.trunk.state_dict().items():
         assert torch.equal(loaded.trunk.state_dict()[key], value)
 
@@ -147,16 +149,16 @@ def test_timm_weights_from_a_file_are_loaded_without_the_head(tmp_path):
     import timm
     saved = timm.create_model('resnet10t', num_classes=3)
     torch.save(saved.state_dict(), tmp_path / 't.pth')
-    loaded = EmbeddingNet('timm:resnet10t', 4, weights=str(tmp_path / 't.pth'))
+    loaded = EmbeddingNet(NetConfig('timm:resnet10t', 4), str(tmp_path / 't.pth'))
     assert torch.equal(loaded.trunk.network.layer4[0].conv1.weight, saved.layer4[0].conv1.weight)
     with pytest.raises(UserError, match='not those of --backbone_type timm:tf_efficientnet_lite0'):
-        EmbeddingNet('timm:tf_efficientnet_lite0', 4, weights=str(tmp_path / 't.pth'))
+        EmbeddingNet(NetConfig('timm:tf_efficientnet_lite0', 4), str(tmp_path / 't.pth'))
 
 
 def test_weights_of_another_trunk_are_refused(tmp_path):
     save_trunk('resnet18', tmp_path / 'r.pth')
     with pytest.raises(UserError, match='not those of --backbone_type resnet50: 165 tensors missing'):
-        EmbeddingNet('resnet50', 4, weights=str(tmp_path / 'r.pth'))
+        EmbeddingNet(NetConfig('resnet50', 4), str(tmp_path / 'r.pth'))
 
 
 def test_weights_that_would_execute_code_are_refused(tmp_path):
@@ -165,7 +167,7 @@ def test_weights_that_would_execute_code_are_refused(tmp_path):
             return (tmp_path.joinpath('executed').touch, ())
     torch.save({'conv1.weight': Evil()}, tmp_path / 'evil.pth')
     with pytest.raises(UserError, match='evil.pth cannot be read'):
-        EmbeddingNet('resnet18', 4, weights=str(tmp_path / 'evil.pth'))
+        EmbeddingNet(NetConfig('resnet18', 4), str(tmp_path / 'evil.pth'))
     assert not (tmp_path / 'executed').exists()
 
 
@@ -202,7 +204,7 @@ def test_a_download_that_fails_is_one_line_and_never_random_weights(tmp_path, mo
 
 
 def test_bn_inception_weights_with_rows_for_vectors_are_read(tmp_path, monkeypatch):
-    network = EmbeddingNet('inception', 4, weights='none')
+    network = EmbeddingNet(NetConfig('inception', 4), 'none')
     rows = {key: value[None] if '_bn.' in key and value.ndim == 1 else value
             for key, value in network.trunk.state_dict().items() if 'num_batches' not in key}
     path = tmp_path / 'b.pth'
@@ -210,8 +212,8 @@ def test_bn_inception_weights_with_rows_for_vectors_are_read(tmp_path, monkeypat
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:9]
     path.rename(tmp_path / f'bn_inception-{digest}.pth')
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    monkeypatch.setattr(model_module, 'BN_INCEPTION_URL', (tmp_path / f'bn_inception-{digest}.pth').as_uri())
-    loaded = EmbeddingNet('inception', 4, weights='imagenet')
+    monkeypatch.setattr(trunks, 'BN_INCEPTION_URL', (tmp_path / f'bn_inception-{digest}.pth').as_uri())
+    loaded = EmbeddingNet(NetConfig('inception', 4), 'imagenet')
     assert torch.equal(loaded.trunk.conv1_7x7_s2.weight, network.trunk.conv1_7x7_s2.weight)
 
 
@@ -219,9 +221,9 @@ def test_bn_inception_weights_with_rows_for_vectors_are_read(tmp_path, monkeypat
     ('resnet5', "did you mean 'resnet50'"), ('timm:nothing_like_it', 'is no model of timm')])
 def test_an_unknown_trunk_is_named(name, message):
     with pytest.raises(UserError, match=message):
-        EmbeddingNet(name, 4, weights='none')
+        EmbeddingNet(NetConfig(name, 4), 'none')
 
 
 def test_class_token_pooling_needs_a_class_token():
     with pytest.raises(UserError, match='--pooling cls needs a transformer'):
-        EmbeddingNet('resnet18', 4, 'cls', weights='none')
+        EmbeddingNet(NetConfig('resnet18', 4, 'cls'), 'none')

@@ -12,9 +12,10 @@ from PIL import Image
 
 import plot
 import toy
-from evaluate import load_model
+from engine.errors import UserError
+from engine.runs import save_statistics
 from metrics import retrieval_metrics
-from utils import UserError, save_statistics
+from model import load_model
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_the_toy_plot_shows_points_directions_and_proxies(toys, figures, tmp_pat
 
 def test_a_toy_model_embeds_again(toys):
     contents = torch.load(toys[0] / f'{MOVING}_model.pth', weights_only=True)
-    model = toy.EmbeddingNet(**contents['config'], weights='none')
+    model = toy.EmbeddingNet(toy.NetConfig(**contents['config']), 'none')
     model.load_state_dict(contents['state_dict'])
     assert model.eval()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2)
     with pytest.raises(UserError, match='crop_type'):  # it is no run of train.py

@@ -11,9 +11,10 @@ from raw_trees import make_car
 from torch import distributed, multiprocessing
 
 import metrics
-from model import LOSSES, EmbeddingNet
-from train import distribute, train_one_epoch
-from utils import shard
+from engine import counting
+from engine.processes import shard
+from model import EmbeddingNet, NetConfig, make_loss
+from train import Learner, distribute, train_one_epoch
 
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
         '--recalls', '1,2', '--amp', 'off')
@@ -33,8 +34,9 @@ def train_small(rank: int, size: int, folder, shard_proxies: bool) -> None:
     if size > 1:
         distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
     torch.manual_seed(0)
-    model = EmbeddingNet('resnet18', 5, weights='none').double()
-    criterion = LOSSES['proxy_anchor'](6, 5, shard_proxies=shard_proxies and size > 1).double()
+    model = EmbeddingNet(NetConfig('resnet18', 5), 'none').double()
+    criterion = make_loss('proxy_anchor', num_classes=6, feature_dim=5,
+                          shard_proxies=shard_proxies and size > 1).double()
     optimizer = torch.optim.AdamW([{'params': list(model.parameters())},
                                    {'params': list(criterion.parameters()), 'lr': 1e-2}], lr=1e-3, weight_decay=1e-2)
     images = torch.randint(0, 256, (14, 3, 32, 32), dtype=torch.uint8)
@@ -43,13 +45,13 @@ def train_small(rank: int, size: int, folder, shard_proxies: bool) -> None:
     for rows in (range(0, 7), range(7, 14)):  # 7 images do not divide by 2
         own = [rows[place] for place in shard(len(rows))]
         batches.append((images[own], labels[own]))
-    statistics, network = [], None
+    learner, statistics = Learner(model, criterion, optimizer, torch.device('cpu'), clip_value=0.5), []
     for epoch in (1, 2, 3):
         if epoch < 3:
-            network = None
+            learner.network = model
             model.freeze_trunk(epoch == 1)
-            network = distribute(model, torch.device('cpu'))
-        trained = train_one_epoch(network, criterion, optimizer, batches, torch.device('cpu'), False, 0.5, '')
+            learner.network = distribute(model, torch.device('cpu'))
+        trained = train_one_epoch(learner, batches, '')
         statistics.append([trained['loss'], trained['accuracy']])
     proxies = criterion.all_proxies()
     if rank == 0:
@@ -76,7 +78,7 @@ def measure_shared(rank: int, size: int, folder) -> None:
     torch.set_num_threads(1)
     if size > 1:
         distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
-    metrics.TILE['cpu'], metrics.SAMPLE = 16, 20
+    counting.TILE_SIDE['cpu'], counting.SAMPLED_IMAGES = 16, 20
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 9, (101,), generator=generator)
     features = torch.nn.functional.normalize(torch.randn(101, 12, generator=generator), dim=1)

@@ -14,8 +14,11 @@ from PIL import Image
 from raw_trees import write_image
 
 import report
-from metrics import choose_queries, nearest_images, rank_queries, retrieval_metrics, similarity_to
-from utils import UserError, save, save_statistics
+from browse import choose_queries, nearest_images, rank_queries
+from engine.errors import UserError
+from engine.files import save
+from engine.runs import load_data_base, save_statistics
+from metrics import retrieval_metrics, similarity_of
 
 NAMES = ['Ara & Co', '<script>alert(1)</script>', 'costs $5 or $6', 'Zebrafink', "O'Hara \"quoted\""]
 RUN = 'birds_resnet18_balanced_proxy_5'
@@ -72,12 +75,13 @@ def write_report(monkeypatch, capsys):
 # ---------------------------------------------------- single queries ------------------------------------------------
 def brute_force(data_base, binary):
     """Rank every query with loops: (rank of the best positive with ties in the middle, margin, nearest image)."""
-    subset = 'gallery' if 'gallery_images' in data_base else 'test'
-    features, found = data_base[f'{subset}_features'].double(), []
-    for query, label in enumerate(data_base['test_labels']):
-        feature = data_base['test_features'][query].double()
+    subset = data_base.searched
+    searched = data_base.subsets[subset]
+    features, found = searched.features.double(), []
+    for query, label in enumerate(data_base.test.labels):
+        feature = data_base.test.features[query].double()
         best, others, nearest = -9.0, [], (-9.0, 0)
-        for image, other in enumerate(data_base[f'{subset}_labels']):
+        for image, other in enumerate(searched.labels):
             if subset == 'test' and image == query:
                 continue
             if binary:
@@ -98,7 +102,7 @@ def brute_force(data_base, binary):
 @pytest.mark.parametrize('binary', [False, True])
 @pytest.mark.parametrize('gallery', [(), (4, 2, 5, 1, 3)])
 def test_queries_are_ranked_as_brute_force_does(tmp_path, gallery, binary):
-    data_base = load(make_shop(tmp_path, gallery=gallery))
+    data_base = load_data_base(make_shop(tmp_path, gallery=gallery))
     ranked = rank_queries(data_base, binary)
     rank, margin, nearest = (np.array(part, float) for part in zip(*brute_force(data_base, binary), strict=True))
     np.testing.assert_array_equal(ranked['rank'], rank)
@@ -107,7 +111,7 @@ def test_queries_are_ranked_as_brute_force_does(tmp_path, gallery, binary):
 
 
 def test_worst_and_best_queries_stand_at_the_ends_of_the_ranking(shop):
-    ranked = rank_queries(load(shop / 'results' / f'{RUN}_data_base.pth'))
+    ranked = rank_queries(load_data_base(shop / 'results' / f'{RUN}_data_base.pth'))
     number = int((~ranked['rank'].isnan()).sum())
     assert number == 27  # the one image of its class has no positive
     keys = [(ranked['rank'][index].item(), -ranked['margin'][index].item())
@@ -117,29 +121,29 @@ def test_worst_and_best_queries_stand_at_the_ends_of_the_ranking(shop):
 
 
 def test_random_queries_depend_on_the_seed_alone(shop):
-    ranked = rank_queries(load(shop / 'results' / f'{RUN}_data_base.pth'))
+    ranked = rank_queries(load_data_base(shop / 'results' / f'{RUN}_data_base.pth'))
     first, again, other = (choose_queries(ranked, 'random', 9, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len(set(first)) == 9
 
 
 def test_the_nearest_images_agree_with_the_ranking(shop):
-    data_base = load(shop / 'results' / f'{RUN}_data_base.pth')
+    data_base = load_data_base(shop / 'results' / f'{RUN}_data_base.pth')
     ranked = rank_queries(data_base)
-    for query, label in enumerate(data_base['test_labels']):
-        found = nearest_images(data_base['test_features'][query], data_base, ('test', query), 99)
+    for query, label in enumerate(data_base.test.labels):
+        found = nearest_images(data_base.test.features[query], data_base, ('test', query), 99)
         assert len(found) == 27
         assert found[0][0] == ranked['nearest'][query]
-        hits = [place for place, (image, _) in enumerate(found) if data_base['test_labels'][image] == label]
+        hits = [place for place, (image, _) in enumerate(found) if data_base.test.labels[image] == label]
         assert (hits[0] if hits else None) == (None if ranked['rank'][query].isnan() else ranked['rank'][query])
 
 
 def test_similarity_does_not_depend_on_the_block(shop):
-    data_base = load(shop / 'results' / f'{RUN}_data_base.pth')
-    features = data_base['test_features']
+    data_base = load_data_base(shop / 'results' / f'{RUN}_data_base.pth')
+    features = data_base.test.features
     for binary in (False, True):
-        compare = similarity_to(features, binary)
-        assert torch.equal(torch.cat([compare(feature[None]) for feature in features]), compare(features))
+        rows = [similarity_of(feature[None], features, binary) for feature in features]
+        assert torch.equal(torch.cat(rows), similarity_of(features, features, binary))
 
 
 # ---------------------------------------------------- sheets --------------------------------------------------------
@@ -153,7 +157,7 @@ def test_a_sheet_shows_the_chosen_queries(shop, tmp_path, words, how):
     assert result.returncode == 0, result.stderr
     folder = tmp_path / f'{RUN}_{how}'
     assert {path.name for path in folder.iterdir()} == {'top3.png', 'top3.pdf', 'retrieval.json'}
-    data_base = load(tmp_path / f'{RUN}_data_base.pth')
+    data_base = load_data_base(tmp_path / f'{RUN}_data_base.pth')
     ranked = rank_queries(data_base, '--binary' in words)
     chosen = choose_queries(ranked, how, 4, int(words[-1]) if '--seed' in words else 0)
     answers = json.loads((folder / 'retrieval.json').read_text())['answers']
@@ -161,8 +165,8 @@ def test_a_sheet_shows_the_chosen_queries(shop, tmp_path, words, how):
     for answer, query in zip(answers, chosen, strict=True):
         assert answer['note'] == f'first hit at rank {ranked["rank"][query].item() + 1:g}'
         assert f'{answer["query"]} ({answer["class"]}): {answer["note"]}' in result.stdout
-        expected = nearest_images(data_base['test_features'][query], data_base, ('test', query), 3, '--binary' in words)
-        assert [found['image'] for found in answer['retrieved']] == [data_base['test_images'][i] for i, _ in expected]
+        expected = nearest_images(data_base.test.features[query], data_base, ('test', query), 3, '--binary' in words)
+        assert [found['image'] for found in answer['retrieved']] == [data_base.test.images[i] for i, _ in expected]
 
 
 def test_images_that_are_gone_are_grey_tiles_and_counted(tmp_path):
@@ -208,9 +212,9 @@ def test_names_from_files_are_never_markup(shop, write_report):
 
 def test_a_report_gives_the_measured_recalls(shop, write_report):
     html, _, _ = write_report(shop)
-    data_base = load(shop / 'results' / f'{RUN}_data_base.pth')
+    data_base = load_data_base(shop / 'results' / f'{RUN}_data_base.pth')
     for kind in ('dense', 'binary'):
-        metrics = retrieval_metrics(data_base['test_features'], data_base['test_labels'], recalls=(1, 2, 4),
+        metrics = retrieval_metrics(data_base.test.features, data_base.test.labels, recalls=(1, 2, 4),
                                     binary=kind == 'binary')
         row = re.search(rf'<th scope="row">{kind}</th>(.*?)</tr>', html)[1]
         assert re.findall(r'<td>([\d.]+)</td>', row) == [f'{metrics[name]:.2f}' for name in
@@ -219,30 +223,30 @@ def test_a_report_gives_the_measured_recalls(shop, write_report):
 
 
 def test_recall_of_the_classes_averages_to_the_whole(shop):
-    data_base = load(shop / 'results' / f'{RUN}_data_base.pth')
+    data_base = load_data_base(shop / 'results' / f'{RUN}_data_base.pth')
     ranked = {'dense': rank_queries(data_base), 'binary': rank_queries(data_base, True)}
-    classes = report.measure_classes(ranked, report.Places(data_base))
+    classes = report.measure_classes(ranked, report.Numbered(data_base))
     assert sorted((row['label'], row['queries']) for row in classes) == [(0, 7), (1, 8), (2, 9), (3, 3)]
     for kind in ranked:
-        metrics = retrieval_metrics(data_base['test_features'], data_base['test_labels'], recalls=(1,),
+        metrics = retrieval_metrics(data_base.test.features, data_base.test.labels, recalls=(1,),
                                     binary=kind == 'binary')
         assert sum(row['queries'] * row[kind] for row in classes) / 27 == pytest.approx(metrics['R@1'])
 
 
 @pytest.mark.parametrize('gallery', [(), (4, 2, 5, 1, 3)])
 def test_confused_classes_are_counted_as_in_loops(tmp_path, gallery):
-    data_base = load(make_shop(tmp_path, gallery=gallery))
-    searched = data_base['gallery_labels' if gallery else 'test_labels'].tolist()
+    data_base = load_data_base(make_shop(tmp_path, gallery=gallery))
+    searched = data_base.subsets[data_base.searched].labels.tolist()
     counts = Counter()
     for query, (rank, _, nearest) in enumerate(brute_force(data_base, False)):
         if rank >= 1:
-            counts[data_base['test_labels'][query].item(), searched[nearest]] += 1
-    pairs = report.confused_pairs(rank_queries(data_base), report.Places(data_base))
+            counts[data_base.test.labels[query].item(), searched[nearest]] += 1
+    pairs = report.confused_pairs(rank_queries(data_base), report.Numbered(data_base))
     assert sum(sum(pair['counts']) for pair in pairs) == sum(counts.values()) > 0
     for pair in pairs:
         a, b = pair['classes']
         assert pair['counts'] == (counts[a, b], counts[b, a])
-        assert data_base['test_labels'][pair['example']] == a
+        assert data_base.test.labels[pair['example']] == a
     assert [-sum(pair['counts']) for pair in pairs] == sorted(-sum(pair['counts']) for pair in pairs)
 
 
@@ -255,7 +259,7 @@ def test_a_large_data_base_is_shown_in_part_with_all_neighbours(shop, write_repo
     shown = [neighbours for neighbours in data['neighbours'] if neighbours]
     assert len(shown) >= 5
     assert all(len(neighbours) == 3 for neighbours in shown)
-    worst = choose_queries(rank_queries(load(shop / 'results' / f'{RUN}_data_base.pth')), 'worst', 1)[0]
+    worst = choose_queries(rank_queries(load_data_base(shop / 'results' / f'{RUN}_data_base.pth')), 'worst', 1)[0]
     assert data['neighbours'][data['paths'].index(f'uncropped/test/{worst:03d}.jpg')]
 
 
@@ -324,8 +328,8 @@ def test_a_report_without_statistics_says_so(tmp_path, write_report):
     ({}, ['--data_path', '/nowhere'], ['--data_path /nowhere', 'birds']),
     ({}, ['--max_images', '3'], ['--max_images 3']), ({}, ['--max_images', '1'], ['--max_images 1']),
     ({'test_images': [], 'test_labels': torch.zeros(0, dtype=torch.int64), 'test_features': torch.zeros(0, 5)}, [],
-     ['empty']),
-    ({'class_names': NAMES[:3]}, [], ['no class name']),
+     ['test_images']),
+    ({'class_names': NAMES[:3]}, [], ['test_labels']),
     ({'test_features': torch.full((28, 5), torch.nan)}, [], ['28 of 28', 'not finite']),
     ({'test_labels': torch.arange(28), 'class_names': [str(i) for i in range(28)]}, [], ['no query'])])
 def test_a_report_that_cannot_be_is_one_line(tmp_path, write_report, change, words, parts):

@@ -15,10 +15,13 @@ from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_comman
 from PIL import Image
 from raw_trees import make_car, write_image
 
+import dataset
 import evaluate
+import summary
 import train as train_script
-from model import LOSSES
-from utils import UserError
+from engine.errors import UserError
+from model import make_loss
+from settings import get_runs
 
 SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--recalls', '1,2',
          '--num_workers', 0, '--on_collapse', 'warn')
@@ -35,7 +38,7 @@ def expect_refusal(monkeypatch):
     def check(script, words, *parts):
         monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, words)])
         with pytest.raises(UserError) as error:
-            script.main()
+            script.main(*([] if script is evaluate else get_runs()))
         assert '\n' not in str(error.value)
         for part in parts:
             assert part in str(error.value)
@@ -173,8 +176,8 @@ def test_neither_time_nor_workers_change_a_run(run, raw_sets, tmp_path, words):
 
 
 def test_zero_shot_measures_a_bare_trunk(raw_sets, tmp_path):
-    from model import EmbeddingNet
-    torch.save(EmbeddingNet('resnet18', 4, weights='none').trunk.state_dict(), tmp_path / 'w.pth')
+    from model import EmbeddingNet, NetConfig
+    torch.save(EmbeddingNet(NetConfig('resnet18', 4), 'none').trunk.state_dict(), tmp_path / 'w.pth')
     result = type_command('evaluate.py', '--zero_shot', '--data_path', raw_sets, '--data_name', 'isc',
                           '--backbone_type', 'resnet18', '--weights', tmp_path / 'w.pth', '--image_size', 32,
                           '--recalls', '1,2', '--json')
@@ -392,9 +395,9 @@ def test_files_that_are_something_else_are_refused(run, raw_sets, tmp_path, expe
                         (('--resume', data_base), 'is no model of this project'),
                         (('--data_base', tmp_path / 'short.pth'), 'is corrupt'),
                         (('--data_base', tmp_path / 'evil.pth'), 'evil.pth cannot be read'),
-                        (('--data_base', tmp_path / 'uneven.pth'), 'do not belong together'),
+                        (('--data_base', tmp_path / 'uneven.pth'), 'no sound data base: test_labels cannot be used'),
                         (('--resume', tmp_path / 'other.pth', '--data_path', raw_sets), 'does not fit its own'),
-                        (('--data_base', data_base, '--weights', 'none'), '--weights has no effect'),
+                        (('--data_base', data_base, '--weights', 'none'), '--weights none has no effect'),
                         (('--resume', model, '--model', 'resnet50', '--data_path', raw_sets), 'is not that of')):
         expect_refusal(evaluate, words, part)
     assert not (tmp_path / 'executed').exists()
@@ -446,7 +449,7 @@ def seeds(raw_sets, tmp_path_factory):
 def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):
     runs = {seed: [{'epoch': 1, 'dense_R@1': best}, {'epoch': 2, 'dense_R@1': last}]
             for seed, best, last in ((4, 60.0, 50.0), (0, 55.0, 52.0), (9, 59.0, 57.0))}
-    train_script.report_seeds(runs, 'name', tmp_path)
+    summary.report_seeds(runs, 'name', tmp_path)
     row = pd.read_csv(tmp_path / 'name_seeds.csv').set_index('epoch').loc['last']
     half = 4.302652729 * 13**0.5 / 3**0.5  # Student's t with two degrees of freedom, 95 %; the variance is 13
     assert (row['mean_R@1'], row['std_R@1'], row['seeds']) == (53, pytest.approx(13**0.5), '4 0 9')
@@ -493,13 +496,13 @@ def test_held_out_classes_choose_the_epoch_and_are_not_trained_on(seeds, raw_set
 def test_held_out_classes_have_the_say_over_the_test_classes():
     rows = [{'epoch': epoch, 'dense_R@1': test, 'val_dense_R@1': val}
             for epoch, test, val in ((1, 50.0, 70.0), (2, 60.0, 80.0), (3, 90.0, 80.0))]
-    assert train_script.chosen_epoch(rows)['epoch'] == 2  # of equals the first
-    assert train_script.chosen_epoch([{key: row[key] for key in ('epoch', 'dense_R@1')} for row in rows])['epoch'] == 3
+    assert summary.chosen_epoch(rows)['epoch'] == 2  # of equals the first
+    assert summary.chosen_epoch([{key: row[key] for key in ('epoch', 'dense_R@1')} for row in rows])['epoch'] == 3
 
 
 def test_a_share_of_the_classes_is_held_out():
     split = {'train': {str(label): [f'{label}_{number}.jpg' for number in range(3)] for label in range(10)}, 'test': {}}
-    held = [train_script.hold_out(split, 0.3, seed) for seed in (0, 0, 1)]
+    held = [dataset.hold_out(split, 0.3, seed) for seed in (0, 0, 1)]
     for parts in held:
         assert len(parts['val']) == 3
         assert parts['train'] | parts['val'] == split['train']
@@ -507,7 +510,7 @@ def test_a_share_of_the_classes_is_held_out():
     assert held[0] == held[1]
     assert held[0] != held[2]
     with pytest.raises(UserError, match='--val_ratio 0.9 of 10 training classes'):
-        train_script.hold_out(split, 0.9, 0)
+        dataset.hold_out(split, 0.9, 0)
 
 
 @pytest.mark.parametrize(('words', 'part'), [
@@ -552,19 +555,20 @@ def test_the_rates_of_network_and_proxies_follow_the_schedule(raw_sets, tmp_path
 @pytest.mark.parametrize('clip_value', [0.0, 1e-3])
 def test_gradients_are_clipped_entry_by_entry(clip_value):
     model = torch.nn.Linear(3, 2, bias=False)
-    criterion = LOSSES['normalized_softmax'](4, 2, scale=100.0)
+    criterion = make_loss('normalized_softmax', num_classes=4, feature_dim=2, scale=100.0)
     parameters = [*model.parameters(), *criterion.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     batches = [(torch.tensor([[5.0, 0, 0], [0, -5.0, 1]]), torch.tensor([2, 0]))]
-    train_script.train_one_epoch(model, criterion, torch.optim.SGD(parameters, lr=1.0), batches, torch.device('cpu'),
-                                 False, clip_value, '')
+    learner = train_script.Learner(model, criterion, torch.optim.SGD(parameters, lr=1.0), torch.device('cpu'),
+                                   clip_value=clip_value)
+    train_script.train_one_epoch(learner, batches, '')
     moved = max((old - new.detach()).abs().max().item() for old, new in zip(before, parameters, strict=True))
     assert moved == pytest.approx(clip_value, abs=1e-6) if clip_value else moved > 0.01
 
 
 def test_an_epoch_takes_one_plain_step_for_each_batch():
     generator = torch.Generator().manual_seed(0)
-    model, criterion = torch.nn.Linear(3, 2, bias=False), LOSSES['proxy_anchor'](4, 2)
+    model, criterion = torch.nn.Linear(3, 2, bias=False), make_loss('proxy_anchor', num_classes=4, feature_dim=2)
     batches = [(torch.randn(5, 3, generator=generator), torch.tensor([0, 1, 2, 1, 0])) for _ in range(3)]
     expected, last = copy.deepcopy(model), copy.deepcopy(criterion)
     for images, labels in batches:
@@ -573,6 +577,6 @@ def test_an_epoch_takes_one_plain_step_for_each_batch():
                                        strict=True):
             parameter.data -= 0.1 * gradient
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
-    train_script.train_one_epoch(model, criterion, optimizer, batches, torch.device('cpu'), False, 0.0, '')
+    train_script.train_one_epoch(train_script.Learner(model, criterion, optimizer, torch.device('cpu')), batches, '')
     assert torch.allclose(model.weight, expected.weight, rtol=1e-5)
     assert torch.allclose(criterion.proxies, last.proxies, rtol=1e-5)

@@ -1,0 +1,123 @@
+"""Look into a data base: open it with its images, rank its queries, choose some, find what is nearest to one."""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.errors import UserError, nearest
+from engine.processes import progress
+from engine.runs import DataBase, RunFiles, load_data_base
+from metrics import check_finite, similarity_of
+from raw_sets import find_root
+
+SIMILARITIES_AT_ONCE = 2**24  # 128 MiB in float64
+DEFAULT_DATA_BASE = 'car_resnet50_balanced_proxy_512_data_base.pth'  # of train.py without any flags
+
+
+class OpenRun(NamedTuple):
+    """A data base with what belongs to it."""
+
+    data_base: DataBase
+    files: RunFiles  # of the run that made it
+    root: Path  # the folder of its images
+
+
+def add_data_base_flags(parser) -> None:
+    """Add the flags by which `open_run` finds a data base and its images."""
+    parser.add_argument('--data_base', default=DEFAULT_DATA_BASE, help='file, or its name in --results_dir '
+                        '[%(default)s]')
+    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    parser.add_argument('--results_dir', default='results', help='where data bases are and pictures go [%(default)s]')
+
+
+def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
+    """Open a data base, named by its file or its name in the results folder, with the folder of its images.
+
+    Raises:
+        UserError: if there is none, it is damaged, or its data set is not there.
+    """
+    file = Path(name) if Path(name).is_file() else Path(results_dir) / name
+    if not file.is_file():
+        there = sorted(path.name for path in Path(results_dir).glob('*_data_base.pth'))
+        raise UserError(f'--data_base {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
+                        f'{", ".join(there) or "none; train first"})')
+    data_base = load_data_base(file)
+    data_name = data_base.origin['args']['data_name']
+    root = find_root(data_path, data_name)
+    if root is None:
+        raise UserError(f'--data_path {data_path} does not hold the data set {data_name} of {file.name}; name the '
+                        'folder that does')
+    return OpenRun(data_base, RunFiles.beside(file), root)
+
+
+def rank_queries(data_base: DataBase, binary: bool = False) -> dict[str, torch.Tensor]:
+    """Look at each query of a data base alone.
+
+    Returns:
+        {'rank': (Q,) float64, negatives nearer than the best positive, half of the tied, NaN without any positive;
+        'margin': (Q,) float64, similarity of the best positive less that of the best negative;
+        'nearest': (Q,) int64, the nearest image of the searched subset}.
+
+    Raises:
+        UserError: if features are not finite.
+    """
+    queries, searched = data_base.test, data_base.subsets[data_base.searched]
+    check_finite(query=queries.features, gallery=searched.features)
+    found = {'rank': [], 'margin': [], 'nearest': []}
+    block = max(1, SIMILARITIES_AT_ONCE // len(searched.features))
+    for start in progress(range(0, len(queries.features), block), desc='rank', delay=2):
+        similarity = similarity_of(queries.features[start:start + block], searched.features, binary)
+        positive = queries.labels[start:start + block, None] == searched.labels
+        if data_base.gallery is None:
+            own = torch.arange(len(similarity))
+            similarity[own, start + own] = -torch.inf
+            positive[own, start + own] = False
+        best, best_negative = (similarity.masked_fill(left_out, -torch.inf).amax(1) for left_out in
+                               (~positive, positive))
+        before = [(relation(similarity, best[:, None]) & ~positive).sum(1) for relation in (torch.gt, torch.eq)]
+        found['rank'].append((before[0] + before[1] / 2).double().where(positive.any(1), torch.nan))
+        found['margin'].append(best - best_negative)
+        found['nearest'].append(similarity.argmax(1))  # of ties the first, as in nearest_images
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def choose_queries(ranked: dict[str, torch.Tensor], how: str, number: int, seed: int = 0) -> list[int]:
+    """Choose queries that have a positive.
+
+    Args:
+        ranked: of `rank_queries`.
+        how: `worst`: the rank of the best positive is largest, then the margin smallest; `best`: the reverse;
+            `random`.
+        number: how many.
+        seed: of the random choice.
+
+    Raises:
+        UserError: if there are not so many.
+    """
+    rank, margin = ranked['rank'].tolist(), ranked['margin'].tolist()
+    order = [index for index, value in enumerate(rank) if value == value]
+    if number > len(order):
+        raise UserError(f'--num_queries {number} is more than the {len(order)} queries that have another image of '
+                        'their class to find')
+    if how == 'random':
+        return np.random.default_rng(seed).permutation(order)[:number].tolist()
+    order.sort(key=lambda index: (rank[index], -margin[index], index), reverse=how == 'worst')
+    return order[:number]
+
+
+def nearest_images(feature: torch.Tensor, data_base: DataBase, skip: tuple[str, int] | None, number: int,
+                   binary: bool = False) -> list[tuple[int, float]]:
+    """Return the nearest images of the searched subset as (index, similarity), nearest first, ties in their order.
+
+    Args:
+        feature: (D,) of the query.
+        skip: the query's own subset and index, which is not retrieved.
+        number: how many; fewer where the subset holds fewer.
+        binary: rank by Hamming distance; the similarity is then the share of equal bits.
+    """
+    similarity = similarity_of(feature[None], data_base.subsets[data_base.searched].features, binary)[0]
+    if skip and skip[0] == data_base.searched:
+        similarity[skip[1]] = -torch.inf
+    order = similarity.argsort(descending=True, stable=True)[:number].tolist()
+    return [(index, similarity[index].item()) for index in order if similarity[index].isfinite()]

@@ -1,0 +1,242 @@
+"""All that a run leaves: its name, lock, model, data base, checkpoint and statistics, and how each was made.
+
+Written and read here, and nowhere else; a model is turned into a network in model.py. PyTorch and pandas are imported
+where they are used.
+"""
+import contextlib
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.errors import UserError, reason_of
+from engine.files import are_texts, check_fields, check_paths, is_folder_name, is_whole, load, save, write_atomically
+from engine.processes import world_size
+
+if TYPE_CHECKING:
+    import torch
+
+CHECKPOINT_VERSION = 2
+LARGEST = {'side': 8192, 'feature_dim': 65536}  # what a training accepts
+
+
+# ---------------------------------------------------- names and places ---------------------------------------------
+def run_name(*parts) -> str:
+    """Join the parts of a run's name with `_`, in `[a-z0-9_.-]`: what else occurs becomes `-`."""
+    words = [re.sub(r'[^a-z0-9_.-]+', '-', str(part).lower()) for part in parts]
+    return '_'.join(word for word in words if word)
+
+
+class RunFiles:
+    """Where the files of a run lie: {folder}/{name}_{ending}."""
+
+    ENDINGS = {'statistics': 'statistics.csv', 'model': 'model.pth', 'data_base': 'data_base.pth',
+               'checkpoint': 'checkpoint.pth', 'curves': 'curves.png', 'curves_pdf': 'curves.pdf'}
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name = Path(folder), name
+        for kind, ending in self.ENDINGS.items():
+            setattr(self, kind, self.folder / f'{name}_{ending}')
+
+    @classmethod
+    def beside(cls, data_base: Path) -> 'RunFiles':
+        """Return the files of the run that a data base is of."""
+        return cls(data_base.parent, data_base.name.removesuffix('.pth').removesuffix('_data_base'))
+
+    def all(self) -> list[Path]:
+        """Return all paths, those of the pictures too."""
+        return [getattr(self, kind) for kind in self.ENDINGS]
+
+    @contextlib.contextmanager
+    def locked(self, message: str):
+        """Hold the run's lock; the system lets go of it when the process dies, however it does.
+
+        Raises:
+            UserError: with the message, if another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.folder / f'.{self.name}.lock', timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(message) from None
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+            lock.release()
+
+
+def provenance(device) -> dict:
+    """Return what a file should say of the code and the machine that made it: commit, versions, device, processes."""
+    import torch
+    import torchvision
+
+    def git(*words: str) -> str | None:
+        try:
+            result = subprocess.run(['git', '-C', str(Path(__file__).parent), *words], capture_output=True, text=True,
+                                    check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or the code came without its history
+            return None
+        return result.stdout.strip()
+
+    changes = git('status', '--porcelain', '--untracked-files=no')
+    return {'commit': git('rev-parse', 'HEAD') or 'unknown', 'changed_since': 'unknown' if changes is None else
+            'yes' if changes else 'no', 'python': platform.python_version(), 'torch': str(torch.__version__),
+            'torchvision': str(torchvision.__version__), 'processes': world_size(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}
+
+
+# ---------------------------------------------------- statistics ---------------------------------------------------
+def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dict | None = None) -> None:
+    """Save a run's statistics as CSV, a row an epoch.
+
+    Behind what was measured stand a column `args.NAME` per setting and `made.NAME` per part of `provenance`.
+    """
+    import pandas as pd
+
+    plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+             for name, value in settings.items()} | {f'made.{name}': value for name, value in (made_with or {}).items()}
+    table = pd.DataFrame([{**row, **plain} for row in rows])
+    write_atomically(path, lambda file: table.to_csv(file, index=False))
+
+
+def read_statistics(path: str | Path):
+    """Read the statistics of a run: a DataFrame with a row an epoch.
+
+    Raises:
+        UserError: if the file is missing, empty, or no statistics file.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'there is no statistics file {path}; train.py writes them as '
+                        f'RUN_{RunFiles.ENDINGS["statistics"]}')
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:  # of pandas, for an empty or ragged file, or one that is no text
+        raise UserError(f'{path} is no statistics file ({reason_of(error)})') from None
+    if 'epoch' not in table or not len(table) or not pd.api.types.is_numeric_dtype(table['epoch']):
+        raise UserError(f'{path} is no statistics file: it has no rows with an epoch')
+    return table
+
+
+# ---------------------------------------------------- model, checkpoint --------------------------------------------
+# The settings of a run that are used after the training.
+RUN = {'data_name': is_folder_name, 'crop_type': lambda value: value in ('uncropped', 'cropped'),
+       'batch_size': is_whole(1), 'resize_size': is_whole(1, LARGEST['side']),
+       'amp': lambda value: value in ('auto', 'on', 'off'),
+       'recalls': lambda value: len(value) > 0 and all(map(is_whole(1), value)) and list(value) == sorted(value)}
+CHECKPOINT = {
+    'version': lambda value: value == CHECKPOINT_VERSION, 'args': dict, 'split': str, 'epoch': is_whole(1),
+    'rows': lambda rows: type(rows) is list and all(
+        type(row) is dict and row.keys() == rows[0].keys() and {type(value) for value in row.values()} <= {int, float}
+        for row in rows), 'model': dict, 'criterion': dict, 'optimizer': dict, 'schedule': dict,
+    'rng': lambda value: str(value.dtype) == 'torch.uint8'}
+
+
+def load_model_file(path: str | Path) -> dict:
+    """Load a `{run}_model.pth`: {'config', 'state_dict', 'args', ...}.
+
+    Raises:
+        UserError: if the file is missing, corrupt, or no model of this project.
+    """
+    contents = load(path, 'model', {'config': dict, 'state_dict': dict, 'args': dict})
+    check_fields(contents['args'], RUN, path, 'model')
+    check_fields(contents['config'], {'feature_dim': is_whole(0, LARGEST['feature_dim']),
+                                      'image_size': is_whole(1, LARGEST['side'])}, path, 'model')
+    return contents
+
+
+def load_checkpoint_file(path: Path) -> dict:
+    """Load a `{run}_checkpoint.pth`, whose parts are of the right types; raises UserError where they are not."""
+    contents = load(path, 'checkpoint', CHECKPOINT)
+    check_fields(contents, {'rows': lambda rows: len(rows) == contents['epoch']}, path, 'checkpoint')
+    return contents
+
+
+# ---------------------------------------------------- data base ----------------------------------------------------
+class Subset(NamedTuple):
+    """Embedded images: paths below the data set's folder, labels (n,) int64, features (n, D) unit rows."""
+
+    images: list
+    labels: 'torch.Tensor'
+    features: 'torch.Tensor'
+
+
+@dataclass
+class DataBase:
+    """The embedded test images (queries) and the gallery, where there is one, with the names of their classes."""
+
+    class_names: list[str]  # by label
+    test: Subset
+    gallery: Subset | None = None  # what queries are searched in; without it, in each other
+    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with
+    proxies: dict = field(default_factory=dict)  # train_proxies (C, D) and train_class_names
+
+    @property
+    def subsets(self) -> dict[str, Subset]:
+        """The subsets by their names, `test` and perhaps `gallery`."""
+        return {'test': self.test} if self.gallery is None else {'test': self.test, 'gallery': self.gallery}
+
+    @property
+    def searched(self) -> str:
+        """The name of the subset that queries are searched in."""
+        return 'test' if self.gallery is None else 'gallery'
+
+    def tensors(self, device=None) -> tuple:
+        """Return query features and labels, then those of the gallery or None, as `retrieval_metrics` takes them."""
+        gallery = self.gallery or Subset([], None, None)
+        return tuple(tensor if tensor is None else tensor.to(device) for tensor in (
+            self.test.features, self.test.labels, gallery.features, gallery.labels))
+
+    def save(self, path: Path) -> None:
+        """Save as a plain dict: class_names, test_images, test_labels, test_features, gallery_..., train_..., args."""
+        subsets = {f'{name}_{part}': value for name, subset in self.subsets.items()
+                   for part, value in subset._asdict().items()}
+        save({'class_names': self.class_names, **subsets, **self.proxies, **self.origin}, path)
+
+
+def is_features(value, count: int, dim: int) -> bool:
+    """Tell whether a value of a stranger's file can be used as features (count, dim)."""
+    import torch
+
+    return (torch.is_tensor(value) and value.layout == torch.strided and value.device.type == 'cpu'
+            and value.is_contiguous() and not value.requires_grad and value.is_floating_point()
+            and value.shape == (count, dim) and dim > 0)
+
+
+def load_data_base(path: str | Path) -> DataBase:
+    """Load a data base and check that its parts fit each other.
+
+    Raises:
+        UserError: if the file is missing, corrupt, empty, or no data base of this project.
+    """
+    import torch
+
+    contents = load(path, 'data base', {
+        'test_images': are_texts, 'test_labels': torch.is_tensor, 'test_features': lambda value: value.ndim == 2,
+        'class_names': are_texts, 'args': dict})
+    check_fields(contents['args'], RUN, path, 'data base')
+    names, dim, subsets = contents['class_names'], contents['test_features'].shape[1], {}
+    for name in ('test', 'gallery') if any(str(key).startswith('gallery_') for key in contents) else ('test',):
+        count = len(contents[f'{name}_images']) if are_texts(contents.get(f'{name}_images')) else 0
+        check_fields(contents, {
+            f'{name}_images': lambda images, count=count: 0 < count == len(images),
+            f'{name}_labels': lambda labels, count=count: labels.layout == torch.strided and labels.is_contiguous()
+            and labels.dtype == torch.int64 and labels.shape == (count,) and int(labels.min()) >= 0
+            and int(labels.max()) < len(names),
+            f'{name}_features': lambda features, count=count: is_features(features, count, dim)}, path, 'data base')
+        subset = Subset(*(contents[f'{name}_{part}'] for part in Subset._fields))
+        if (torch.linalg.vector_norm(subset.features.double(), dim=1) > 1.01).any():  # metrics.py counts those of NaN
+            raise UserError(f'{path}: the {name} features are no unit rows, so that their products are no cosines; '
+                            'train again')
+        check_paths(path, subset.images)
+        subsets[name] = subset
+    parts = [{key: contents[key] for key in keys if key in contents} for keys in (
+        ('args', 'epoch', 'made_with'), ('train_proxies', 'train_class_names'))]
+    return DataBase(names, **subsets, origin=parts[0], proxies=parts[1])

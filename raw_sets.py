@@ -1,0 +1,253 @@
+"""What the data sets look like before they are converted: their folders, annotation files and complete counts.
+
+To add one, write a `read_*` function that returns its images as a list of Item and the names of its classes, and its
+entry in RAW_SETS. Nothing here reads pixels, so that the names of the data sets are known at once.
+"""
+import math
+import multiprocessing
+import os
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.errors import UserError, reason_of
+from engine.files import is_folder_name, is_inside
+
+SUBSETS = ('train', 'test', 'query', 'gallery')
+READER_MEMORY = 4 * 2**30  # bytes; the annotations of CARS196 need 200 MB, most of it the libraries
+
+
+class Item(NamedTuple):
+    """One image of a raw data set."""
+
+    source: str  # path below the data set's folder
+    subset: str  # train, test, query or gallery
+    label: str
+    stem: str  # file name below uncropped/, without its ending
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels
+
+
+# ---------------------------------------------------- annotation files ---------------------------------------------
+def read_table(path: Path, columns: int, header_lines: int = 0, last_is_path: bool = False) -> Iterator[list[str]]:
+    """Yield `file:line` and then the fields of each line of a text table.
+
+    Raises:
+        UserError: with file and line number where a line does not have `columns` fields.
+    """
+    try:
+        lines = path.read_text(encoding='utf-8').split('\n')
+    except UnicodeDecodeError:
+        raise UserError(f'{path} is no text file in UTF-8; unpack the archive again') from None
+    for number, line in enumerate(lines[header_lines:], start=header_lines + 1):
+        if not line.strip():
+            continue
+        fields = line.split(maxsplit=columns - 1 if last_is_path else -1)
+        if len(fields) != columns:
+            raise UserError(f'{path}:{number}: {len(fields)} fields instead of {columns} in {line[:60]!r}; '
+                            'unpack the archive again')
+        yield [f'{path}:{number}', *fields]
+
+
+def as_int(text: str, line: str) -> int:
+    """Parse a class number at `file:line` of an annotation file."""
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f'{line}: the class {text[:40]!r} is no whole number; unpack the archive again') from None
+
+
+def check_path(path: str, line: str) -> str:
+    """Return the path of an image below the data set's folder, or refuse it with `file:line`."""
+    if not is_inside(path) or path.split('/')[-1] in ('', '.'):
+        raise UserError(f'{line}: {path[:60]!r} is no path of an image below the data set; unpack the archive again')
+    return path
+
+
+def read_annotations(file: str) -> tuple[list, list[str]]:
+    """Return [[path, class, x1, y1, x2, y2], ...] and the names of the classes from 1 on, of cars_annos.mat."""
+    import resource
+
+    import numpy as np
+    from scipy.io import loadmat
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (READER_MEMORY if hard == resource.RLIM_INFINITY else
+                                            min(READER_MEMORY, hard), hard))
+    contents = loadmat(file)
+    rows = [[str(row['relative_im_path'].item()), int(row['class'].item()),
+             *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))]
+            for row in contents['annotations'].reshape(-1)]
+    return rows, [str(name.item()) for name in contents.get('class_names', np.empty(0)).reshape(-1)]
+
+
+def read_car(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read CARS196 (Krause et al., 2013): classes 1-98 train, 99-196 test, whatever its own `test` field says.
+
+    Its annotations are read in a process of its own: the reader of scipy can crash on a damaged file, or ask for any
+    amount of memory, and nobody knows who made the file.
+    """
+    file = root / 'cars_annos.mat'
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+            rows, names = pool.submit(read_annotations, str(file)).result()
+    except Exception as error:  # BrokenProcessPool where it crashed, else what scipy stumbled over
+        raise UserError(f'{file} is no annotation file of CARS196 ({reason_of(error)}); download it again') from None
+    # MATLAB counts pixels from 1, both ends included.
+    items = [Item(check_path(path, str(file)), 'train' if label <= 98 else 'test', str(label), Path(path).stem,
+                  (x1 - 1, y1 - 1, x2, y2)) for path, label, x1, y1, x2, y2 in rows]
+    return items, {str(number): name for number, name in enumerate(names, start=1)}
+
+
+def read_cub(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read CUB-200-2011 (Wah et al., 2011): classes 1-100 train, 101-200 test."""
+    labels = {image_id: as_int(label, line)
+              for line, image_id, label in read_table(root / 'image_class_labels.txt', 2)}
+    boxes = {}
+    for line, image_id, *numbers in read_table(root / 'bounding_boxes.txt', 5):
+        try:
+            x, y, width, height = (float(number) for number in numbers)
+            boxes[image_id] = (math.floor(x), math.floor(y), math.ceil(x + width), math.ceil(y + height))
+        except (ValueError, OverflowError):
+            raise UserError(f'{line}: the box {" ".join(numbers)[:60]!r} is not made of numbers; unpack the archive '
+                            'again') from None
+    items = []
+    for line, image_id, path in read_table(root / 'images.txt', 2, last_is_path=True):
+        if image_id not in labels or image_id not in boxes:
+            raise UserError(f'{line}: image {image_id[:40]} has no label or no box in the other files; unpack the '
+                            'archive again')
+        path, label = check_path(path, line), labels[image_id]
+        items.append(Item(f'images/{path}', 'train' if label <= 100 else 'test', str(label), Path(path).stem,
+                          boxes[image_id]))
+    return items, {item.label: Path(item.source).parent.name for item in items}
+
+
+def read_sop(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read Stanford Online Products (Oh Song et al., CVPR 2016): the two lists are the split."""
+    items = []
+    for subset in ('train', 'test'):
+        table = read_table(root / f'Ebay_{subset}.txt', 4, header_lines=1, last_is_path=True)
+        for line, _, label, _, path in table:
+            label = str(as_int(label, line))
+            stem = os.path.splitext(check_path(path, line))[0].replace('/', '_')
+            items.append(Item(path, subset, label, stem))
+    return items, {item.label: f'{item.source.split("_final")[0]} {item.label}' for item in items}
+
+
+def read_isc(root: Path) -> tuple[list[Item], dict[str, str]]:
+    """Read In-shop Clothes Retrieval (Liu et al., CVPR 2016): train, query and gallery as its list says."""
+    file = root / 'Eval/list_eval_partition.txt'
+    items = []
+    for line, path, label, subset in read_table(file, 3, header_lines=2):
+        if subset not in ('train', 'query', 'gallery'):
+            raise UserError(f'{line}: evaluation status {subset[:40]!r} is not train, query or gallery; unpack the '
+                            'archive again')
+        check_path(path, line)
+        stem = os.path.splitext(path)[0].removeprefix('img/').replace('/', '_')
+        items.append(Item(f'Img/{path}', subset, label, stem))
+    return items, {item.label: item.label for item in items}
+
+
+def read_folder(root: Path, test_ratio: float | None, seed: int) -> tuple[list[Item], dict[str, str]]:
+    """Read a folder of one's own: `train/CLASS/*` and `test/CLASS/*` (or `query`, `gallery`), or one folder a class.
+
+    With one folder a class, `test_ratio` of the classes (None: half), drawn from `seed`, become test classes.
+    """
+    from engine.images import IMAGE_SUFFIXES
+
+    def images(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+                      and not any(part.startswith('.') for part in path.relative_to(folder).parts))
+
+    def classes(folder: Path) -> list[Path]:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
+                      and path.name not in ('uncropped', 'cropped'))
+
+    named = {path.name.lower(): path for path in classes(root)}
+    subsets = [subset for subset in SUBSETS if subset in named]
+    if subsets in (['train', 'test'], ['train', 'query', 'gallery']):
+        if test_ratio is not None:
+            raise UserError(f'--test_ratio {test_ratio} has no effect: {root} is split into {" and ".join(subsets)} '
+                            'already; leave it out')
+        folders = [(folder, subset) for subset in subsets for folder in classes(named[subset])]
+    elif subsets:
+        raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '
+                        'each with one folder per class, or just one folder per class')
+    else:
+        folders = classes(root)
+        test_ratio = 0.5 if test_ratio is None else test_ratio
+        if not 0 < test_ratio < 1:
+            raise UserError(f'--test_ratio {test_ratio} must lie between 0 and 1')
+        order = random.Random(seed).sample(range(len(folders)), len(folders))
+        num_test = max(1, round(test_ratio * len(folders)))
+        folders = [(folder, 'test' if order[i] < num_test else 'train') for i, folder in enumerate(folders)]
+    items = [Item(path.relative_to(root).as_posix(), subset, folder.name,
+                  path.relative_to(root).with_suffix('').as_posix().replace('/', '_'))
+             for folder, subset in folders for path in images(folder)]
+    return items, {item.label: item.label for item in items}
+
+
+# ---------------------------------------------------- registry -----------------------------------------------------
+class RawSet(NamedTuple):
+    """A known raw data set."""
+
+    names: tuple[str, ...]  # of its folder, lower case: ours, Proxy Anchor's --dataset, the archive's own
+    files: tuple[str, ...]  # that tell it
+    read: Callable[[Path], tuple[list[Item], dict[str, str]]]
+    counts: dict[str, tuple[int, int]]  # {subset: (classes, images)} of the complete set, from its paper
+
+
+RAW_SETS = {
+    'car': RawSet(('car', 'cars', 'cars196'), ('cars_annos.mat',), read_car,
+                  {'train': (98, 8054), 'test': (98, 8131)}),
+    'cub': RawSet(('cub', 'cub_200_2011', 'cub200', 'cub-200-2011'),
+                  ('images.txt', 'image_class_labels.txt', 'bounding_boxes.txt'), read_cub,
+                  {'train': (100, 5864), 'test': (100, 5924)}),
+    'sop': RawSet(('sop', 'stanford_online_products'), ('Ebay_train.txt', 'Ebay_test.txt'), read_sop,
+                  {'train': (11318, 59551), 'test': (11316, 60502)}),
+    'isc': RawSet(('isc', 'inshop', 'inshop_clothes', 'in-shop', 'in-shop clothes retrieval benchmark'),
+                  ('Eval/list_eval_partition.txt',), read_isc,
+                  {'train': (3997, 25882), 'query': (3985, 14218), 'gallery': (3985, 12612)}),
+}
+
+
+def canonical_data_name(name: str) -> str:
+    """Return the short name of a data set (`CUB_200_2011`, `Inshop`, `cars` -> `cub`, `isc`, `car`); others stay."""
+    for short, raw in RAW_SETS.items():
+        if name.lower() in raw.names:
+            return short
+    if not is_folder_name(name):
+        raise UserError(f'--data_name {name!r} is no plain folder name; name a folder in --data_path')
+    return name
+
+
+def find_root(data_path: str | Path, data_name: str) -> Path | None:
+    """Return the folder of a data set below `data_path`, under its short name or its archive's own, or None."""
+    data_path, raw = Path(data_path), RAW_SETS.get(data_name)
+    names = raw.names if raw else (data_name.lower(),)
+    folders = [path for path in data_path.iterdir() if path.is_dir()] if data_path.is_dir() else []
+    found = [path for path in folders if path.name == data_name or path.name.lower() in names]
+    # Of several, the one that holds the data set, then the one of the short name.
+    return min(found, default=None, key=lambda path: (
+        not ((path / (raw.files[0] if raw else '')).exists() or (path / 'uncropped_data_dicts.pth').exists()),
+        path.name != data_name, path.name))
+
+
+def check_data_path(data_path: Path) -> None:
+    """Refuse a --data_path that is no folder."""
+    if not data_path.is_dir():
+        what = 'is no folder' if data_path.exists() else 'does not exist'
+        raise UserError(f'--data_path {data_path} {what}; name the folder that holds your data sets')
+
+
+# ---------------------------------------------------- splits -------------------------------------------------------
+def count_images(classes: dict[str, list[str]]) -> int:
+    """Return the number of images of a subset {label: [path, ...]}."""
+    return sum(len(paths) for paths in classes.values())
+
+
+def images_of(split: dict) -> list[str]:
+    """Return the paths of all images of a split, each once."""
+    return list(dict.fromkeys(path for subset in SUBSETS if subset in split
+                              for paths in split[subset].values() for path in paths))
