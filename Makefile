@@ -1,5 +1,6 @@
 # make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
-# make sweep: R@1 over the momentum of moving proxies, 21 small runs.
+# make sweep: R@1 over the momentum of moving proxies, 21 small runs. make results: every loss with every rule, and the
+# five recipes, on CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
@@ -8,7 +9,17 @@ DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png t
 SWEEP_MOMENTA := 0.05 0.1 0.3 0.5 0.7 0.9 0.95
 SWEEP_SEEDS := 1 2 3
 
-.PHONY: demo sweep test lowest lint clean
+DATA ?= /home/data
+WEIGHTS ?= imagenet
+GRID_SEEDS ?= 1 2 3
+GRID_LOSSES := normalized_softmax balanced_proxy proxy_anchor proxy_nca cos_face arc_face
+GRID_RULES := positive momentum gradient
+GRID_RECIPES := balanced_proxy asymptotic_proxy positive_proxy momentum_proxy proxy_anchor
+GRID_PROTOCOL := --data_path $(DATA) --data_name car --backbone_type timm:tf_efficientnet_lite0 --weights $(WEIGHTS) \
+	--image_size 128 --cache_size 146 --batch_size 120 --num_epochs 6 --warm_up 1 --lr 1e-4 --lr_schedule step \
+	--lr_decay_step 3 --lr_decay_gamma 0.5 --recalls 1,2,4,8 --num_workers 1 --on_collapse warn
+
+.PHONY: demo sweep results grid-run test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -31,6 +42,23 @@ sweep: .venv/demo
 			--momentum $$momentum --seed $$seed --on_collapse warn --results_dir results/sweep --overwrite; \
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
+
+results: .venv/demo
+	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
+	set -e; for seed in $(GRID_SEEDS); do \
+		for recipe in $(GRID_RECIPES); do \
+			$(MAKE) --no-print-directory grid-run SEED=$$seed FLAGS="--recipe $$recipe --remark recipe"; \
+		done; \
+		for loss in $(GRID_LOSSES); do for rule in $(GRID_RULES); do \
+			$(MAKE) --no-print-directory grid-run SEED=$$seed \
+				FLAGS="--recipe positive_proxy --loss_name $$loss --proxy_update $$rule --remark grid"; \
+		done; done; \
+	done
+
+# A run that is finished is resumed without an epoch left; one that was never begun cannot be resumed.
+grid-run:
+	$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --results_dir results/grid --resume || \
+		$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --results_dir results/grid --overwrite
 
 test: .venv/test
 	$(BIN)/python -m pytest

@@ -57,7 +57,7 @@ def main() -> None:
             sets = {source: RetrievalDataset(data._replace(cache=found), 'train', transform)
                     for source, found in (('decode', None), ('cache', cache))}
             count = min(args.num_images, len(sets['decode']))
-            seconds = take_turns({source: lambda images=images, count=count: [images[index] for index in range(count)][:0]
+            seconds = take_turns({source: lambda part=images, count=count: [part[index] for index in range(count)][:0]
                                   for source, images in sets.items()}, args.repetitions)
             speeds = {source: count / median(values) for source, values in seconds.items()}
             ratio = median([a / b for a, b in zip(seconds['decode'], seconds['cache'], strict=True)])

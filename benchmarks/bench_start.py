@@ -5,10 +5,15 @@
 The training is that of `make demo`. Each is a process of its own; the first turn, which fills the disk's cache, is not
 counted. Ends with one line of JSON.
 """
+import fcntl
+import os
+import pty
 import shlex
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from pathlib import Path
 
@@ -37,15 +42,19 @@ def first_step(folder: str) -> float:
     """Start the demo's training, wait until its bar shows a step, end it; returns the seconds until the bar began."""
     command = [sys.executable, REPOSITORY / 'train.py', *demo_words(), '--data_path', folder, '--results_dir', folder]
     start, began, seen = time.perf_counter(), None, b''
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    terminal, its_end = pty.openpty()  # into a file the bar would write a line every half minute
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, struct.pack('4H', 24, 120, 0, 0))  # rows and columns
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=its_end) as process:
+        os.close(its_end)
         while b' 1/80 ' not in seen:
-            part = process.stderr.read1()
-            if not part:
-                raise SystemExit(f'the training ended: {seen.decode()}')
-            seen += part
+            try:
+                seen += os.read(terminal, 2**16)
+            except OSError:  # nobody writes any more
+                raise SystemExit(f'the training ended: {seen.decode()}') from None
             if began is None and b' 0/80 ' in seen:
                 began = time.perf_counter() - start
         process.terminate()
+    os.close(terminal)
     return began
 
 

@@ -127,7 +127,8 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
 
     (run,) = (path.name.removesuffix('_model.pth') for path in (folder / 'run').glob('*_model.pth'))
     kinds = {'checkpoint': (folder / 'run' / f'{run}_checkpoint.pth', load_checkpoint_file),
-             'data base': (folder / 'run' / f'{run}_data_base.pth', lambda path: load_data_base(path) and load(path, 'data base')),
+             'data base': (folder / 'run' / f'{run}_data_base.pth',
+                           lambda path: load_data_base(path) and load(path, 'data base')),
              'model': (folder / 'run' / f'{run}_model.pth', lambda path: load_model(path, torch.device('cpu'))[1]),
              'weights': (weights, lambda path: load_weights(str(path), None)),
              'annotations (.mat)': (root / 'cars_annos.mat', lambda _: [item._asdict() for item in read_car(root)[0]]),
