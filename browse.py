@@ -8,8 +8,9 @@ import torch
 from engine.errors import UserError, nearest
 from engine.processes import progress
 from engine.runs import DataBase, RunFiles, load_data_base
-from metrics import check_finite, similarity_of
+from metrics import check_features, similarity_of
 from raw_sets import find_root
+from utils import user_path
 
 SIMILARITIES_AT_ONCE = 2**24  # 128 MiB in float64
 DEFAULT_DATA_BASE = 'car_resnet50_balanced_proxy_512_data_base.pth'  # of train.py without any flags
@@ -25,10 +26,22 @@ class OpenRun(NamedTuple):
 
 def add_data_base_flags(parser) -> None:
     """Add the flags by which `open_run` finds a data base and its images."""
-    parser.add_argument('--data_base', default=DEFAULT_DATA_BASE, help='file, or its name in --results_dir '
+    parser.add_argument('--data_base', type=user_path, default=DEFAULT_DATA_BASE, help='file, or its name in '
+                        '--results_dir [%(default)s]')
+    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets '
                         '[%(default)s]')
-    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
-    parser.add_argument('--results_dir', default='results', help='where data bases are and pictures go [%(default)s]')
+    parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases are and pictures go '
+                        '[%(default)s]')
+
+
+def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:
+    """Return a file that a run left, as it is named or in the results folder; raises UserError that lists its like."""
+    file = Path(name) if Path(name).is_file() else Path(results_dir) / name
+    if not file.is_file():
+        there = sorted(path.name for path in Path(results_dir).glob(f'*_{ending}'))
+        raise UserError(f'{flag} {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
+                        f'{", ".join(there) or "none; train first"})')
+    return file
 
 
 def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
@@ -37,11 +50,7 @@ def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
     Raises:
         UserError: if there is none, it is damaged, or its data set is not there.
     """
-    file = Path(name) if Path(name).is_file() else Path(results_dir) / name
-    if not file.is_file():
-        there = sorted(path.name for path in Path(results_dir).glob('*_data_base.pth'))
-        raise UserError(f'--data_base {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
-                        f'{", ".join(there) or "none; train first"})')
+    file = find_result('--data_base', RunFiles.ENDINGS['data_base'], name, results_dir)
     data_base = load_data_base(file)
     data_name = data_base.origin['args']['data_name']
     root = find_root(data_path, data_name)
@@ -60,10 +69,11 @@ def rank_queries(data_base: DataBase, binary: bool = False) -> dict[str, torch.T
         'nearest': (Q,) int64, the nearest image of the searched subset}.
 
     Raises:
-        UserError: if features are not finite.
+        UserError: if features are not finite or no unit rows.
     """
     queries, searched = data_base.test, data_base.subsets[data_base.searched]
-    check_finite(query=queries.features, gallery=searched.features)
+    check_features('query', queries.features, queries.labels, unit=not binary)
+    check_features('gallery', searched.features, searched.labels, unit=not binary)
     found = {'rank': [], 'margin': [], 'nearest': []}
     block = max(1, SIMILARITIES_AT_ONCE // len(searched.features))
     for start in progress(range(0, len(queries.features), block), desc='rank', delay=2):

@@ -4,27 +4,29 @@
     python data_utils.py --data_path /home/data --data_name cub car
     python data_utils.py --data_path data --data_name glyph         # made here, no download
     python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/...
+    python data_utils.py --data_path /home/me --data_name flowers --test_ratio 0.3         # flowers/CLASS/*.jpg
 
 Under {data_path}/{data_name} this writes the images to `uncropped/` (hard links where the file system has them) and,
 where there are bounding boxes, to `cropped/`, and the split files `uncropped_data_dicts.pth` and
 `cropped_data_dicts.pth`: {'train': {label: [path, ...]}, 'test': {...}, 'class_names': {label: name}}, for In-shop
 `train`, `query` and `gallery`; paths relative to {data_path}/{data_name}. `conversion.json` remembers what was decoded,
-so that a second run reads only what is new. PyTorch is imported where it is used, so that a run with nothing to do
+so that a second run reads only what is new, and which side a class of one's own was dealt. A conversion mirrors the
+folder: of an image that is gone nothing is kept. PyTorch is imported where it is used, so that a run with nothing to do
 ends at once.
 """
-import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.errors import UserError, nearest
-from engine.files import check_paths, make_folder, save, save_json, stamp_of
+from engine.files import check_paths, make_folder, read_json, save, save_json, stamp_of
 from engine.images import BrokenImage, open_image
 from engine.processes import progress
+from folders import DEFAULT_RATIO, read_folder
 from glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
 from raw_sets import (RAW_SETS, SUBSETS, Item, canonical_data_name, check_data_path, count_images, find_root,
-                      images_of, read_folder)
+                      images_of)
 from utils import Parser, check_between, run_script
 
 FAILURES_SHOWN = 20
@@ -82,23 +84,20 @@ def open_manifest(root: Path, folders: list[str]) -> dict:
     """Return what an earlier conversion wrote down, or an empty manifest.
 
     {'made_by': 'data_utils.py', 'splits': {file: [size, time]}, 'files': {source: [file name and size in uncropped/,
-    stem, box, subset, label, class name, size and time of the source]}}
+    stem, box, subset, label, class name, size and time of the source]}, 'deal': of folders.py}
 
     Raises:
         UserError: if files of these names are there, but not from an earlier conversion.
     """
-    file = root / 'conversion.json'
-    try:
-        manifest = json.loads(file.read_text()) if file.is_file() else {}
-        if manifest.get('made_by') == 'data_utils.py' and isinstance(manifest['files'], dict):
-            return manifest
-    except (ValueError, AttributeError, KeyError):
-        pass  # not ours, like any other file of that name
+    manifest = read_json(root / 'conversion.json', {
+        'made_by': lambda value: value == 'data_utils.py', 'files': dict, 'splits': dict})
+    if manifest:
+        return manifest
     names = ['conversion.json', *folders, *(f'{folder}_data_dicts.pth' for folder in folders)]
     foreign = [name for name in names if (root / name).exists()]
     if foreign:
         raise UserError(f'{root} holds {", ".join(foreign)} that this script did not write; move that away')
-    return {'made_by': 'data_utils.py', 'files': {}, 'splits': {}}
+    return {'made_by': 'data_utils.py', 'files': {}, 'splits': {}, 'deal': {}}
 
 
 def find_changes(root: Path, items: list[Item], class_names: dict[str, str], manifest: dict, folders: list[str]
@@ -131,17 +130,35 @@ def find_changes(root: Path, items: list[Item], class_names: dict[str, str], man
     return done, failures, todo
 
 
-def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False) -> dict:
+def earlier_deal(manifest: dict) -> dict:
+    """Return the deal that a manifest remembers; one of before deals were remembered says it by its images."""
+    sides = {entry[5]: entry[4] for entry in manifest['files'].values()}
+    if manifest.get('deal') or set(sides.values()) != {'train', 'test'}:
+        return manifest.get('deal', {})
+    return {'sides': sides}
+
+
+def mirror(root: Path, manifest: dict, done: dict) -> None:
+    """Remove what an earlier conversion wrote of images that are not among those of this one."""
+    kept = {entry[0] for entry in done.values()} | {f'{entry[2]}.jpg' for entry in done.values()}
+    for source, (name, _, stem, *_) in manifest['files'].items():
+        for file in (root / 'uncropped' / name, root / 'cropped' / f'{stem}.jpg') if source not in done else ():
+            if file.name not in kept:
+                file.unlink(missing_ok=True)
+
+
+def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False,
+            dealt: dict | None = None) -> dict:
     """Decode every image that is new or changed, in parallel, and write the split files.
 
     Args:
-        root: the data set's folder.
         items: the images, as a `read_*` gives them.
         class_names: {label: name}.
         skip_bad: leave broken and missing images out instead of failing.
+        dealt: of `read_folder`, to be remembered.
 
     Returns:
-        {'decoded': number of images decoded, 'skipped': number left out, 'splits': {folder: split}}.
+        {'decoded', 'skipped', 'gone': numbers of images, 'splits': {folder: split}}.
 
     Raises:
         UserError: if images are broken or missing (all of them are counted, the first twenty named), one is listed
@@ -153,11 +170,13 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     for folder in folders:
         make_folder('the folder', root / folder)
     if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
-        save_json(manifest, manifest_file)
+        save_json({**manifest, 'deal': dealt or {}}, manifest_file)
     done, failures, todo = find_changes(root, items, class_names, manifest, folders)
     decode(root, todo, done, failures)
-    unchanged = list(done.items()) == list(manifest['files'].items())
-    manifest['files'] = done
+    mirror(root, manifest, done)
+    gone = len(manifest['files'].keys() - done.keys() - failures.keys())
+    unchanged = list(done.items()) == list(manifest['files'].items()) and manifest.get('deal') == (dealt or {})
+    manifest |= {'files': done, 'deal': dealt or {}}
     if not unchanged:
         save_json(manifest, manifest_file)
     if failures and not skip_bad:
@@ -174,7 +193,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
             save(split, root / f'{folder}_data_dicts.pth')
         manifest['splits'] = {name: stamp_of(root / name) for name in stamps}
         save_json(manifest, manifest_file)
-    return {'decoded': len(todo), 'skipped': len(failures), 'splits': splits}
+    return {'decoded': len(todo), 'skipped': len(failures), 'gone': gone, 'splits': splits}
 
 
 def decode(root: Path, todo: list[tuple[Item, list]], done: dict, failures: dict) -> None:
@@ -228,24 +247,48 @@ def check_counts(counts: dict[str, tuple[int, int]], expected: dict[str, tuple[i
     return f'not the complete data set: {"; ".join(differ)}. Numbers on it do not compare with published ones'
 
 
-def read_items(root: Path, data_name: str, args) -> tuple[list[Item], dict[str, str]]:
-    """Return the images of a data set and the names of its classes.
+def read_known(root: Path, data_name: str) -> tuple[list[Item], dict[str, str]]:
+    """Return the images of a data set of RAW_SETS and the names of its classes.
 
     Raises:
         UserError: if it lacks a file, or one is not what it should be.
     """
-    raw = RAW_SETS.get(data_name)
-    if raw is None:
-        return read_folder(root, args.test_ratio, args.seed)
+    raw = RAW_SETS[data_name]
     missing = [file for file in raw.files if not (root / file).is_file()]
     if missing:
-        mirror = data_name == 'car' and any((root / name).is_dir() for name in ('train', 'cars_train'))
+        mirrored = data_name == 'car' and any((root / name).is_dir() for name in ('train', 'cars_train'))
         note = (' (train and test folders, 8,144 / 8,041 images, are the classification split with every class in '
-                'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)') if mirror else ''
-        raise UserError(f'{root} lacks {", ".join(missing)}{note}; extract the data set\'s own archive there')
+                'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)') if mirrored else ''
+        raise UserError(f'{root} is taken for the data set {data_name} by its name, and lacks {", ".join(missing)}'
+                        f'{note}; extract the data set\'s own archive there, or rename a folder of your own')
     items, class_names = raw.read(root)
     check_paths(root, (item.source for item in items))
     return items, class_names
+
+
+def read_own(root: Path, args) -> tuple[list[Item], dict[str, str], dict]:
+    """Read a folder of one's own as `read_folder` does, and say what of it was left out, and what a new deal breaks."""
+    manifest = open_manifest(root, ['uncropped'])
+    earlier = earlier_deal(manifest)
+    items, class_names, found = read_folder(root, args.test_ratio, args.seed, {} if args.resplit else earlier)
+    if args.resplit and not found['deal']:
+        raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
+    if args.resplit and earlier:
+        changed = sum(earlier['sides'].get(label, side) != side for label, side in found['deal']['sides'].items())
+        print(f'{root.name}: {changed} of {len(class_names)} classes changed sides: what was trained before has seen '
+              'test classes, and no number of it holds on this split')
+    hints = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
+             '.avif': ' (needs Pillow 11.3)'}
+    if found['left_out']:
+        print(f'{root.name}: left out: ' + ', '.join(
+            f'{number:,} {ending}{hints.get(ending, "")}' for ending, number in sorted(found['left_out'].items())))
+    if found['empty']:
+        print(f'{root.name}: {len(found["empty"])} class folders hold no image, the first: {found["empty"][0]}')
+    both = len({item.label for item in items if item.subset == 'train'}
+               & {item.label for item in items if item.subset != 'train'})
+    if both:
+        print(f'{root.name}: {both} classes are in training and test: numbers on them say nothing of unseen classes')
+    return items, class_names, found['deal']
 
 
 def process(data_path: Path, data_name: str, args) -> None:
@@ -254,22 +297,23 @@ def process(data_path: Path, data_name: str, args) -> None:
     Raises:
         UserError: if it is not there, its files are broken, or a subset is empty.
     """
-    root = find_root(data_path, data_name)
-    raw = RAW_SETS.get(data_name)
+    root, raw = find_root(data_path, data_name), RAW_SETS.get(data_name)
     if data_name == 'glyph':
         root = make_folder('--data_path', root or data_path / 'glyph')
-        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed)
+        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed or 0)
     if root is None:
         there = [path.name for path in data_path.iterdir() if path.is_dir()]
         raise UserError(f'--data_name {data_name}: there is no folder {" or ".join(raw.names if raw else [data_name])} '
                         f'in {data_path}{nearest(data_name, [*there, *RAW_SETS, "glyph"])} (there are: '
                         f'{", ".join(sorted(there)) or "none"}); extract the data set there')
-    result = convert(root, *read_items(root, data_name, args), args.skip_bad)
+    items, class_names, dealt = (*read_known(root, data_name), {}) if raw else read_own(root, args)
+    result = convert(root, items, class_names, args.skip_bad, dealt)
     split = result['splits']['uncropped']
     counts = {subset: (len(split[subset]), count_images(split[subset])) for subset in SUBSETS if subset in split}
     parts = ', '.join(f'{subset} {classes:,} classes {images:,} images' for subset, (classes, images) in counts.items())
-    left_out = f'; {result["skipped"]:,} broken or missing images left out' if result['skipped'] else ''
-    print(f'{data_name}: {parts}; {result["decoded"]:,} decoded now{left_out}')
+    more = f'; {result["skipped"]:,} broken or missing images left out' if result['skipped'] else ''
+    more += f'; {result["gone"]:,} that are gone from the folder removed' if result['gone'] else ''
+    print(f'{data_name}: {parts}; {result["decoded"]:,} decoded now{more}')
     if raw:
         print(f'{data_name}: {check_counts(counts, raw.counts)}')
     if args.cache_size is not None:
@@ -290,21 +334,25 @@ def get_args(argv: list[str] | None = None):
                         help='car, cub, sop, isc, glyph, or a folder of your own; without it, every known raw set')
     parser.add_argument('--test_ratio', type=float,
                         help='share of the classes that become test classes, for a folder of your own with one folder '
-                             'per class [0.5]')
+                             f'per class; remembered, so that a class keeps its side [{DEFAULT_RATIO}]')
+    parser.add_argument('--resplit', action='store_true', help='deal the classes of a folder of your own anew; what '
+                        'was trained before has then seen test classes')
     parser.add_argument('--cache_size', type=int, help='also pack all images, their short side reduced to this many '
                         'pixels, into one file for train.py --cache_size')
     parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out')
     parser.add_argument('--glyph_classes', type=int, help=f'characters of glyph, 2/3 train [{GLYPH_CLASSES}]')
     parser.add_argument('--glyph_images', type=int, help=f'images per character of glyph [{GLYPH_IMAGES}]')
-    parser.add_argument('--seed', type=int, default=0, help='of glyph and of --test_ratio [%(default)s]')
+    parser.add_argument('--seed', type=int, help='of glyph and of --test_ratio [0]')
     args = parser.parse_args(argv)
     args.data_name = [canonical_data_name(name) for name in args.data_name]
     for flag in ('glyph_classes', 'glyph_images'):
         if getattr(args, flag) is not None and 'glyph' not in args.data_name:
             raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --data_name glyph; leave it out')
-    if args.test_ratio is not None and all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
-        raise UserError(f'--test_ratio {args.test_ratio} has no effect on data sets with a split of their own; leave '
-                        'it out')
+    if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
+        for flag, given in ((f'--test_ratio {args.test_ratio}', args.test_ratio is not None),
+                            ('--resplit', args.resplit)):
+            if given:
+                raise UserError(f'{flag} has no effect on data sets with a split of their own; leave it out')
     check_between(args, {'seed': (0, None), 'cache_size': (16, 8192)})
     return args
 

@@ -5,23 +5,29 @@
     python evaluate.py --zero_shot --data_path /home/data --data_name cub --backbone_type resnet50
 
 `--data_base` measures the features that a training run saved; `--resume` embeds the test images again with a run's
-model; `--zero_shot` measures the pooled features of a pretrained trunk, from which a training starts.
+model; `--zero_shot` measures the pooled features of a pretrained trunk, from which a training starts. With --save the
+latter two leave a data base and a model, which test.py and report.py search as those of a run:
+{data}_{trunk}_{feature length}_zero_shot_data_base.pth, or {run}_on_{data}_data_base.pth.
 All numbers are per cent; what they mean stands in metrics.py.
 """
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
+from browse import find_result
 from dataset import make_test_loaders, make_transform, open_data
 from engine.errors import UserError
 from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes
-from engine.runs import DataBase, Subset, load_data_base
+from engine.files import make_folder, save
+from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
 from metrics import NUMBERS_OF_QUERIES, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
 from raw_sets import canonical_data_name
 from recipes import POOLINGS, canonical_backbone, resize_for
-from utils import Parser, add_device_flags, check_between, int_list, refuse_without_effect, run_script
+from utils import Parser, add_device_flags, check_between, int_list, refuse_without_effect, run_script, user_path
 
 # Flags of the command line: of embedding images, and of the trunk, which --resume takes from the model.
 EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size')
@@ -59,23 +65,29 @@ def make_data_base(model: EmbeddingNet, loaders: dict[str, DataLoader], device: 
     return DataBase(loaders['test'].dataset.class_names, **subsets)
 
 
-def measure(data_base: DataBase, recalls: tuple[int, ...], device: torch.device) -> dict[str, dict[str, float]]:
+def measure(data_base: DataBase, recalls: tuple[int, ...], device: torch.device, kinds=('dense', 'binary')
+            ) -> dict[str, dict[str, float]]:
     """Return {'dense': metrics, 'binary': metrics} of a data base, computed on `device` (the CPU in place of MPS)."""
     tensors = data_base.tensors(torch.device('cpu') if device.type == 'mps' else device)  # MPS has no float64
-    return {kind: retrieval_metrics(*tensors, recalls=recalls, binary=kind == 'binary') for kind in ('dense', 'binary')}
+    return {kind: retrieval_metrics(*tensors, recalls=recalls, binary=kind == 'binary') for kind in kinds}
 
 
 # ---------------------------------------------------- what is printed ----------------------------------------------
 def format_table(results: dict[str, dict[str, float]]) -> str:
-    """Format {'dense': metrics, 'binary': metrics} as a table of per cents."""
+    """Format the results that `main` gathers as a table of per cents, with what they were measured on."""
     columns = [key for key in results['dense'] if key not in NUMBERS_OF_QUERIES]
     widths = {column: max(9, len(column) + 2) for column in columns}
     lines = [' ' * 8 + ''.join(f'{column:>{widths[column]}}' for column in columns)]
-    for kind, metrics in results.items():
-        lines.append(f'{kind:<8}' + ''.join(f'{metrics[column]:{widths[column]}.2f}' for column in columns))
-    dense = results['dense']
+    for kind in ('dense', 'binary'):
+        if kind in results:
+            lines.append(f'{kind:<8}' + ''.join(f'{results[kind][column]:{widths[column]}.2f}' for column in columns))
+    dense, on = results['dense'], results['measured_on']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
-    return '\n'.join([*lines, f'{dense["queries"]:,} queries{left_out}'])
+    lines.append(f'{on["data_name"]}, {on["crop_type"]}: {dense["queries"]:,} queries of {on["classes"]:,} test classes'
+                 f'{left_out}')
+    if on['seen_classes']:
+        lines.append(f'NOT of unseen classes: {on["seen_classes"]:,} of them were trained on')
+    return '\n'.join(lines)
 
 
 def describe_origin(origin: dict) -> str:
@@ -93,14 +105,14 @@ def get_args(argv: list[str] | None = None):
     """Parse the command line; a flag that does not belong to the chosen source is an error."""
     parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument('--data_base', metavar='FILE', help='measure the features of a data base')
-    source.add_argument('--resume', metavar='FILE', help='embed the test images with the model of a run')
+    source.add_argument('--data_base', type=user_path, metavar='FILE', help='measure the features of a data base')
+    source.add_argument('--resume', type=user_path, metavar='FILE', help='embed the test images with a run\'s model')
     source.add_argument('--zero_shot', action='store_true', help='measure a pretrained trunk without any training')
-    parser.add_argument('--data_path', help='folder that holds the data sets [/home/data]')
+    parser.add_argument('--data_path', type=user_path, help='folder that holds the data sets [/home/data]')
     parser.add_argument('--data_name', '--dataset', help='data set [that of the model; car for --zero_shot]')
     parser.add_argument('--crop_type', choices=('uncropped', 'cropped'), help='which split file [that of the model]')
     parser.add_argument('--backbone_type', '--model', help='trunk, or timm:MODEL [that of the model; resnet50]')
-    parser.add_argument('--weights', help='of the trunk for --zero_shot: imagenet or a file [imagenet]')
+    parser.add_argument('--weights', type=user_path, help='of the trunk for --zero_shot: imagenet or a file [imagenet]')
     parser.add_argument('--pooling', choices=POOLINGS,
                         help='of the trunk for --zero_shot [avg]; must agree with the model of --resume')
     parser.add_argument('--feature_dim', '--embedding-size', type=int, help='must agree with the model of --resume')
@@ -111,6 +123,12 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--batch_size', '--batch-size', type=int, help="images embedded at once [the model's; 64]")
     parser.add_argument('--num_workers', '--workers', type=int, help='processes that decode images [2]')
     parser.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model; auto]')
+    parser.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
+                        'trained on, and say so beside the numbers')
+    parser.add_argument('--save', action='store_true', help='leave a data base and a model in --results_dir')
+    parser.add_argument('--overwrite', action='store_true', help='--save: replace those of an earlier call')
+    parser.add_argument('--results_dir', type=user_path, default='results', help='where files are that are named '
+                        'without a folder, and where --save writes [%(default)s]')
     parser.add_argument('--recalls', type=int_list, help='values of K [those of the run; 1,2,4,8]')
     add_device_flags(parser)
     parser.add_argument('--json', action='store_true', help='print one line of JSON instead of a table')
@@ -118,6 +136,10 @@ def get_args(argv: list[str] | None = None):
     chosen = '--zero_shot' if args.zero_shot else '--resume' if args.resume is not None else '--data_base'
     useless = {'--data_base': EMBED_FLAGS + TRUNK_FLAGS + ('weights',), '--resume': ('weights',),
                '--zero_shot': ('feature_dim',)}[chosen]
+    for flag, needed in (('save', args.data_base is None), ('overwrite', args.save)):
+        if getattr(args, flag) and not needed:
+            raise UserError(f'--{flag} has no effect {"with --data_base" if flag == "save" else "without --save"}; '
+                            'leave it out')
     refuse_without_effect(args, dict.fromkeys(useless, f' with {chosen}'))
     check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'image_size': (16, 8192),
                          'resize_size': (16, 8192)})
@@ -125,58 +147,97 @@ def get_args(argv: list[str] | None = None):
 
 
 def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBase:
-    """Embed the test images that the command line names, with the settings of the run where it names none."""
-    def setting(name, default):
-        given = getattr(args, name)
-        return given if given is not None else run.get(name, default)
+    """Embed the test images that the command line names, with the settings of the run where it names none.
 
-    data = open_data(args.data_path or '/home/data', canonical_data_name(setting('data_name', 'car')),
-                     setting('crop_type', 'uncropped'))
+    The data base's `args` are then those of the run, but for what was measured and how.
+    """
     image_size = model.config.image_size
-    resize_size = setting('resize_size', None) or resize_for(image_size)
-    if resize_size < image_size:
-        raise UserError(f'--resize_size {resize_size} must be at least the image size, {image_size}')
-    loaders = make_test_loaders(data, make_transform(False, image_size, resize_size, model.interpolation),
-                                setting('batch_size', 64), 2 if args.num_workers is None else args.num_workers, device)
-    return make_data_base(model, loaders, device, use_amp(setting('amp', 'auto'), device, model, training=False))
+    settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto',
+                'resize_size': resize_for(image_size), 'recalls': (1, 2, 4, 8), **run}
+    settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
+    settings['data_name'] = canonical_data_name(settings['data_name'])
+    if settings['resize_size'] < image_size:
+        raise UserError(f'--resize_size {settings["resize_size"]} must be at least the image size, {image_size}')
+    data = open_data(args.data_path or '/home/data', settings['data_name'], settings['crop_type'])
+    loaders = make_test_loaders(data, make_transform(False, image_size, settings['resize_size'], model.interpolation),
+                                settings['batch_size'], 2 if args.num_workers is None else args.num_workers, device)
+    data_base = make_data_base(model, loaders, device, use_amp(settings['amp'], device, model, training=False))
+    data_base.origin = {'args': settings}
+    return data_base
 
 
-def open_source(args, device: torch.device) -> DataBase:
-    """Return the data base that the command line names, or one of the images and the model that it names."""
-    if args.data_base is not None:
-        return load_data_base(args.data_base)
-    if args.resume is None:
-        model = EmbeddingNet(NetConfig(args.backbone_type or 'resnet50', 0, args.pooling or 'avg', layer_norm=False,
-                                       image_size=args.image_size or 224), args.weights or 'imagenet')
-        return embed(args, model.to(device, memory_format=torch.channels_last), {}, device)
-    model, contents = load_model(args.resume, device)
+def open_trunk(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Build the bare trunk of --zero_shot; returns it and what its model file would hold."""
+    model = EmbeddingNet(NetConfig(args.backbone_type or 'resnet50', 0, args.pooling or 'avg', layer_norm=False,
+                                   image_size=args.image_size or 224), args.weights or 'imagenet')
+    name = canonical_data_name(args.data_name or 'car')
+    run = run_name(name, model.config.backbone_type, model.feature_dim, 'zero_shot')
+    return model.to(device, memory_format=torch.channels_last), {
+        'args': {'run': run, 'weights': Path(args.weights or 'imagenet').name}, 'made_with': provenance(device)}
+
+
+def open_model(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Load the model of --resume, and check that the flags of a trunk name the same; returns it and its contents."""
+    file = find_result('--resume', RunFiles.ENDINGS['model'], args.resume, args.results_dir)
+    model, contents = load_model(file, device)
     for flag in TRUNK_FLAGS:
         given, own = getattr(args, flag), getattr(model.config, flag)
         given = canonical_backbone(given) if flag == 'backbone_type' and given else given
         if given is not None and given != own:
             raise UserError(f'--{flag} {given} is not that of {args.resume} ({own}); leave it out')
-    data_base = embed(args, model, contents['args'], device)
-    data_base.origin = contents
-    return data_base
+    return model, contents
+
+
+def save_measured(args, data_base: DataBase, model: EmbeddingNet) -> None:
+    """Save a data base that was made here and the model beside it, and say what test.py is to be told.
+
+    Raises:
+        UserError: if there are files of these names, and --overwrite is not set.
+    """
+    files = RunFiles(make_folder('--results_dir', Path(args.results_dir)), data_base.origin['args']['run'])
+    taken = [file for file in (files.model, files.data_base) if file.exists()]
+    if taken and not args.overwrite:
+        raise UserError(f'--save: {taken[0]} is there already; add --overwrite to replace it')
+    save({'config': asdict(model.config), 'state_dict': model.state_dict(), **data_base.origin}, files.model)
+    data_base.save(files.data_base)
+    print(f'saved: python test.py --data_base {files.data_base} --query_img_name {data_base.test.images[0]}')
 
 
 def main() -> None:
     """Measure what the command line names and print a table or JSON."""
     args = get_args()
     device = select_device(start_processes(args.device))
-    data_base = open_source(args, device)
-    run = data_base.origin.get('args', {})
-    results = measure(data_base, tuple(args.recalls or run.get('recalls', (1, 2, 4, 8))), device)
+    model = None
+    if args.data_base is not None:
+        data_base = load_data_base(find_result('--data_base', RunFiles.ENDINGS['data_base'], args.data_base,
+                                               args.results_dir))
+        origin = run = data_base.origin
+        seen = seen_classes({**data_base.proxies, **origin})
+    else:
+        model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
+        data_base = embed(args, model, origin['args'] if args.resume is not None else {}, device)
+        run, seen = origin, seen_classes(origin)
+    settings = data_base.origin['args']
+    both = check_seen(seen, data_base.class_names, args.allow_seen)
+    results = measure(data_base, tuple(args.recalls or settings['recalls']), device)
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
+    results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
+                              'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
-        if run:
-            results['made_by'] = {name: data_base.origin.get(name) for name in ('args', 'epoch', 'made_with')}
+        if not args.zero_shot:
+            results['made_by'] = {name: run.get(name) for name in ('args', 'epoch', 'made_with')}
         print(json.dumps(results, default=str, skipkeys=True))
-        return
-    print(format_table(results))
-    if run:
-        print(describe_origin(data_base.origin))
+    else:
+        print(format_table(results))
+        if not args.zero_shot:
+            print(describe_origin(run))
+    if args.save:
+        name = origin['args'].get('run', 'run') if args.zero_shot else run_name(
+            origin['args'].get('run', 'run'), 'on', settings['data_name'])
+        data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},
+                            'args': {**origin['args'], **settings, 'run': name}}
+        save_measured(args, data_base, model)
 
 
 if __name__ == '__main__':

@@ -57,16 +57,13 @@ def drawable_characters(count: int) -> list[tuple[str, list[str]]]:
     from matplotlib.ft2font import FT2Font
 
     charmaps = {name: set(FT2Font(typeface_file(name)).get_charmap()) for name in TYPEFACES}
-    shared = charmaps['DejaVuSans']
-    letters = [chr(code) for code in sorted(shared) if unicodedata.category(chr(code)) in GLYPH_CATEGORIES]
+    letters = [chr(code) for code in charmaps['DejaVuSans'] if unicodedata.category(chr(code)) in GLYPH_CATEGORIES]
     faces = {letter: [name for name in TYPEFACES if ord(letter) in charmaps[name]] for letter in letters}
-    letters = [letter for letter in letters if len(faces[letter]) >= 3]
-    letters.sort(key=lambda letter: (bool(unicodedata.decomposition(letter)),
-                                     unicodedata.category(letter)[0] != 'L', ord(letter)))
+    letters = sorted((letter for letter in letters if len(faces[letter]) >= 3), key=lambda letter: (
+        bool(unicodedata.decomposition(letter)), unicodedata.category(letter)[0] != 'L', ord(letter)))
     font, outlines, chosen = typeface('DejaVuSans', 64), np.zeros((0, 400), np.float32), []
     for letter in letters:
-        mask = mask_of(letter, font)
-        if mask is None:
+        if not (mask := mask_of(letter, font)):
             continue
         outline = np.asarray(mask.resize((20, 20), Image.Resampling.BILINEAR), np.float32).reshape(-1)
         outline -= outline.mean()
@@ -113,9 +110,6 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
 
     The same settings give the same bytes (under the same versions of Pillow and matplotlib); a folder made with them
     already is left as it is.
-
-    Raises:
-        UserError: if the settings are out of range or the typefaces do not hold so many characters.
     """
     if num_classes < 3 or num_images < 2:
         raise UserError(f'--glyph_classes {num_classes} and --glyph_images {num_images} must be at least 3 and 2')
@@ -131,9 +125,8 @@ def make_glyph(root: Path, num_classes: int, num_images: int, seed: int) -> None
     elif any((root / folder).exists() for folder in ('train', 'test')):
         raise UserError(f'{root} holds train or test, but was not made by this script; move it away')
     save_json({**settings, 'complete': False}, stamp)
-    num_train = round(num_classes * 2 / 3)
     for number, (character, faces) in enumerate(progress(characters, desc='glyph', unit='class')):
-        folder = root / ('train' if number < num_train else 'test') / f'U+{ord(character):04X}'
+        folder = root / ('train' if number < round(num_classes * 2 / 3) else 'test') / f'U+{ord(character):04X}'
         folder.mkdir(parents=True, exist_ok=True)
         for index in range(num_images):
             image = draw_glyph(character, faces, random.Random(f'{seed} {ord(character)} {index}'))

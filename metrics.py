@@ -42,7 +42,7 @@ def count_nearer(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
     """
     own = scores[positive].sort(descending=True).values[:, None]
     others = scores[~positive]
-    return (others > own).sum(1) + (others == own).sum(1) / 2
+    return (others > own).sum(1).double() + (others == own).sum(1).double() / 2
 
 
 def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -98,13 +98,27 @@ def plain_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
 
 
 # ---------------------------------------------------- the same, fast ------------------------------------------------
-def check_finite(**features: torch.Tensor) -> None:
-    """Raise a UserError that counts the rows which are not finite, if any."""
-    for name, rows in features.items():
-        broken = sum(int((~part.isfinite().all(1)).sum()) for part in rows.split(2**14))
-        if broken:
-            raise UserError(f'{broken} of {len(rows)} {name} features are not finite; the model that made them is '
-                            'broken')
+def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit: bool) -> None:
+    """Refuse features (n, D) and labels (n,) of which no metric could be computed.
+
+    Args:
+        unit: the rows have to be of length 1 (to 1 %), since their products are to be cosines.
+
+    Raises:
+        UserError: with what was expected.
+    """
+    if features.ndim != 2 or not features.is_floating_point() or not features.numel():
+        raise UserError(f'{name} features are {tuple(features.shape)} of {features.dtype}; expected are (n, D) floats')
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise UserError(f'{name} labels are {tuple(labels.shape)} of {labels.dtype}; expected are ({len(features)},) '
+                        'of torch.int64')
+    lengths = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in features.split(2**14)])
+    broken = int((~lengths.isfinite()).sum())
+    if broken:
+        raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
+                        'broken')
+    if unit and ((lengths - 1).abs() > 0.01).any():
+        raise UserError(f'the {name} features are no unit rows, so that their products are no cosines; normalise them')
 
 
 def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
@@ -127,13 +141,16 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
         'without_positive': number left out}.
 
     Raises:
-        UserError: if a K is larger than the gallery, features are not finite, or no query has a positive.
+        UserError: if a K is larger than the gallery, features or labels cannot be used, or no query has a positive.
     """
     symmetric = gallery_features is None
+    check_features('query', query_features, query_labels, unit=not binary)
+    if not symmetric:
+        check_features('gallery', gallery_features, gallery_labels, unit=not binary)
     searched = len(query_features) - 1 if symmetric else len(gallery_features)
     if recalls[-1] > searched:
-        raise UserError(f'--recalls {recalls[-1]} is larger than the {searched} images that a query is searched in')
-    check_finite(query=query_features, **{} if symmetric else {'gallery': gallery_features})
+        raise UserError(f'R@{recalls[-1]} asks for more than the {searched} images that a query is searched in; set '
+                        '--recalls to smaller numbers, as in --recalls 1,2')
     scores = []
     for nearer, number in nearer_negatives((query_features, query_labels),
                                            None if symmetric else (gallery_features, gallery_labels), binary,

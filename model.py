@@ -74,9 +74,9 @@ class EmbeddingNet(nn.Module):
         if config.pooling == 'cls' and not trunk.prefix_tokens:
             raise UserError(f'--pooling cls needs a transformer with a class token, not {name}')
 
-        self.trunk, self.pooling, self.prefix_tokens = trunk.module, config.pooling, trunk.prefix_tokens
+        self.trunk, self.prefix_tokens = trunk.module, trunk.prefix_tokens
         self.interpolation, self.bgr, self.value_range = trunk.interpolation, trunk.bgr, trunk.value_range
-        self.feature_dim = config.feature_dim or trunk.width
+        self.width, self.feature_dim = trunk.width, config.feature_dim or trunk.width
         self.refactor = nn.Identity()
         if config.feature_dim:
             self.refactor = nn.Linear(trunk.width, config.feature_dim, bias=config.linear_bias)
@@ -107,32 +107,47 @@ class EmbeddingNet(nn.Module):
         images = images.flip(1) if self.bgr else images
         return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
-    def pool(self, features: torch.Tensor) -> torch.Tensor:
+    def untouched(self) -> nn.Module:
+        """Return the bare trunk: average pooling, no layer norm, no linear layer; the weights are shared."""
+        return BareTrunk(self)
+
+    def pool(self, features: torch.Tensor, pooling: str) -> torch.Tensor:
         """Pool a feature map (N, C, H, W) or tokens (N, L, C) to (N, C)."""
         if features.ndim == 3:
-            if self.pooling == 'cls':
+            if pooling == 'cls':
                 return features[:, 0]
             features = features[:, self.prefix_tokens:].transpose(1, 2)
         features = features.flatten(2)
         pooled = {'max': lambda: features.amax(2), 'avg': lambda: features.mean(2),
                   'avg_max': lambda: features.mean(2) + features.amax(2)}
-        return pooled[self.pooling]()
+        return pooled[pooling]()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (N, D), float32 or wider, unit rows, of uint8 RGB images (N, 3, H, W)."""
-        features = self.pool(self.trunk(self.preprocess(images)))
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise UserError(f'images are {tuple(images.shape)} of {images.dtype}; expected are (N, 3, H, W) of '
+                            'torch.uint8, RGB from 0 to 255, N at least 1')
+        features = self.pool(self.trunk(self.preprocess(images)), self.config.pooling)
         if self.config.layer_norm:
             features = F.layer_norm(features, features.shape[-1:])
         features = self.refactor(features)
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, dict]:
-    """Build the network of a run from its `{run}_model.pth`; returns it and the file's contents.
+class BareTrunk(nn.Module):
+    """The average pooled features of a network's trunk as embeddings: from where a training starts."""
 
-    Raises:
-        UserError: if the file is missing, corrupt, or no model of this project.
-    """
+    def __init__(self, model: EmbeddingNet):
+        super().__init__()
+        self.model, self.feature_dim = model, model.width
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.model.pool(self.model.trunk(self.model.preprocess(images)), 'avg')
+        return F.normalize(features.float(), dim=-1)
+
+
+def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Build the network of a run from its `{run}_model.pth`; returns it and the file's contents."""
     contents = load_model_file(path)
     try:
         model = EmbeddingNet(NetConfig(**contents['config']), 'none')
@@ -215,8 +230,7 @@ class ProxyLoss(nn.Module):
                             'processes, or the loss needs all similarities in one; leave it out')
         self.num_classes, self.proxy_update, self.momentum = config.num_classes, config.proxy_update, config.momentum
         self.scale, self.margin = config.scale, config.margin
-        # Those whose proxies are here.
-        self.classes = shard(self.num_classes) if config.shard_proxies else range(self.num_classes)
+        self.classes = shard(self.num_classes) if config.shard_proxies else range(self.num_classes)  # with proxies here
         check_same('the random state in which the proxies are drawn', torch.get_rng_state())
         proxies = draw_proxies(self.num_classes, self.classes, config.feature_dim, config.proxy_init)
         if self.proxy_update == 'momentum':
@@ -247,6 +261,7 @@ class ProxyLoss(nn.Module):
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, self.proxies.dtype)  # float32 or wider
+            self.check_batch(embeddings, labels)
             embeddings, labels = gather_rows(embeddings.to(dtype)), gather_rows(labels)
             proxies = self.proxies.to(dtype)
             fixed = proxies.detach() if self.proxy_update == 'positive' else proxies
@@ -263,6 +278,31 @@ class ProxyLoss(nn.Module):
             if self.training and self.proxy_update == 'momentum':
                 self.move_proxies(embeddings.detach().to(self.proxies.dtype), labels)
         return loss
+
+    def check_batch(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+        """Refuse what would pass into a number or an error of torch; values are looked at where that costs no waiting.
+
+        Raises:
+            UserError: with what was expected.
+        """
+        dim = self.proxies.shape[1]
+        if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
+            raise UserError(f'embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; expected are (N, {dim}) '
+                            'floats')
+        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+            raise UserError(f'labels are {tuple(labels.shape)} of {labels.dtype}; expected are ({len(embeddings)},) of '
+                            'torch.int64, one for each embedding')
+        if not len(labels) and world_size() == 1:
+            raise UserError('the batch is empty; a loss needs at least one embedding')
+        if embeddings.device.type != 'cpu' or not len(labels):
+            return
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise UserError(f'labels lie between {int(labels.min())} and {int(labels.max())}; expected are 0 to '
+                            f'{self.num_classes - 1}, one for each of the {self.num_classes} classes')
+        off = (torch.linalg.vector_norm(embeddings.detach().float(), dim=1) - 1).abs()
+        if (off > 0.05).any():  # a row in bfloat16 is off by up to 0.004
+            raise UserError(f'embeddings are no unit rows: a norm is off by {float(off.max()):.3g}; normalise them, as '
+                            'EmbeddingNet does')
 
     def carry_positives(self, embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return zeros (N,) that under the rule `positive` carry the gradient of the positive pairs to the proxies."""
@@ -307,19 +347,20 @@ class ProxyLoss(nn.Module):
         return self.gather(self.proxies.detach())
 
     def synchronise(self) -> None:
-        """Give every process the proxies of the first: sums on a GPU differ in their last bits from run to run."""
-        if len(self.classes) == self.num_classes:
-            broadcast(self.proxies.detach())
+        """Give every process the values of the first: sums on a GPU differ in their last bits from run to run."""
+        for name, tensor in self.state_dict().items():
+            if name != 'proxies' or len(self.classes) == self.num_classes:
+                broadcast(tensor)
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """Return the state of all processes as one would have it."""
-        return {'proxies': self.all_proxies()}
+        return {**self.state_dict(), 'proxies': self.all_proxies()}
 
     def load_full_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Load what `full_state_dict` returned, in any number of processes."""
         if len(state_dict['proxies']) != self.num_classes:
             raise RuntimeError(f'{len(state_dict["proxies"])} proxies for {self.num_classes} classes')
-        self.load_state_dict({'proxies': self.rows_here(state_dict['proxies'])})
+        self.load_state_dict({**state_dict, 'proxies': self.rows_here(state_dict['proxies'])})
 
     def full_optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
         """Return the state dict of an optimizer as one process would have it."""

@@ -15,12 +15,13 @@ import pandas as pd
 from engine.errors import UserError, nearest
 from engine.files import make_folder
 from engine.runs import RunFiles, read_statistics
-from utils import COLOURS, GREY, Parser, plot_style, run_script, save_figure
+from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_script, save_figure, user_path
 
 ENDING = f'_{RunFiles.ENDINGS["statistics"]}'
 TITLES = {'loss': 'loss', 'accuracy': 'training accuracy (%)', 'lr': 'learning rate', 'img_s': 'images per second',
           'proxy_lr': 'learning rate of the proxies', 'angle_to_proxy': 'class mean to proxy (degrees)'}
-LINES = ('-', '--', ':', '-.')  # after the colours run out
+LINES = ('-', '--', ':', '-.')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')  # 8 colours and 7 markers: 56 runs look different
 # Settings that may differ between runs of one line in a sweep: repetitions and names.
 FREE = {'seed', 'run', 'remark'}
 SAME = {'scale': 'temperature', 'temperature': 'scale'}  # two words for one setting
@@ -98,6 +99,8 @@ def draw_curves(table: pd.DataFrame, target: Path, title: str) -> Path:
             rates.legend()
         if 'binary_R@1' in table:
             recall.plot(epochs, table['binary_R@1'], color=COLOURS[1], linestyle='--', label='binary', **style)
+        if 'epoch0_R@1' in table:
+            recall.axhline(table['epoch0_R@1'].iloc[-1], color=GREY, linewidth=0.8, label='untouched trunk')
         if 'val_dense_R@1' in table:
             recall.plot(epochs, table['val_dense_R@1'], color=COLOURS[2], linestyle=':', label='held out', **style)
         word = 'best' if chosen_by == 'dense_R@1' else 'chosen'
@@ -124,9 +127,9 @@ def draw_runs(tables: dict[str, pd.DataFrame], metrics: list[str], target: Path)
                                        squeeze=False, layout='constrained')
         for axis, metric in zip(axes[0], metrics, strict=True):
             for number, (name, table) in enumerate(tables.items()):
-                colour, line = COLOURS[number % len(COLOURS)], LINES[number // len(COLOURS) % len(LINES)]
-                axis.plot(table['epoch'], table[metric], color=colour, linestyle=line, label=name, marker='o',
-                          markersize=3 if len(table) <= 30 else 0)
+                colour, line = COLOURS[number % len(COLOURS)], LINES[number % len(LINES)]
+                axis.plot(table['epoch'], table[metric], color=colour, linestyle=line, label=name, markersize=3.5,
+                          marker=MARKERS[number % len(MARKERS)], markevery=max(1, len(table) // 15))
                 if metric.startswith(('dense_', 'binary_')):
                     best = table[metric].idxmax()
                     axis.plot(table['epoch'][best], table[metric][best], '*', color=colour, markersize=9)
@@ -220,8 +223,9 @@ def draw_sweep(summary: pd.DataFrame, over: str, line: str, metric: str, epoch: 
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('statistics', nargs='*', help=f'one or more RUN{ENDING}')
-    parser.add_argument('--sweep', metavar='FOLDER', help='draw a sweep from the statistics files of a folder')
+    parser.add_argument('statistics', nargs='*', type=user_path, help=f'one or more RUN{ENDING}')
+    parser.add_argument('--sweep', type=user_path, metavar='FOLDER', help='draw a sweep from the statistics files of a '
+                        'folder')
     parser.add_argument('--over', help='--sweep: the setting on the horizontal axis [momentum]')
     parser.add_argument('--line', help='--sweep: the setting that has a line for each value, as loss_name or '
                         'backbone_type [loss_name]')
@@ -230,7 +234,7 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--metric', nargs='+', help='column of the statistics, as dense_R@1, binary_R@1, loss, '
                         'dense_MAP@R; several make several panels [one run: loss, accuracy, lr and R@1; else '
                         'dense_R@1]')
-    parser.add_argument('--output', help='PNG file; a PDF is written beside it [beside the statistics]')
+    parser.add_argument('--output', type=user_path, help='PNG file; a PDF is written beside it [beside the statistics]')
     args = parser.parse_args(argv)
     if bool(args.statistics) == (args.sweep is not None):
         raise UserError('name statistics files, or a folder with --sweep, not both' if args.statistics else
@@ -271,6 +275,8 @@ def main() -> None:
         default = paths[0].with_name(f'{run}_curves.png' if single else f'runs_{"_".join(metrics)}.png')
     target = Path(args.output) if args.output is not None else default
     make_folder('--output', target.parent)
+    for file in (target, target.with_suffix('.pdf')):
+        check_replaceable(file)
     if args.sweep is not None:
         print(draw_sweep(summary, args.over, args.line, metric, args.epoch, target))
     elif single:

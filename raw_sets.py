@@ -6,7 +6,6 @@ entry in RAW_SETS. Nothing here reads pixels, so that the names of the data sets
 import math
 import multiprocessing
 import os
-import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -146,45 +145,6 @@ def read_isc(root: Path) -> tuple[list[Item], dict[str, str]]:
         check_path(path, line)
         stem = os.path.splitext(path)[0].removeprefix('img/').replace('/', '_')
         items.append(Item(f'Img/{path}', subset, label, stem))
-    return items, {item.label: item.label for item in items}
-
-
-def read_folder(root: Path, test_ratio: float | None, seed: int) -> tuple[list[Item], dict[str, str]]:
-    """Read a folder of one's own: `train/CLASS/*` and `test/CLASS/*` (or `query`, `gallery`), or one folder a class.
-
-    With one folder a class, `test_ratio` of the classes (None: half), drawn from `seed`, become test classes.
-    """
-    from engine.images import IMAGE_SUFFIXES
-
-    def images(folder: Path) -> list[Path]:
-        return sorted(path for path in folder.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-                      and not any(part.startswith('.') for part in path.relative_to(folder).parts))
-
-    def classes(folder: Path) -> list[Path]:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
-                      and path.name not in ('uncropped', 'cropped'))
-
-    named = {path.name.lower(): path for path in classes(root)}
-    subsets = [subset for subset in SUBSETS if subset in named]
-    if subsets in (['train', 'test'], ['train', 'query', 'gallery']):
-        if test_ratio is not None:
-            raise UserError(f'--test_ratio {test_ratio} has no effect: {root} is split into {" and ".join(subsets)} '
-                            'already; leave it out')
-        folders = [(folder, subset) for subset in subsets for folder in classes(named[subset])]
-    elif subsets:
-        raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '
-                        'each with one folder per class, or just one folder per class')
-    else:
-        folders = classes(root)
-        test_ratio = 0.5 if test_ratio is None else test_ratio
-        if not 0 < test_ratio < 1:
-            raise UserError(f'--test_ratio {test_ratio} must lie between 0 and 1')
-        order = random.Random(seed).sample(range(len(folders)), len(folders))
-        num_test = max(1, round(test_ratio * len(folders)))
-        folders = [(folder, 'test' if order[i] < num_test else 'train') for i, folder in enumerate(folders)]
-    items = [Item(path.relative_to(root).as_posix(), subset, folder.name,
-                  path.relative_to(root).with_suffix('').as_posix().replace('/', '_'))
-             for folder, subset in folders for path in images(folder)]
     return items, {item.label: item.label for item in items}
 
 

@@ -8,8 +8,8 @@ system's own page prints it; what that changes for a data set or a trunk stands 
     proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
     lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
 
-Losses and trunks are registered here, by the names of their class or function in model.py, so that a command line can
-be read before torch is imported.
+Losses and trunks are registered here, by the names of their class in model.py and their function in trunks.py, so that
+a command line can be read before torch is imported.
 """
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ COMBINED_LOSSES = {
 PROXY_UPDATES = ('gradient', 'positive', 'momentum')
 MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
 TRUNKS = {'resnet50': 'resnet', 'inception': 'bn_inception', 'googlenet': 'googlenet', 'resnet18': 'resnet',
-          'resnet101': 'resnet'}  # the function in model.py that builds it
+          'resnet101': 'resnet'}  # the function in trunks.py that builds it
 POOLINGS = ('max', 'avg', 'avg_max', 'cls')
 OPTIMIZER_NAMES = ('adamw', 'adam', 'sgd')
 SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')

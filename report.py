@@ -22,11 +22,11 @@ from engine.errors import UserError
 from engine.files import image_file, make_folder, write_atomically
 from engine.images import load_tile
 from engine.processes import progress
-from engine.runs import DataBase, read_statistics
+from engine.runs import DataBase, check_seen, read_statistics, seen_classes
 from evaluate import measure
 from metrics import NUMBERS_OF_QUERIES
 from plot import draw_curves
-from utils import Parser, check_between, run_script
+from utils import MADE_HERE, Parser, check_between, check_replaceable, run_script, user_path
 
 NUM_NEIGHBOURS = 20
 NUM_QUERIES = 8  # hardest, and easiest
@@ -166,12 +166,19 @@ def make_thumbnails(paths: list[Path]) -> tuple[list[str | None], int]:
     return thumbnails, side
 
 
-def draw_curves_inline(statistics: Path) -> str:
-    """Return the curves of a run as base64 of a PNG."""
-    run = statistics.name.removesuffix('_statistics.csv')
+def draw_curves_inline(statistics: Path, run: str | None) -> str:
+    """Return the curves of a run as base64 of a PNG.
+
+    Raises:
+        UserError: if the statistics are those of a run of another name.
+    """
+    table = read_statistics(statistics)
+    if run is not None and 'args.run' in table and table['args.run'].iloc[-1] != run:
+        raise UserError(f'--statistics {statistics} is of the run {table["args.run"].iloc[-1]}, the data base of '
+                        f'{run}; name the file that belongs to it')
     with tempfile.TemporaryDirectory() as folder:
-        return base64.b64encode(draw_curves(read_statistics(statistics), Path(folder) / 'curves.png',
-                                            run).read_bytes()).decode()
+        return base64.b64encode(draw_curves(table, Path(folder) / 'curves.png', run or statistics.name).read_bytes()
+                                ).decode()
 
 
 # ---------------------------------------------------- report --------------------------------------------------------
@@ -205,8 +212,9 @@ def gather(data_base: DataBase, root: Path, args) -> dict:
                          for query in queries if query in neighbours] for how, queries in chosen.items()},
         'pairs': [{**pair, 'example': number.get(pair['example'])} for pair in pairs],
         'classes': measure_classes(ranked, images), 'class_names': data_base.class_names,
-        'num_queries': images.num_queries, 'num_images': len(images.paths), 'num_shown': len(shown),
-        'num_lost': thumbnails.count(None),
+        'seen': len(check_seen(seen_classes({**data_base.proxies, **data_base.origin}), data_base.class_names, True)),
+        'made_here': MADE_HERE, 'num_queries': images.num_queries, 'num_images': len(images.paths),
+        'num_shown': len(shown), 'num_lost': thumbnails.count(None),
         'data': {
             'classes': data_base.class_names,
             'paths': [images.paths[image] for image in shown], 'labels': [images.labels[image] for image in shown],
@@ -234,13 +242,13 @@ def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
     add_data_base_flags(parser)
-    parser.add_argument('--statistics', help='of the run [RUN_statistics.csv beside the data base]')
+    parser.add_argument('--statistics', type=user_path, help='of the run [RUN_statistics.csv beside the data base]')
     parser.add_argument('--binary', action='store_true', help='rank by the Hamming distance of sign(features)')
     parser.add_argument('--max_images', type=int, default=MOST_IMAGES, help='images with thumbnails; of a larger data '
                         'base the hardest, the easiest and random queries are shown with their neighbours '
                         '[%(default)s]')
     parser.add_argument('--seed', type=int, default=0, help='of the random queries [%(default)s]')
-    parser.add_argument('--output', help='HTML file [RUN_report.html beside the data base]')
+    parser.add_argument('--output', type=user_path, help='HTML file [RUN_report.html beside the data base]')
     args = parser.parse_args(argv)
     check_between(args, {'max_images': (2, None), 'seed': (0, None)})
     return args
@@ -254,7 +262,10 @@ def main() -> None:
     statistics = Path(args.statistics) if args.statistics is not None else run.files.statistics
     output = Path(args.output) if args.output is not None else run.files.folder / f'{name}_report.html'
     make_folder('--output', output.parent)
-    curves = draw_curves_inline(statistics) if args.statistics is not None or statistics.is_file() else None
+    check_replaceable(output)
+    curves = None
+    if args.statistics is not None or statistics.is_file():
+        curves = draw_curves_inline(statistics, data_base.origin['args'].get('run'))
     variables = gather(data_base, run.root, args)
     html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
                    'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()

@@ -9,7 +9,7 @@ from engine.runs import LARGEST, run_name
 from raw_sets import canonical_data_name
 from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
                      SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
-from utils import Parser, add_device_flags, check_between, fraction_list, int_list, seed_list, switch
+from utils import Parser, add_device_flags, check_between, fraction_list, int_list, seed_list, switch, user_path
 
 SMALL, LARGE = 1e-30, 1e38  # what float32 holds
 
@@ -29,11 +29,14 @@ def get_parser(description: str | None = None) -> Parser:
                        'by that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
     group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: ' + ', '.join(TRUNKS) +
                        ' (BN-Inception is inception), or timm:MODEL [%(default)s]')
-    group.add_argument('--weights', default='imagenet', help='of the trunk: imagenet (downloaded once, checked), none '
-                       '(random), or the path of a state dict [%(default)s]')
+    group.add_argument('--weights', type=user_path, help='of the trunk: imagenet (downloaded once, checked), none '
+                       '(random), or the path of a state dict [imagenet]')
+    group.add_argument('--init', type=user_path, metavar='FILE', help='start from the model of a run, RUN_model.pth: '
+                       'trunk and linear layer (fine-tuning); the test classes must not be among those it has seen')
 
     group = parser.add_argument_group('data')
-    group.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    group.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets '
+                       '[%(default)s]')
     group.add_argument('--data_name', '--dataset', default='car', help='car, cub, sop, isc, glyph, or a folder of your '
                        'own, converted by data_utils.py [%(default)s]')
     group.add_argument('--crop_type', choices=('uncropped', 'cropped'), default='uncropped',
@@ -109,6 +112,11 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--val_ratio', type=float, default=0.0, help='share of the training classes that is held out '
                        'and chooses the epoch in place of the test classes; 0 chooses on the test classes, as the '
                        'papers do [0]')
+    group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
+                       'trained on, and say so wherever the numbers stand')
+    group.add_argument('--epoch0', type=switch, default=True, metavar='{0,1}', help='measure R@1 of the untouched '
+                       'trunk (average pooling, no linear layer) before the training, unless its weights are random '
+                       '[1]')
     group.add_argument('--seeds', type=seed_list, metavar='1,2,3', help='train a run for each seed, one after the '
                        'other, and report mean, standard deviation and 95 %% interval of R@1; with --resume those that '
                        'are complete are kept')
@@ -126,9 +134,11 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--compile', action='store_true', help='compile the network with torch.compile: a '
                        'minute or more before the first step, faster steps then with some trunks (ResNet50 9 %% on a '
                        'CPU); needs a C++ compiler on a CPU')
-    group.add_argument('--results_dir', default='results', help='where the run\'s files go [%(default)s]')
+    group.add_argument('--results_dir', type=user_path, default='results', help='where the run\'s files go '
+                       '[%(default)s]')
     group.add_argument('--remark', default='', help='added to the run\'s name')
-    group.add_argument('--resume', action='store_true', help='go on from the run\'s last checkpoint')
+    group.add_argument('--resume', action='store_true', help='go on from the run\'s last checkpoint; with a larger '
+                       '--num_epochs past its end, where --lr_schedule is step or constant')
     group.add_argument('--overwrite', action='store_true', help='replace the files of a run of the same name')
     return parser
 
@@ -159,6 +169,9 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     if args.seeds and args.seed is not None:
         raise UserError(f'--seed {args.seed} and --seeds contradict each other; leave one of them out')
     args.seed = args.seed or 0
+    if args.init is not None and args.weights not in (None, 'none'):
+        raise UserError('--init and --weights contradict each other: both say where the trunk starts; leave one out')
+    args.weights = 'none' if args.init is not None else args.weights or 'imagenet'
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
     settle_rule(args, settings, starred)
     settle_loss(args, settings)
@@ -168,6 +181,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
     check_effect(args, given)
     check_ranges(args)
+    check_warm_up(args, given)
     if args.proxy_update == 'momentum':
         args.proxy_lr = None
     elif args.proxy_lr is None:
@@ -247,16 +261,27 @@ def check_ranges(args: argparse.Namespace) -> None:
         'lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE), 'scale': (SMALL, LARGE),
         'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE), 'momentum': (SMALL, 1),
         'min_crop': (SMALL, 1), 'flip': (0, 1), 'val_ratio': (0, 0.999)})
+    if 0 < args.cache_size < args.image_size:
+        raise UserError(f'--cache_size {args.cache_size} is smaller than --image_size {args.image_size}: pixels would '
+                        f'be enlarged; build and name a cache of at least {args.image_size} pixels')
     if args.recalls[0] != 1:
         raise UserError(f'--recalls {",".join(map(str, args.recalls))} must begin with 1, by which the best epoch is '
                         'chosen')
+
+
+def check_warm_up(args: argparse.Namespace, given: set) -> None:
+    """Refuse a warm-up that leaves the trunk frozen in all epochs, unless it was asked for."""
+    if args.warm_up >= args.num_epochs and 'warm_up' not in given:
+        raise UserError(f'--num_epochs {args.num_epochs} ends within the warm-up of the recipe {args.recipe}, '
+                        f'{args.warm_up} epochs in which the trunk is frozen: it would never learn; add --warm_up 0, '
+                        f'or --warm_up {args.warm_up} if only the linear layer and the proxies shall')
 
 
 def name_run(args: argparse.Namespace, settings: dict, given: set, seed: int) -> str:
     """Name the run: data set, trunk, loss, feature length, then what differs from the recipe of that loss."""
     loss_recipe = args.loss_name if args.loss_name in RECIPES else 'balanced_proxy'
     recipe_rule = COMBINED_LOSSES.get(args.loss_name, settings)['proxy_update']
-    return run_name(
+    parts = [
         args.data_name, args.backbone_type, args.loss_name, args.feature_dim,
         args.recipe if args.recipe != loss_recipe else '',
         args.proxy_update if args.proxy_update != recipe_rule else '',
@@ -266,4 +291,5 @@ def name_run(args: argparse.Namespace, settings: dict, given: set, seed: int) ->
         args.crop_type if args.crop_type != 'uncropped' else '',
         f'val{args.val_ratio:g}' if args.val_ratio else '',
         f'seed{seed}' if seed else '',
-        args.remark)
+        args.remark]
+    return run_name(*parts)

@@ -51,11 +51,16 @@ def print_end(rows: list[dict], args: argparse.Namespace, files: RunFiles, query
         print(f'epoch {chosen["epoch"]}, chosen on held out training classes: {describe(chosen, args.recalls)}')
     print(f'best epoch {best["epoch"]} (chosen on the test classes, as in the papers): {describe(best, args.recalls)}')
     print(f'last epoch {rows[-1]["epoch"]}: {describe(rows[-1], args.recalls)}')
+    evaluate = ['python', 'evaluate.py', '--data_base', str(files.data_base)]
     look_up = ['python', 'test.py', '--data_base', str(files.data_base), '--data_path', args.data_path]
     if args.results_dir != 'results':
         look_up += ['--results_dir', args.results_dir]
+    floor = rows[-1].get('epoch0_R@1')
+    if floor is not None and floor > best['dense_R@1']:
+        print(f'the untouched trunk (R@1 {floor:.2f}) is better than every epoch of this training: it can be searched '
+              'with evaluate.py --zero_shot --save')
     print('next:')
-    print('  ' + shlex.join(['python', 'evaluate.py', '--data_base', str(files.data_base)]))
+    print('  ' + shlex.join(evaluate + (['--allow_seen'] if args.allow_seen else [])))
     print('  ' + shlex.join([*look_up, '--query_img_name', query]))
 
 
@@ -81,7 +86,8 @@ def report_seeds(runs: dict[int, list[dict]], name: str, folder: Path) -> None:
         values = pd.Series([choose(rows)['dense_R@1'] for rows in runs.values()])
         half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
         table.append({'run': name, 'epoch': epoch, 'seeds': ' '.join(map(str, runs)), 'mean_R@1': values.mean(),
-                      'std_R@1': values.std(), 'low_R@1': values.mean() - half, 'high_R@1': values.mean() + half})
+                      'std_R@1': values.std(), 'low_R@1': max(0.0, values.mean() - half),
+                      'high_R@1': min(100.0, values.mean() + half)})
     write_atomically(folder / f'{name}_seeds.csv', lambda file: pd.DataFrame(table).to_csv(file, index=False))
     print(f'R@1 over {len(runs)} seeds, {folder / f"{name}_seeds.csv"}:')
     print('| run | epoch | R@1, mean and standard deviation | 95 % interval of the mean |\n|---|---|---|---|')

@@ -12,7 +12,7 @@ red elsewhere, grey where it is not known. retrieval.json beside them lists the 
 write are never replaced. A sheet goes to results/{run}_{select}/. An image that is no longer there is drawn as a grey
 tile with its name.
 """
-import json
+import hashlib
 import textwrap
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from PIL import ImageOps
 from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries
 from dataset import make_transform
 from engine.errors import UserError, nearest
-from engine.files import image_file, make_folder, save_json
+from engine.files import are_texts, image_file, make_folder, read_json, save_json
 from engine.images import BrokenImage, load_image, load_tile
 from engine.processes import select_device
 from engine.runs import DataBase
@@ -48,6 +48,7 @@ def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | 
     for path, folder in ((Path(name).absolute(), root.absolute()), (Path(name).resolve(), root.resolve())):
         if path.is_relative_to(folder):
             candidates.append(path.relative_to(folder).as_posix())
+    candidates += [name for candidate in candidates for name in converted_names(root, candidate)]
     for candidate in candidates:
         if candidate in positions:
             return positions[candidate]
@@ -62,6 +63,13 @@ def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | 
         return None
     known = positions if '/' in name else [image.rsplit('/', 1)[-1] for image in positions]
     raise UserError(f'--query_img_name {name} is neither an image of the data base nor a file{nearest(name, known)}')
+
+
+def converted_names(root: Path, source: str) -> list[str]:
+    """Return the paths below uncropped/ and cropped/ of a photograph, given by the path where its owner keeps it."""
+    manifest = read_json(root / 'conversion.json', {'files': dict})
+    name, _, stem, *_ = (manifest or {'files': {}})['files'].get(source) or ['', 0, '']
+    return [f'uncropped/{name}', f'cropped/{stem}.jpg'] if name else []
 
 
 def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
@@ -158,6 +166,20 @@ def wrap(name: str) -> str:
     return '\n'.join(textwrap.wrap(name.replace('_', ' '), 20, max_lines=2, placeholder=' ...'))
 
 
+def identity(answers: list[dict]) -> str:
+    """Return what tells queries of one name apart: a hash of their paths."""
+    return hashlib.sha256('\n'.join(str(answer['query'].resolve()) for answer in answers).encode()).hexdigest()[:16]
+
+
+def choose_folder(results: Path, name: str, answers: list[dict]) -> Path:
+    """Return results/{name}, or results/{name}_2 and so on where that one holds what other queries found."""
+    folder, number = results / name, 2
+    while (read_json(folder / 'retrieval.json', {'queries': str}) or {}).get('queries', identity(answers)) \
+            != identity(answers):
+        folder, number = results / f'{name}_{number}', number + 1
+    return folder
+
+
 def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) -> Path:
     """Write the figure, retrieval.json and, for one query, the single images; returns the figure's path.
 
@@ -168,11 +190,10 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     """
     make_folder('--results_dir', folder)
     record_file = folder / 'retrieval.json'
-    try:
-        record = json.loads(record_file.read_text()) if record_file.is_file() else {'files': []}
-        written = {name for name in record['files'] if Path(name).name == name}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{record_file} is not what this script wrote; move it away') from None
+    record = read_json(record_file, {'files': are_texts})
+    if record is None and record_file.exists():
+        raise UserError(f'{record_file} is not what this script wrote; move it away')
+    written = {name for name in (record or {'files': []})['files'] if Path(name).name == name}
     tiles = {}
     if singles:
         answer = answers[0]
@@ -189,13 +210,14 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     lines = [{**answer, 'query': answer['query'].name} for answer in answers]
 
     # Before anything is written, so that a call cut short leaves nothing that the next one takes for foreign.
-    save_json({'files': sorted(ours | written), 'answers': lines}, record_file)
+    head = {'queries': identity(answers)}
+    save_json({**head, 'files': sorted(ours | written), 'answers': lines}, record_file)
     for name in written:
         (folder / name).unlink(missing_ok=True)
     for name, tile in tiles.items():
         tile.save(folder / name, quality=95)
     draw_rows(answers, root, figure)
-    save_json({'files': sorted(ours), 'answers': lines}, record_file, indent=1)
+    save_json({**head, 'files': sorted(ours), 'answers': lines}, record_file, indent=1)
     return figure
 
 
@@ -265,20 +287,20 @@ def main() -> None:
     device = select_device(args.device)
     answers = [{**look_up(query, run, args.retrieval_num, args.binary, device), 'note': note}
                for query, note in zip(queries, notes, strict=True)]
-    folders = {}
     for answer in answers:
         print_answer(answer)
         if args.num_queries is None:
-            stem = answer['query'].stem
-            folders[stem] = folders.get(stem, 0) + 1
-            folder = stem if folders[stem] == 1 else f'{stem}_{folders[stem]}'
-            print(write_answers(results / folder, [answer], root, singles=True))
+            print(write_answers(choose_folder(results, answer['query'].stem, [answer]), [answer], root, singles=True))
     if args.num_queries is not None:
         print(write_answers(results / f'{run.files.name}_{args.select}', answers, root, singles=False))
     elif len(answers) > 1:
-        folder = f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more'
-        print(write_answers(results / folder, answers, root, singles=False))
+        folder = choose_folder(results, f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more', answers)
+        print(write_answers(folder, answers, root, singles=False))
     report_lost(answers, root)
+    gone = [image for subset in data_base.subsets.values() for image in subset.images if not (root / image).exists()]
+    if gone:
+        print(f'{len(gone):,} images of this data base are no longer in the data set, the first: {gone[0]}; train or '
+              'evaluate again to forget them')
 
 
 if __name__ == '__main__':

@@ -46,39 +46,29 @@ LABEL_GAP = 0.2  # rad between the names of proxies around the circle
 
 
 # ---------------------------------------------------- data ----------------------------------------------------------
-class MemoryDataset(RetrievalDataset):
-    """Images that are held in memory, with their labels 0..C-1."""
+class Pictures(list):
+    """Images in memory, read like those of a cache: the path of each is its number."""
 
-    def __init__(self, images: list[Image.Image], labels: list[int], class_names: list[str], transform, seed: int):
-        numbers = {name: [str(index) for index, label in enumerate(labels) if label == number]
-                   for number, name in enumerate(class_names)}
-        super().__init__(ImageData(Path(), {'train': numbers, 'class_names': {}}), 'train', transform, seed)
-        self.pictures = [images[int(number)] for number in self.images]
-
-    def read(self, index: int) -> Image.Image:
-        return self.pictures[index]
+    def read(self, path: str) -> Image.Image:
+        return self[int(path)]
 
 
 def load_stl10(data_path: str) -> tuple[list, list, list[str]]:
-    """Return images, labels and class names of the 7 + 3 classes, the first from STL10's train, the last from its test.
-
-    Raises:
-        UserError: if the data set is neither there nor can be downloaded, or a file does not have its md5.
-    """
+    """Return images, labels and class names of 7 classes of STL10's train and 3 of its test, checked by their md5."""
     from torchvision.datasets import STL10
 
     images, labels = [], []
-    for split, classes in (('train', range(NUM_TRAIN_CLASSES)), ('test', range(NUM_TRAIN_CLASSES, 10))):
+    for split, classes, most in (('train', range(NUM_TRAIN_CLASSES), None),
+                                 ('test', range(NUM_TRAIN_CLASSES, 10), TEST_IMAGES)):
         try:
             data = STL10(data_path, split, download=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: the md5 differs
             raise UserError(f'--data_path {data_path}: STL10 is neither there nor could it be downloaded ({error}); '
                             'put stl10_binary.tar.gz there, or use --data_name glyph') from None
         for label in classes:
-            found = [index for index, known in enumerate(data.labels) if known == label]
-            for index in found if split == 'train' else found[:TEST_IMAGES]:
-                images.append(Image.fromarray(data.data[index].transpose(1, 2, 0)))
-                labels.append(label)
+            pixels = data.data[data.labels == label][:most].transpose(0, 2, 3, 1)
+            images += map(Image.fromarray, pixels)
+            labels += [label] * len(pixels)
     return images, labels, list(data.classes)
 
 
@@ -93,23 +83,21 @@ def make_glyphs(seed: int) -> tuple[list, list, list[str]]:
     return images, labels, [character for character, _ in characters]
 
 
-def make_sets(args, interpolation: str) -> dict[str, MemoryDataset]:
+def make_sets(args, interpolation: str) -> dict[str, RetrievalDataset]:
     """Return {'augmented': the training images, 'train': some of them as they are, 'test': unseen classes}."""
     images, labels, names = load_stl10(args.data_path) if args.data_name == 'stl10' else make_glyphs(args.seed)
     size = IMAGE_SIZE[args.data_name]
     augment = make_transform(True, size, interpolation=interpolation, min_crop=MIN_CROP[args.data_name],
                              flip=FLIP[args.data_name])
     plain = make_transform(False, size, size, interpolation)
-    by_class = [[index for index, label in enumerate(labels) if label == number] for number in range(len(names))]
-    train, test = slice(0, NUM_TRAIN_CLASSES), slice(NUM_TRAIN_CLASSES, None)
-
-    def build(classes, transform, most):
-        chosen = [(index, label) for label, own in enumerate(by_class[classes]) for index in own[:most]]
-        return MemoryDataset([images[index] for index, _ in chosen], [label for _, label in chosen], names[classes],
-                             transform, args.seed)
-
-    return {'augmented': build(train, augment, None), 'train': build(train, plain, TRAIN_IMAGES),
-            'test': build(test, plain, TEST_IMAGES)}
+    classes = [(name, [str(index) for index, label in enumerate(labels) if label == number])
+               for number, name in enumerate(names)]
+    train, test = classes[:NUM_TRAIN_CLASSES], classes[NUM_TRAIN_CLASSES:]
+    split = {'augmented': dict(train), 'train': {name: paths[:TRAIN_IMAGES] for name, paths in train},
+             'test': dict(test), 'class_names': {}}
+    data = ImageData(Path(), split, Pictures(images))
+    return {subset: RetrievalDataset(data, subset, transform, args.seed)
+            for subset, transform in (('augmented', augment), ('train', plain), ('test', plain))}
 
 
 # ---------------------------------------------------- training ------------------------------------------------------
@@ -120,11 +108,8 @@ def angles_to_proxies(embeddings: torch.Tensor, labels: torch.Tensor, proxies: t
 
 
 def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: torch.device, amp: bool) -> dict:
-    """Embed the training and test images and measure where they lie.
-
-    Returns:
-        {'epoch', 'proxies': (7, 2), 'R@1': per cent, 'angle': mean angle in degrees between class means and proxies,
-        '{train,test}_embeddings': (n, 2), '{train,test}_labels': (n,), '{train,test}_classes': names}.
+    """Return where the images lie: {'epoch', 'proxies': (7, 2), 'R@1': per cent, 'angle': mean angle in degrees between
+    class means and proxies, '{train,test}_embeddings': (n, 2), '{train,test}_labels': (n,), '{train,test}_classes'}.
     """
     frame = {'epoch': epoch, 'proxies': F.normalize(criterion.proxies.detach(), dim=-1).cpu()}
     for name in ('train', 'test'):
@@ -133,16 +118,13 @@ def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: t
         frame[f'{name}_labels'] = torch.tensor(sets[name].labels)
         frame[f'{name}_classes'] = sets[name].class_names
     frame['R@1'] = retrieval_metrics(frame['test_embeddings'], frame['test_labels'], recalls=(1,))['R@1']
-    frame['angle'] = angles_to_proxies(frame['train_embeddings'], frame['train_labels'],
-                                       frame['proxies']).mean().item()
-    return frame
+    angles = angles_to_proxies(frame['train_embeddings'], frame['train_labels'], frame['proxies'])
+    return {**frame, 'angle': angles.mean().item()}
 
 
 def train_toy(args, learnable: bool, device: torch.device) -> dict:
-    """Train one toy and write its statistics, model and embeddings.
-
-    Returns:
-        {'run': name, 'best': frame with the best R@1, 'frames': [before the training, after each epoch]}.
+    """Train one toy and write its statistics, model and embeddings; returns {'run': name, 'best': frame with the best
+    R@1, 'frames': [before the training, after each epoch]}.
     """
     torch.manual_seed(args.seed)
     model = EmbeddingNet(NetConfig('resnet18', 2, freeze_bn=args.weights != 'none', max_pool=False,
@@ -153,14 +135,13 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
                           proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
     train_amp, test_amp = (use_amp('auto', device, model, training) for training in (True, False))
+    learner = Learner(model, criterion, optimizer, device, train_amp)
 
     sets = make_sets(args, model.interpolation)
     sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
     loader = make_loader(sets['augmented'], sampler, 0, device)
-    learner = Learner(model, criterion, optimizer, device, train_amp)
 
-    run = name_run(args, learnable)
-    folder = Path(args.results_dir)
+    run, folder = name_run(args, learnable), Path(args.results_dir)
     settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
     settings.update(with_learnable_proxy=learnable, weights=Path(args.weights).name,
                     momentum=None if learnable else args.momentum)
@@ -194,11 +175,12 @@ def spread(angles: list[float]) -> list[float]:
     """Push angles (rad) on the circle apart until neighbours are LABEL_GAP apart, each as little as it takes."""
     order = sorted(range(len(angles)), key=angles.__getitem__)
     moved = list(angles)
-    for _ in range(100):
-        for left, right in zip(order, order[1:] + order[:1], strict=True):
-            missing = LABEL_GAP - (moved[right] - moved[left]) % (2 * math.pi)
-            if missing > 1e-6:
-                moved[left], moved[right] = moved[left] - missing / 2, moved[right] + missing / 2
+    for _ in range(200):
+        for number, left in enumerate(order, start=1):
+            right = order[number % len(order)]
+            turn = 2 * math.pi if number == len(order) else 0  # from the last one on to the first
+            missing = max(0.0, LABEL_GAP - (moved[right] + turn - moved[left]))
+            moved[left], moved[right] = moved[left] - missing / 2, moved[right] + missing / 2
     return moved
 
 
@@ -217,23 +199,15 @@ def draw_circle(axis, frame: dict, subset: str, title: str) -> None:
         axis.annotate('', xy=0.95 * mean, xytext=(0, 0),
                       arrowprops={'arrowstyle': '->', 'color': COLOURS[label], 'linewidth': 1.3, 'shrinkA': 0})
     angles = spread([math.atan2(y, x) for x, y in frame['proxies'].tolist()])
-    for label, (proxy, name) in enumerate(zip(frame['proxies'], frame['train_classes'], strict=True)):
+    for label, (proxy, name, angle) in enumerate(zip(frame['proxies'], frame['train_classes'], angles, strict=True)):
         colour = COLOURS[label] if training else GREY
         axis.scatter(*(1.3 * proxy), s=55, marker='*', color=colour, linewidths=0, zorder=3)
-        axis.annotate(name, (1.52 * math.cos(angles[label]), 1.52 * math.sin(angles[label])), fontsize=7, ha='center',
-                      va='center', color='#333333')
-    axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal', xticks=[], yticks=[])
-    axis.set_title(title)
+        axis.annotate(name, (1.52 * math.cos(angle), 1.52 * math.sin(angle)), fontsize=7, ha='center', va='center',
+                      color='#333333')
+    axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal', xticks=[], yticks=[], title=title)
     if not training:
         axis.legend(loc='lower right', title='test classes', title_fontsize=7, handletextpad=0.1, borderaxespad=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-
-
-def describe(frame: dict, kind: str) -> str:
-    """Return a panel's title."""
-    return (f'{kind}, epoch {frame["epoch"]}: R@1 {frame["R@1"]:.1f} %\n'
-            f'class means {frame["angle"]:.1f}° from their proxies')
+    axis.spines[:].set_visible(False)
 
 
 def draw_toys(toys: dict[str, dict], target: Path) -> Path:
@@ -243,11 +217,11 @@ def draw_toys(toys: dict[str, dict], target: Path) -> Path:
 
         figure, axes = pyplot.subplots(len(toys), 2, figsize=(7.2, 3.8 * len(toys)), squeeze=False,
                                        layout='constrained')
-        for row, (kind, toy) in zip(axes, toys.items(), strict=True):
-            draw_circle(row[0], toy['best'], 'test', f'{kind}, epoch {toy["best"]["epoch"]}: test classes\n'
-                        f'R@1 {toy["best"]["R@1"]:.1f} %')
-            draw_circle(row[1], toy['best'], 'train', 'training classes and their proxies (stars)\n'
-                        f'class means {toy["best"]["angle"]:.1f}° from their proxies')
+        for (left, right), (kind, toy) in zip(axes, toys.items(), strict=True):
+            best = toy['best']
+            draw_circle(left, best, 'test', f'{kind}, epoch {best["epoch"]}: test classes\nR@1 {best["R@1"]:.1f} %')
+            draw_circle(right, best, 'train', 'training classes and their proxies (stars)\n'
+                        f'class means {best["angle"]:.1f}° from their proxies')
         return save_figure(figure, target)
 
 
@@ -261,7 +235,8 @@ def animate(toys: dict[str, dict], target: Path) -> Path:
             figure, axes = pyplot.subplots(1, len(toys), figsize=(3.7 * len(toys), 3.9), squeeze=False)
             figure.subplots_adjust(0, 0, 1, 0.9, 0)  # the same in every picture
             for axis, kind, frame in zip(axes[0], toys, frames, strict=True):
-                draw_circle(axis, frame, 'train', describe(frame, kind))
+                draw_circle(axis, frame, 'train', f'{kind}, epoch {frame["epoch"]}: R@1 {frame["R@1"]:.1f} %\n'
+                            f'class means {frame["angle"]:.1f}° from their proxies')
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=100)
             pyplot.close(figure)
@@ -279,11 +254,10 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--data_path', default='/home/data/stl10', help='where STL10 is or goes [%(default)s]')
     parser.add_argument('--data_name', choices=tuple(IMAGE_SIZE), default='stl10',
                         help='STL10, or ten characters that need no download [%(default)s]')
-    parser.add_argument('--loss_name', default='asymptotic_proxy', help=f'asymptotic_proxy, {", ".join(LOSSES)} '
-                        '[%(default)s, which is normalized_softmax]')
+    parser.add_argument('--loss_name', default='asymptotic_proxy',
+                        help=f'{", ".join(LOSSES)} [%(default)s, which is normalized_softmax]')
     parser.add_argument('--temperature', type=float, default=0.03, help='1 / scale of the loss [%(default)s]')
-    parser.add_argument('--with_learnable_proxy', action='store_true',
-                        help='proxies learn by the gradient instead of moving by momentum')
+    parser.add_argument('--with_learnable_proxy', action='store_true', help='proxies learn instead of being moved')
     parser.add_argument('--momentum', type=float, help=f'of the moving proxies [{MOMENTUM}]')
     parser.add_argument('--batch_size', type=int, help='images in a step [128; 64 for glyph]')
     parser.add_argument('--num_epochs', type=int, default=30, help='[%(default)s]')
@@ -303,11 +277,11 @@ def get_args(argv: list[str] | None = None):
         raise UserError(f'--momentum {args.momentum} has no effect with --with_learnable_proxy; leave one of them out')
     if args.weights is None:
         args.weights = 'imagenet' if args.data_name == 'stl10' else 'none'
-    args.batch_size = BATCH_SIZE[args.data_name] if args.batch_size is None else args.batch_size
-    if args.lr is None:
-        args.lr = 1e-3 if args.weights == 'none' else 1e-4
-    if args.momentum is None and not args.with_learnable_proxy:
-        args.momentum = MOMENTUM
+    defaults = {'batch_size': BATCH_SIZE[args.data_name], 'lr': 1e-3 if args.weights == 'none' else 1e-4,
+                'momentum': None if args.with_learnable_proxy else MOMENTUM}
+    for flag, default in defaults.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, default)
     for flag in ('temperature', 'lr'):
         if not 1e-6 <= getattr(args, flag) < math.inf:
             raise UserError(f'--{flag} {getattr(args, flag)} must be a number of at least 1e-6')
@@ -319,10 +293,9 @@ def main() -> None:
     """Train the toy as the command line says and draw it."""
     args = get_args()
     device = select_device(args.device)
-    folder = make_folder('--results_dir', Path(args.results_dir))
-    kinds = {'moving proxies': False, 'learnable proxies': True}
-    if not args.compare:
-        kinds = {kind: learnable for kind, learnable in kinds.items() if learnable == args.with_learnable_proxy}
+    folder = make_folder('--results_dir', args.results_dir)
+    kinds = {kind: learnable for kind, learnable in (('moving proxies', False), ('learnable proxies', True))
+             if args.compare or learnable == args.with_learnable_proxy}
     for learnable in kinds.values():
         statistics = folder / f'{name_run(args, learnable)}_statistics.csv'
         if statistics.exists() and not args.overwrite:

@@ -46,8 +46,8 @@ from dataset import (BatchSampler, ImageData, RetrievalDataset, hold_out, make_l
 from engine.errors import UserError, reason_of
 from engine.files import check_fields, make_folder, remove_torn, save
 from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
-from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, load_checkpoint_file, provenance, read_statistics,
-                         save_statistics)
+from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_checkpoint_file, load_model_file,
+                         provenance, read_statistics, save_statistics, seen_classes)
 from evaluate import make_data_base, measure, use_amp
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
@@ -56,7 +56,7 @@ from summary import check_collapse, chosen_epoch, describe, flatten, print_end, 
 
 # Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
 CHANGEABLE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'on_collapse', 'seeds', 'resume',
-              'overwrite')
+              'overwrite', 'allow_seen', 'epoch0')
 
 
 # ---------------------------------------------------- one epoch ------------------------------------------------------
@@ -174,7 +174,7 @@ def claim_run(start: Start, overwrite: bool):
 def settings_of(args: argparse.Namespace) -> dict:
     """Return the settings that make a run what it is: no paths, no device, so that its files say nothing of a place."""
     settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
-    return {**settings, 'weights': Path(args.weights).name}
+    return {**settings, 'weights': Path(args.weights).name, 'init': args.init and Path(args.init).name}
 
 
 def fingerprint(split: dict) -> str:
@@ -192,7 +192,13 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     if checkpoint['split'] != fingerprint(split):
         raise UserError(f'--resume: the data set {args.data_name} was converted anew since the run {args.run} began; '
                         'convert it as it was, or name a new run with --remark')
-    now, before = settings_of(args), checkpoint['args']
+    now, before = settings_of(args), dict(checkpoint['args'])
+    if type(before.get('num_epochs')) is int and args.num_epochs > before['num_epochs']:
+        if args.lr_schedule not in ('step', 'constant'):
+            raise UserError(f'--num_epochs {args.num_epochs}: the schedule {args.lr_schedule} of this run was laid out '
+                            f'for {before["num_epochs"]} epochs, and is at its end; start a new run from its model '
+                            'with --init')
+        before['num_epochs'] = args.num_epochs
     differ = [f'--{name} {now.get(name)} (was {" ".join(str(before.get(name)).split())})'
               for name in sorted(now.keys() | before.keys(), key=str)
               if repr(now.get(name)) != repr(before.get(name))]  # a tensor has no one answer to !=
@@ -238,10 +244,13 @@ def check_data(args: argparse.Namespace, split: dict, device: torch.device) -> N
                         'statistics; add --drop_last 1, or choose another size')
     if args.compile and device.type == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler on a CPU and finds no g++; install one, or leave it out')
+    if 'gallery' not in split and max(map(len, split['test'].values())) < 2:
+        raise UserError(f'--data_name {args.data_name}: no test class has two images, so that no query could find '
+                        'another one of its class')
     searched = count_images(split['gallery']) if 'gallery' in split else count_images(split['test']) - 1
     if args.recalls[-1] > searched:
-        raise UserError(f'--recalls {args.recalls[-1]} is larger than the {searched} images that a query is searched '
-                        'in')
+        raise UserError(f'R@{args.recalls[-1]} asks for more than the {searched} images that a query is searched in; '
+                        'set --recalls to smaller numbers, as in --recalls 1,2')
 
 
 @dataclass
@@ -259,13 +268,15 @@ class Training:
     val_loaders: dict | None  # of held out training classes
     rows: list  # of the statistics, a dict an epoch
     made_with: dict
+    seen: list  # names of the classes trained on, here or before --init
+    floor: float | None  # R@1 of the untouched trunk
 
 
 def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Build the optimizer of the network and, at a rate of their own, of proxies that learn."""
     groups = [{'params': list(model.parameters()), 'lr': args.lr}]
-    if args.proxy_update != 'momentum':
-        groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr})
+    if list(criterion.parameters()):  # moving proxies are none
+        groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
     kind, more = {'adamw': (torch.optim.AdamW, {}), 'adam': (torch.optim.Adam, {}),
                   'sgd': (torch.optim.SGD, {'momentum': 0.9})}[args.optimizer_type]
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **more)
@@ -299,7 +310,7 @@ def begin(args: argparse.Namespace, start: Start, device: torch.device) -> Train
     """Open the data, build all that a run needs, and bring it to where its checkpoint stands."""
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.deterministic)
-    made_with = provenance(device)
+    made_with, floor = provenance(device), None
 
     # ---- data ----
     data = open_data(args.data_path, args.data_name, args.crop_type, args.cache_size)
@@ -312,6 +323,7 @@ def begin(args: argparse.Namespace, start: Start, device: torch.device) -> Train
 
     # ---- network, loss, optimizer ----
     model, learner = build_learner(args, len(data.split['train']), device, 'none' if checkpoint else args.weights)
+    seen = start_from(args.init, model) if args.init is not None else []
     schedule = build_schedule(learner.optimizer, args)
 
     # ---- batches ----
@@ -321,10 +333,42 @@ def begin(args: argparse.Namespace, start: Start, device: torch.device) -> Train
     splits = [data.split] + ([{**data.split, 'test': data.split['val']}] if args.val_ratio else [])
     loaders = [make_test_loaders(data._replace(split=split), plain, args.batch_size, args.num_workers, device)
                for split in splits]
+    rows, names = checkpoint['rows'] if checkpoint else [], loader.dataset.class_names
+    check_seen({*seen, *names}, loaders[0]['test'].dataset.class_names, args.allow_seen)
     if checkpoint:
         restore(checkpoint, start.files.checkpoint, model, learner, schedule)
-    return Training(args, start, data, model, learner, schedule, loader, loaders[0],
-                    loaders[1] if args.val_ratio else None, checkpoint['rows'] if checkpoint else [], made_with)
+        floor = rows[-1].get('epoch0_R@1')
+    elif args.epoch0 and args.weights != 'none':
+        floor = measure_floor(model, loaders[0], args, device)
+    return Training(args=args, start=start, data=data, model=model, learner=learner, schedule=schedule, loader=loader,
+                    test_loaders=loaders[0], val_loaders=loaders[1] if args.val_ratio else None, rows=rows,
+                    made_with=made_with, seen=[*names, *(name for name in seen if name not in names)], floor=floor)
+
+
+def start_from(file: str, model: EmbeddingNet) -> list[str]:
+    """Put the weights of a run's model into a network like it; returns the names of the classes it was trained on.
+
+    Raises:
+        UserError: if the file is no model, or of a network of another kind.
+    """
+    contents = load_model_file(file)
+    differ = [f'--{name} {value} (there {contents["config"].get(name)})' for name, value in asdict(model.config).items()
+              if name not in ('image_size', 'freeze_bn') and contents['config'].get(name) != value]
+    if differ:
+        raise UserError(f'--init {file} is another network: {", ".join(differ)}; give the same')
+    try:
+        model.load_state_dict(contents['state_dict'])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f'--init {file} does not fit its own description ({reason_of(error)})') from None
+    return seen_classes(contents)
+
+
+def measure_floor(model: EmbeddingNet, test_loaders: dict, args: argparse.Namespace, device: torch.device) -> float:
+    """Return R@1 of the test classes by the trunk's average pooled features, as `evaluate.py --zero_shot` does."""
+    amp = use_amp(args.amp, device, model, training=False)
+    floor = measure(make_data_base(model.untouched(), test_loaders, device, amp), (1,), device, ('dense',))
+    print(f'epoch 0: R@1 {floor["dense"]["R@1"]:.2f} of the untouched trunk', flush=True)
+    return floor['dense']['R@1']
 
 
 def distribute(model: EmbeddingNet, device: torch.device) -> nn.Module:
@@ -360,6 +404,8 @@ def run_epoch(training: Training, epoch: int) -> DataBase:
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
     row = {'epoch': epoch, **trained, 'lr': rates[0], 'proxy_lr': rates[-1] if len(rates) > 1 else 0.0,
            **flatten(measure(data_base, args.recalls, learner.device))}
+    if training.floor is not None:
+        row['epoch0_R@1'] = training.floor
     if training.val_loaders:
         found = measure(make_data_base(model, training.val_loaders, learner.device, amp), (1,), learner.device)
         row |= {f'val_{name}': value for name, value in flatten(found).items()}
@@ -382,8 +428,9 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         for file in training.start.replaced:
             file.unlink(missing_ok=True)
     if chosen_epoch(rows) is rows[-1]:
-        save({'config': asdict(model.config), 'state_dict': model.state_dict(), **made_by}, files.model)
-        data_base.origin = made_by
+        save({'config': asdict(model.config), 'state_dict': model.state_dict(), 'seen_classes': training.seen,
+              **made_by}, files.model)
+        data_base.origin = {**made_by, 'seen_classes': training.seen}
         data_base.proxies = {'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
                              'train_class_names': training.loader.dataset.class_names}
         data_base.save(files.data_base)
@@ -400,6 +447,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
     print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
           f'{len(training.loader.dataset):,} images of {num_classes:,} classes; {device}, '
           f'{"bfloat16" if training.learner.amp else "float32"}')
+    if args.warm_up >= args.num_epochs:
+        print('the trunk stays frozen in all epochs: only the linear layer and the proxies learn')
     first_epoch = len(rows) + 1
     for epoch in range(first_epoch, args.num_epochs + 1):
         if epoch in (first_epoch, args.warm_up + 1):

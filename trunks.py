@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from engine.errors import UserError, reason_of
+from engine.errors import UserError, nearest, reason_of
 from engine.files import load
 from recipes import TRUNKS
 
@@ -33,15 +33,16 @@ class Trunk(NamedTuple):
 
 
 def load_weights(weights: str, url: str | None) -> dict | None:
-    """Return a state dict for `--weights`: `none`, `imagenet` (downloaded once, checked against its hash) or a path.
-
-    Raises:
-        UserError: if the download fails or does not have the hash in its file name, or the path holds no weights.
+    """Return a state dict for `--weights`: `none`, `imagenet` (downloaded once, checked against the hash in its file
+    name) or a path.
     """
     if weights == 'none':
         return None
     if weights != 'imagenet':
         contents = load(weights, 'weights file')
+        if isinstance(contents, dict) and {'config', 'state_dict', 'args'} <= contents.keys():
+            raise UserError(f'--weights {weights} is the model of a run, not the weights of a trunk; to start from it, '
+                            f'use --init {weights}')
         contents = contents.get('state_dict', contents) if isinstance(contents, dict) else None
         if not isinstance(contents, dict) or not contents or not all(
                 isinstance(key, str) and torch.is_tensor(value) for key, value in contents.items()):
@@ -55,11 +56,7 @@ def load_weights(weights: str, url: str | None) -> dict | None:
 
 
 def fill(module: nn.Module, state_dict: dict | None, head: tuple[str, ...], name: str) -> nn.Module:
-    """Load a state dict strictly, but for the keys of the classification head, which the module does not have.
-
-    Raises:
-        UserError: if keys or shapes are not those of the trunk `name`.
-    """
+    """Load a state dict strictly, but for the keys of the classification head, which the module does not have."""
     if state_dict is None:
         return module
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith(head)}
@@ -87,10 +84,9 @@ def resnet(name: str, weights: str) -> Trunk:
     """Build a torchvision ResNet up to its last feature map (He et al., CVPR 2016, arXiv 1512.03385)."""
     from torchvision import models
 
-    url = models.get_model_weights(name)['IMAGENET1K_V1'].url
     whole = models.get_model(name, weights=None)
-    trunk = headless(whole, 'avgpool', 'fc')
-    return Trunk(fill(trunk, load_weights(weights, url), ('fc.',), name), whole.fc.in_features)
+    state_dict = load_weights(weights, models.get_model_weights(name)['IMAGENET1K_V1'].url)
+    return Trunk(fill(headless(whole, 'avgpool', 'fc'), state_dict, ('fc.',), name), whole.fc.in_features)
 
 
 def googlenet(name: str, weights: str) -> Trunk:
@@ -99,8 +95,8 @@ def googlenet(name: str, weights: str) -> Trunk:
 
     whole = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=weights == 'none')
     trunk = headless(whole, 'avgpool', 'dropout', 'fc')
-    url = models.GoogLeNet_Weights.IMAGENET1K_V1.url
-    return Trunk(fill(trunk, load_weights(weights, url), ('fc.', 'aux1.', 'aux2.'), name), whole.fc.in_features)
+    state_dict = load_weights(weights, models.GoogLeNet_Weights.IMAGENET1K_V1.url)
+    return Trunk(fill(trunk, state_dict, ('fc.', 'aux1.', 'aux2.'), name), whole.fc.in_features)
 
 
 class BNInceptionFeatures(nn.Module):
@@ -150,20 +146,18 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
     import timm
 
     if not timm.is_model(name):
-        families = timm.list_models(f'*{name[:6]}*')[:8]
-        raise UserError(f'--backbone_type timm:{name} is no model of timm {timm.__version__}; '
-                        f'timm.list_models() lists them' + (f' (near it: {", ".join(families)})' if families else ''))
+        raise UserError(f'--backbone_type timm:{name} is no model of timm {timm.__version__}'
+                        f'{nearest(name, timm.list_models())}; timm.list_models() lists them')
     try:
         network = timm.create_model(name, pretrained=weights == 'imagenet', num_classes=0)
     except Exception as error:  # the hub client has a family of network errors of its own
-        if weights != 'imagenet':
-            raise UserError(f'--backbone_type timm:{name} cannot be built ({reason_of(error)})') from None
-        raise UserError(f'the weights of timm:{name} could not be downloaded ({reason_of(error)}); {ELSEWHERE}') \
-            from None
+        raise UserError(f'the weights of timm:{name} could not be downloaded ({reason_of(error)}); {ELSEWHERE}'
+                        if weights == 'imagenet' else
+                        f'--backbone_type timm:{name} cannot be built ({reason_of(error)})') from None
     pretrained = network.pretrained_cfg
     if weights not in ('imagenet', 'none'):
         heads = pretrained.get('classifier') or 'classifier'
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        heads = [heads] if isinstance(heads, str) else heads
         fill(network, load_weights(weights, None), tuple(f'{head}.' for head in heads), f'timm:{name}')
     if pretrained.get('fixed_input_size') and image_size != pretrained['input_size'][-1]:
         if not hasattr(network, 'set_input_size'):

@@ -113,6 +113,11 @@ seed_list = numbers(int, lambda values: len(set(values)) == len(values) > 1 and 
                     and max(values) < 2**63, 'two or more different seeds, as in 1,2,3')
 
 
+def user_path(text: str) -> str:
+    """Parse a path: `~` is the home folder, where a shell has not replaced it already, as in `--output=~/x.png`."""
+    return os.path.expanduser(text)
+
+
 def switch(text: str) -> bool:
     """Parse a flag's 0 or 1."""
     if text not in ('0', '1'):
@@ -179,11 +184,27 @@ def plot_style():
     return pyplot.style.context(['science', 'no-latex', text])
 
 
+MADE_HERE = 'proxies for image retrieval'  # stands in each file that --output names, so that it may be replaced
+
+
+def check_replaceable(target: Path) -> Path:
+    """Return a path that may be written to: what is there was written by these scripts, or there is nothing.
+
+    Raises:
+        UserError: if a file of somebody else is there.
+    """
+    if target.exists() and (target.is_dir() or MADE_HERE.encode() not in target.read_bytes()):
+        raise UserError(f'--output {target} is there, was not written by these scripts and is not replaced; move it '
+                        'away, or name another')
+    return target
+
+
 def save_figure(figure, target: Path, dpi: int = 200) -> Path:
     """Save a figure as PNG and PDF, `target` with either suffix, and close it; returns the PNG's path. Atomic."""
     from matplotlib import pyplot
 
-    for suffix, metadata in (('.pdf', {'CreationDate': None}), ('.png', None)):  # the same picture, the same bytes
+    # Without the date the same picture has the same bytes.
+    for suffix, metadata in (('.pdf', {'CreationDate': None, 'Keywords': MADE_HERE}), ('.png', {'Source': MADE_HERE})):
         write_atomically(target.with_suffix(suffix), lambda file, kind=suffix[1:], metadata=metadata: figure.savefig(
             file, format=kind, dpi=dpi, metadata=metadata))
     pyplot.close(figure)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from engine.errors import UserError
 from engine.files import are_texts, is_whole, load, save, stamp_of, write_atomically
@@ -27,19 +26,8 @@ def cache_files(root: Path, crop_type: str, size: int) -> tuple[Path, Path]:
     return tuple(root / f'{crop_type}_cache_{size}.{suffix}' for suffix in ('bin', 'pth'))
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """Reduce the short side to `size` as the test transform does (bilinear), never enlarge."""
-    from torchvision.transforms import functional
-
-    return functional.resize(image, size) if min(image.size) > size else image
-
-
 def build_cache(root: Path, crop_type: str, size: int, images: list[str]) -> int:
-    """Write the cache of some images (paths below root) unless a sound one is there; returns its bytes.
-
-    Raises:
-        UserError: if an image is broken, or the disk is full.
-    """
+    """Write the cache of some images (paths below root) unless a sound one is there; returns its bytes."""
     pixels_file, index_file = cache_files(root, crop_type, size)
     try:
         return Cache(root, crop_type, size, images).total
@@ -49,8 +37,12 @@ def build_cache(root: Path, crop_type: str, size: int, images: list[str]) -> int
              'size': size}
 
     def decode(path: str) -> np.ndarray:
+        from torchvision.transforms import functional
+
         try:
-            return np.asarray(shrink(load_image(root / path), size))
+            image = load_image(root / path)
+            # As the test transform does (bilinear); never enlarged.
+            return np.asarray(functional.resize(image, size) if min(image.size) > size else image)
         except BrokenImage as error:
             raise UserError(f'the image {root / path} is missing or broken ({error}); convert the data set again') \
                 from None
@@ -70,13 +62,7 @@ def build_cache(root: Path, crop_type: str, size: int, images: list[str]) -> int
 
 
 class Cache:
-    """Packed images, by their paths.
-
-    Args:
-        root: the data set's folder.
-        crop_type: `uncropped` or `cropped`.
-        size: short side in pixels, as it was built.
-        images: paths below root that will be read.
+    """Packed images, by their paths; `images`, below root, are those that will be read.
 
     Raises:
         UserError: if there is no such cache, or it is truncated or older than the images.
@@ -95,9 +81,9 @@ class Cache:
             self.places = dict(zip(index['images'], places, strict=True))
         except (ValueError, TypeError, OverflowError, IndexError):
             raise UserError(f'{index_file} is damaged') from None
-        if self.file.stat().st_size != self.total or (shapes < 1).any():
-            raise UserError(f'{self.file} has {self.file.stat().st_size:,} bytes instead of {self.total:,}: it is '
-                            'truncated')
+        there = self.file.stat().st_size
+        if there != self.total or (shapes < 1).any():
+            raise UserError(f'{self.file} has {there:,} bytes instead of {self.total:,}: it is truncated')
         stale = [path for path in images if path not in self.places or self.places[path][3] != stamp_of(root / path)]
         if stale:
             raise UserError(f'{self.file} is stale: {len(stale):,} images are new or have changed since, the first: '

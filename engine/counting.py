@@ -14,7 +14,7 @@ with everything:
 
 Processes share the tiles of the passes; all counts are whole or half numbers, whose sum has no rounding.
 """
-import copy
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -29,7 +29,6 @@ SAMPLED_IMAGES = 2048  # of the gallery, that tell the thresholds
 ENTRIES_A_TEST = 32  # similarities that share the test whether one of them is above the threshold
 
 
-# ---------------------------------------------------- similarities ---------------------------------------------------
 def on_grid(similarity: torch.Tensor) -> torch.Tensor:
     """Round float64 similarities to multiples of 2^-33, in place.
 
@@ -71,10 +70,8 @@ def longest(features: torch.Tensor) -> tuple[float, float]:
 class Cosine:
     """Cosines of queries (Q, D) and a gallery (G, D), float32 or float64, unit rows.
 
-    Attributes:
-        dtype: of `tile`.
-        error: no cosine of `tile` is off by more.
-        finer: pairs of a dtype, and by what the cosines computed in it may be off.
+    No cosine of `tile`, of `dtype`, is off by more than `error`; `finer` holds pairs of a dtype and by what the cosines
+    computed in it may be off.
     """
 
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
@@ -82,7 +79,7 @@ class Cosine:
         (query_length, query_rounding), (length, rounding) = longest(query), longest(gallery)
         # A float32 sum of D products, in any order, is off by at most D 2^-24 |x| |y| (Higham, Accuracy and Stability
         # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32, and the grid's step.
-        self.error = 1.001 * (self.dim + 4) * 2.0**-24 * query_length * length + 2.0**-33
+        self.error = self.absolute_error = 1.001 * (self.dim + 4) * 2.0**-24 * query_length * length + 2.0**-33
         self.dtype, self.relative_error, self.finer = torch.float32, 0.0, ((torch.float64, 0.0),)
         if query.device.type == 'cpu' and bfloat16_is_fast(query.device):
             # Products of bfloat16 are summed in float32: |x'y' - xy| <= |x' - x| |y'| + |x| |y' - y| for the rounded
@@ -92,8 +89,6 @@ class Cosine:
             self.absolute_error = 1.01 * (self.error + query_rounding * length + query_length * rounding)
             largest = (query_length * length + self.absolute_error) / (1 - self.relative_error)  # value of a tile
             self.error = self.absolute_error + self.relative_error * largest
-        else:
-            self.absolute_error = self.error
 
     def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
         """Return similarities (r, c), dtype `dtype`, in `room` where it is given."""
@@ -122,12 +117,6 @@ class Cosine:
         similarity = torch.cat(parts).double()
         return on_grid(similarity) if dtype == torch.float64 else similarity
 
-    def for_queries(self, rows: torch.Tensor) -> 'Cosine':
-        """Return the same for some of the queries."""
-        part = copy.copy(self)
-        part.query = self.query[rows]
-        return part
-
 
 class Hamming:
     """Equal less different bits, D - 2 x the Hamming distance, of the signs of queries (Q, D) and a gallery (G, D).
@@ -135,10 +124,7 @@ class Hamming:
     They are kept as packed bits and unpacked tile by tile for a product of floats, which is exact: whole numbers below
     2^24. Up to D = 2047 there is room for two in one float, so that a product of x_i + 4096 x_k serves two queries.
     bfloat16 holds whole numbers up to 256 and even ones up to 512, and so all results up to D = 256 and for even D up
-    to 512, since equal less different bits is as even as D.
-
-    Attributes:
-        dtype, error, finer: as those of Cosine; `tile` is exact.
+    to 512, since equal less different bits is as even as D. Attributes are those of Cosine; `tile` is exact.
     """
     error, finer = 0.0, ()
 
@@ -172,14 +158,7 @@ class Hamming:
         query, gallery = unpack_codes(self.query[rows], self.dim), unpack_codes(self.gallery[columns], self.dim)
         return (query @ gallery.transpose(-1, -2)).double()
 
-    def for_queries(self, rows: torch.Tensor) -> 'Hamming':
-        """Return the same for some of the queries."""
-        part = copy.copy(self)
-        part.query = self.query[rows]
-        return part
 
-
-# ---------------------------------------------------- counting -------------------------------------------------------
 class Search(NamedTuple):
     """Queries and the gallery that they are searched in."""
 
@@ -190,14 +169,15 @@ class Search(NamedTuple):
 
     def for_queries(self, rows: torch.Tensor) -> 'Search':
         """Return the search for some of the queries alone."""
-        return Search(self.compare.for_queries(rows), self.query_labels[rows], self.gallery_labels, False)
+        compare = copy(self.compare)
+        compare.query = compare.query[rows]
+        return Search(compare, self.query_labels[rows], self.gallery_labels, False)
 
 
 def positive_similarities(search: Search, itself: torch.Tensor | None) -> torch.Tensor:
     """Return each query's similarities to the images of its class, descending, (Q, R) float64, padded with -inf.
 
-    Args:
-        itself: (Q,) where each query stands in the gallery and is left out; None: nowhere.
+    `itself` (Q,) says where each query stands in the gallery and is left out; None: nowhere.
     """
     orders = [labels.argsort(stable=True) for labels in (search.query_labels, search.gallery_labels)]
     in_order = [search.query_labels[orders[0]], search.gallery_labels[orders[1]]]
@@ -230,9 +210,8 @@ def number_above(positives: torch.Tensor, rows: torch.Tensor, bound: torch.Tenso
 
 
 def entries_above(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
-    """Yield row, column, value, (n,) each, of the entries of a tile (r, c) that reach the threshold (r,) of the row.
-
-    With `transpose` the tile is (c, r).
+    """Yield row, column, value, (n,) each, of the entries of a tile (r, c), or (c, r) with `transpose`, that reach the
+    threshold (r,) of their row.
     """
     dtype, lowest = tile.dtype, -torch.inf
     if dtype == torch.bfloat16:
@@ -240,9 +219,8 @@ def entries_above(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
             tile, threshold, lowest = tile.view(torch.int16), threshold.view(torch.int16), -2**15
         else:
             tile, threshold, dtype = tile.float(), threshold.float(), torch.float32
-    width = tile.shape[not transpose]
-    if width % ENTRIES_A_TEST:
-        missing = -width % ENTRIES_A_TEST
+    missing = -tile.shape[not transpose] % ENTRIES_A_TEST
+    if missing:
         tile = F.pad(tile, (0, 0, 0, missing) if transpose else (0, missing), value=lowest)
     if transpose:  # a maximum over the last dimension of tile.T would be slow
         tests = tile.unflatten(0, (-1, ENTRIES_A_TEST))
@@ -250,22 +228,18 @@ def entries_above(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
     else:
         tests = tile.unflatten(1, (-1, ENTRIES_A_TEST))
         highest = tests.amax(2)
-    step = 2**20 // ENTRIES_A_TEST
-    for rows, numbers in zip(*(index.split(step) for index in (highest >= threshold[:, None]).nonzero(as_tuple=True)),
-                             strict=True):
+    for part in (highest >= threshold[:, None]).nonzero().split(2**20 // ENTRIES_A_TEST):
+        rows, numbers = part.unbind(1)
         values = tests[rows, numbers]
         found, position = (values >= threshold[rows, None]).nonzero(as_tuple=True)
         yield rows[found], numbers[found] * ENTRIES_A_TEST + position, values[found, position].view(dtype)
 
 
 def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tensor, title: str) -> torch.Tensor:
-    """Count for each positive the negatives nearer than it, plus half of those tied with it, (Q, R) float64.
+    """Count for each positive (Q, R) the negatives nearer than it, plus half of those tied with it, (Q, R) float64.
 
-    Args:
-        positives: (Q, R) of `positive_similarities`.
-        threshold: (Q,) of compare.dtype; the count is complete for positives of at least threshold + compare.error,
-            and too small, if anything, for the others.
-        title: of the progress bar.
+    With threshold (Q,), of compare.dtype, the count is complete for positives of at least threshold + compare.error,
+    and too small, if anything, for the others.
     """
     compare, query_labels, gallery_labels, symmetric = search
     num_queries, most = positives.shape
@@ -299,8 +273,7 @@ def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tenso
     side = TILE_SIDE.get(positives.device.type, TILE_SIDE['cuda'])
     tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, num_queries, side)
              for column in range(row if symmetric else 0, len(gallery_labels), side)]
-    room = torch.empty(min(side, num_queries) * min(side, len(gallery_labels)), dtype=compare.dtype,
-                       device=positives.device)
+    room = positives.new_empty(min(side, num_queries) * min(side, len(gallery_labels)), dtype=compare.dtype)
     for rows, columns in progress(tiles[world_rank()::world_size()], desc=title, unit='tile', delay=2):
         tile = compare.tile(rows, columns, room)
         count(tile, rows, columns, False)
@@ -316,14 +289,14 @@ def guess_threshold(search: Search, needed: torch.Tensor) -> torch.Tensor:
     """
     _, query_labels, gallery_labels, _ = search
     size = min(SAMPLED_IMAGES, len(gallery_labels))
-    sample = torch.randperm(len(gallery_labels), generator=torch.Generator().manual_seed(0))[:size].sort().values
-    sample = sample.to(query_labels.device)
+    sample = torch.randperm(len(gallery_labels), generator=torch.Generator().manual_seed(0))[:size]
+    sample = sample.sort().values.to(query_labels.device)
     expected = needed * (size / len(gallery_labels))
     rank = (expected + 2 * expected.sqrt() + 1).long().clamp(max=size)
-    own = shard(len(query_labels))
     side = max(1, NUMBERS_AT_ONCE // 4 // size)
     parts = [query_labels.new_zeros(0, dtype=torch.float32)]  # a process may have no query
-    for start in range(own.start, own.stop, side):
+    own = shard(len(query_labels))
+    for start in own[::side]:
         rows = slice(start, min(start + side, own.stop))
         similarity = search.compare.tile(rows, sample).float()
         similarity.masked_fill_(query_labels[rows, None] == gallery_labels[sample], -torch.inf)
@@ -340,8 +313,7 @@ def count_decisive(search: Search, positives: torch.Tensor, largest: int) -> tor
     """
     compare = search.compare
     counted = positives > -torch.inf
-    number = counted.sum(1)
-    order = torch.arange(1, positives.shape[1] + 1, device=positives.device)
+    number, order = counted.sum(1), torch.arange(1, positives.shape[1] + 1, device=positives.device)
     threshold = guess_threshold(search, 2.0 * number + 1 + min(largest, 10))
     last = positives.masked_fill(~counted, torch.inf).amin(1) - 2 * compare.error
     threshold = threshold.maximum(last.float()).to(compare.dtype)
@@ -360,11 +332,9 @@ def count_decisive(search: Search, positives: torch.Tensor, largest: int) -> tor
 def nearer_negatives(queries: tuple, gallery: tuple | None, binary: bool, largest: int):
     """Count the negatives nearer than each positive, for as many queries at once as their positives fit into memory.
 
-    Args:
-        queries, gallery: features (Q, D), (G, D) and labels (Q,), (G,); no gallery: the queries are searched in each
-            other, each left out of its own search by its index.
-        binary: compare signs by Hamming distance instead of features by cosine.
-        largest: the largest K of Recall@K that will be asked for.
+    Queries and gallery are features (Q, D), (G, D) and labels (Q,), (G,); without a gallery the queries are searched in
+    each other, each left out of its own search by its index. `binary` compares signs by Hamming distance instead of
+    features by cosine; `largest` is the largest K of Recall@K that will be asked for.
 
     Yields:
         nearer (q, R) float64, for the descending positives of each query the negatives nearer than it plus half of

@@ -10,7 +10,6 @@ from pathlib import Path
 from engine.errors import UserError, reason_of
 
 
-# ---------------------------------------------------- writing -------------------------------------------------------
 def write_atomically(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, sync it to the disk, then rename it over `path`.
 
@@ -72,14 +71,10 @@ def make_folder(flag: str, path: Path) -> Path:
     return path
 
 
-# ---------------------------------------------------- reading -------------------------------------------------------
 def load(path: Path, kind: str, schema: dict | None = None) -> dict:
     """Load a `.pth` file onto the CPU without executing anything in it; its checksums (CRC-32) have to be right.
 
-    Args:
-        path: the file.
-        kind: what it should be, for the messages (`data base`, `model`, ...).
-        schema: what the dict in it must hold, see `check_fields`.
+    `kind` is what it should be, for the messages (`data base`, `model`, ...), `schema` what the dict in it must hold.
 
     Raises:
         UserError: if it is missing, corrupt, would need code to be executed, or is something else.
@@ -94,9 +89,8 @@ def load(path: Path, kind: str, schema: dict | None = None) -> dict:
             warnings.simplefilter('ignore')  # of a damaged file; what matters is in the error
             if zipfile.is_zipfile(path):  # since torch 1.6; torch.load does not look at its checksums
                 with zipfile.ZipFile(path) as archive:
-                    broken = archive.testzip()
-                if broken:
-                    raise ValueError(f'the checksum of {broken} is wrong')
+                    if broken := archive.testzip():
+                        raise ValueError(f'the checksum of {broken} is wrong')
             contents = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged archive raises whatever the unpickler or the zip reader stumbles over
         raise UserError(f'{path} cannot be read as a {kind}: it is corrupt, or holds more than tensors and plain '
@@ -106,16 +100,20 @@ def load(path: Path, kind: str, schema: dict | None = None) -> dict:
     return contents
 
 
+def read_json(path: Path, schema: dict) -> dict | None:
+    """Read a JSON file that holds what a schema says, see `check_fields`; None where there is none, or another."""
+    try:
+        contents = json.loads(path.read_text())
+        check_fields(contents, schema, path, 'file')
+    except (OSError, ValueError):  # of ValueErrors: no JSON, no text, or not what the schema says
+        return None
+    return contents
+
+
 def check_fields(contents, schema: dict, path: Path, kind: str) -> None:
-    """Refuse contents whose fields are not what a schema says.
+    """Refuse contents (of any type) of a file whose fields are not what a schema says, naming those that are not.
 
-    Args:
-        contents: what a file held, of any type.
-        schema: {field: its type, exactly, or a function that tells whether a value is sound}.
-        path, kind: of the file, for the message.
-
-    Raises:
-        UserError: naming the fields that are missing, or those that are not sound.
+    A schema is {field: its type, exactly, or a function that tells whether a value is sound}.
     """
     def is_sound(value, rule) -> bool:
         try:
@@ -142,7 +140,6 @@ def are_texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
-# ---------------------------------------------------- paths ---------------------------------------------------------
 def is_folder_name(name) -> bool:
     """Tell whether a text names a folder beside others: visible, without a path, printable."""
     return isinstance(name, str) and not name.startswith('.') and Path(name).name == name and name.isprintable()

@@ -1,14 +1,25 @@
 """Read images of strangers: RGB, upright, or BrokenImage, whatever is wrong with them."""
+import contextlib
 import textwrap
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 # Of these alone: Pillow goes by a file's contents, and would start Ghostscript for PostScript in a .jpg.
-IMAGE_FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM')
-IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm'}
+IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2',
+                  '.j2k'}
+if features.check('avif'):  # since Pillow 11.3
+    IMAGE_FORMATS.append('AVIF')
+    IMAGE_SUFFIXES.add('.avif')
+with contextlib.suppress(ImportError):  # what a phone writes, where pillow-heif is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    IMAGE_FORMATS.append('HEIF')
+    IMAGE_SUFFIXES |= {'.heic', '.heif'}
 
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_image makes an error of it
 
@@ -29,10 +40,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: Path) -> tuple[Image.Image, bool]:
-    """Read an image as RGB, upright as its EXIF orientation says; tell whether the file itself is RGB.
+    """Read an image as RGB, upright as its EXIF orientation says, and tell whether the file itself is RGB.
 
-    Raises:
-        BrokenImage: whatever Pillow stumbles over.
+    Raises BrokenImage, whatever Pillow stumbles over.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -51,16 +61,12 @@ def load_image(path: Path) -> Image.Image:
 
 
 def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
-    """Load an image as a square tile, padded with white; returns it and whether it could be read.
-
-    An image that is missing or broken becomes a grey tile with its name.
-    """
+    """Load an image as a square tile, padded with white, or grey with its name where it cannot be read; tell which."""
     try:
         return ImageOps.pad(load_image(path), (side, side), color='white'), True
     except BrokenImage:
         tile = Image.new('RGB', (side, side), '#BBBBBB')
         font = ImageFont.load_default(max(8, side // 12))
-        letters = max(1, int(side / font.getlength('m')))  # in a line
-        name = '\n'.join(textwrap.wrap(path.name, letters))
+        name = textwrap.fill(path.name, max(1, int(side / font.getlength('m'))))
         ImageDraw.Draw(tile).multiline_text((side / 2, side / 2), name, '#333333', font, 'mm', align='center')
         return tile, False

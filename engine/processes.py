@@ -11,13 +11,8 @@ import sys
 from engine.errors import UserError
 
 
-# ---------------------------------------------------- device -------------------------------------------------------
 def select_device(name: str):
-    """Return the torch.device for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`.
-
-    Raises:
-        UserError: if that device is not there; no other one is taken in its place.
-    """
+    """Return the torch.device for `auto`, `cpu`, `mps`, `cuda` or `cuda:N`; one that is not there is never replaced."""
     import torch
 
     if name == 'auto':
@@ -40,24 +35,13 @@ def bfloat16_is_fast(device) -> bool:
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # Any core with AVX-512 is able to, most of them by slow emulation.
-    native = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-    return device.type == 'cpu' and any(is_supported() for is_supported in native)
+    return device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-# ---------------------------------------------------- processes ----------------------------------------------------
 def start_processes(device_name: str) -> str:
     """Join the processes that torchrun started (RANK, WORLD_SIZE), if it did; only rank 0 prints from then on.
 
-    NCCL connects GPUs, Gloo CPUs.
-
-    Args:
-        device_name: of --device.
-
-    Returns:
-        the device of this process: with several GPUs the one that torchrun numbered for it.
-
-    Raises:
-        UserError: if a process has no GPU of its own.
+    Returns the --device of this process; with GPUs, of which each process needs its own, the one of its LOCAL_RANK.
     """
     if int(os.environ.get('WORLD_SIZE', 1)) == 1:
         return device_name
@@ -140,24 +124,18 @@ def broadcast(tensor) -> None:
 def gather_rows(tensor):
     """Concatenate the rows of all processes in rank order; differentiable, and every process has to call it.
 
-    Its backward sums the gradient over the processes and returns the own rows. Where each process computes the same
+    The rows (n, ...), n >= 0, may differ in number; they require a gradient on all processes or on none.
+    The backward sums the gradient over the processes and returns the own rows. Where each process computes the same
     loss of all rows, the network's gradients are then those of `world_size()` losses, until the mean that
     DistributedDataParallel takes makes them those of one: a process alone would have the same, without a factor.
-
-    Args:
-        tensor: (n, ...), n >= 0 may differ between processes; it requires a gradient on all of them or on none.
-
-    Returns:
-        (sum of n, ...), the same on every process.
     """
     import torch
     from torch import distributed
 
     if world_size() == 1:
         return tensor
-    size = torch.tensor([len(tensor)])
-    sizes = [torch.empty_like(size) for _ in range(world_size())]
-    distributed.all_gather(sizes, size)
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(world_size())]
+    distributed.all_gather(sizes, torch.tensor([len(tensor)]))
     sizes = [int(size) for size in sizes]
     padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # Gloo gathers equal shapes only
     padded[:len(tensor)] = tensor.detach()
@@ -177,7 +155,6 @@ def check_same(what: str, tensor) -> None:
         raise UserError(f'{what} differs between the processes; give all of them the same --seed')
 
 
-# ---------------------------------------------------- progress -----------------------------------------------------
 def progress(items, **words):
     """Return a progress bar over items, shown by the first process only; it vanishes at its end.
 

@@ -7,6 +7,7 @@ import contextlib
 import platform
 import re
 import subprocess
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,8 +25,8 @@ LARGEST = {'side': 8192, 'feature_dim': 65536}  # what a training accepts
 
 # ---------------------------------------------------- names and places ---------------------------------------------
 def run_name(*parts) -> str:
-    """Join the parts of a run's name with `_`, in `[a-z0-9_.-]`: what else occurs becomes `-`."""
-    words = [re.sub(r'[^a-z0-9_.-]+', '-', str(part).lower()) for part in parts]
+    """Join the parts of a run's name with `_`; but for letters, digits, `_` and `.` all becomes `-`."""
+    words = [re.sub(r'[^\w.-]+', '-', unicodedata.normalize('NFC', str(part)).lower()) for part in parts]
     return '_'.join(word for word in words if word)
 
 
@@ -159,6 +160,26 @@ def load_checkpoint_file(path: Path) -> dict:
     return contents
 
 
+# ---------------------------------------------------- classes that were trained on ---------------------------------
+def seen_classes(contents: dict) -> list[str]:
+    """Return the names of the classes that the model of a file has been trained on, as far as the file says it."""
+    seen = contents.get('seen_classes', contents.get('train_class_names', []))
+    return seen if are_texts(seen) else []
+
+
+def check_seen(seen, measured: list[str], allowed: bool) -> list[str]:
+    """Return which of the classes to be measured were trained on.
+
+    Raises:
+        UserError: if there are some, unless that is allowed.
+    """
+    both = [name for name in measured if name in set(seen)]
+    if both and not allowed:
+        raise UserError(f'{len(both)} of {len(measured)} test classes were trained on, the first: {both[0]}; numbers '
+                        'on them say nothing of unseen classes: measure others, or add --allow_seen')
+    return both
+
+
 # ---------------------------------------------------- data base ----------------------------------------------------
 class Subset(NamedTuple):
     """Embedded images: paths below the data set's folder, labels (n,) int64, features (n, D) unit rows."""
@@ -175,7 +196,7 @@ class DataBase:
     class_names: list[str]  # by label
     test: Subset
     gallery: Subset | None = None  # what queries are searched in; without it, in each other
-    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with
+    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes
     proxies: dict = field(default_factory=dict)  # train_proxies (C, D) and train_class_names
 
     @property
@@ -238,5 +259,5 @@ def load_data_base(path: str | Path) -> DataBase:
         check_paths(path, subset.images)
         subsets[name] = subset
     parts = [{key: contents[key] for key in keys if key in contents} for keys in (
-        ('args', 'epoch', 'made_with'), ('train_proxies', 'train_class_names'))]
+        ('args', 'epoch', 'made_with', 'seen_classes'), ('train_proxies', 'train_class_names'))]
     return DataBase(names, **subsets, origin=parts[0], proxies=parts[1])

@@ -28,16 +28,12 @@ def block_rows(z: torch.Tensor) -> int:
 def draw_proxies(num_classes: int, classes: range, feature_dim: int, proxy_init: str) -> torch.Tensor:
     """Draw all proxies, 65,536 at a time, and return those of `classes`; a seed gives the same to any number.
 
-    Args:
-        proxy_init: `unit` (unit random rows) or `kaiming` (normal, fan_out; Proxy Anchor).
+    `unit` are unit random rows, `kaiming` normal ones, fan_out (Proxy Anchor), which is the number of rows.
     """
     proxies = torch.empty(len(classes), feature_dim)
     for start in range(0, num_classes, 2**16):
         block = torch.randn(min(2**16, num_classes - start), feature_dim)
-        if proxy_init == 'kaiming':
-            block *= math.sqrt(2 / num_classes)  # fan_out is the number of rows
-        else:
-            block = F.normalize(block, dim=-1)
+        block = block * math.sqrt(2 / num_classes) if proxy_init == 'kaiming' else F.normalize(block, dim=-1)
         first, last = max(start, classes.start), min(start + len(block), classes.stop)
         if first < last:
             proxies[first - classes.start:last - classes.start] = block[first - start:last - start]
@@ -60,11 +56,8 @@ class Similarities(torch.autograd.Function):
     log-sum-exp over the other pairs. Autograd sees these vectors only. The similarities are held once, from forward to
     backward; exponentials and gradients exist for a block of classes at a time, and unit proxies not at all.
 
-    Args of `apply`:
-        embeddings: (N, D), unit rows.
-        proxies: (c, D), of any length; the rows of `pairs.classes`.
-        labels: (N,) in [0, C).
-        pairs: of type Pairs.
+    `apply` takes embeddings (N, D), unit rows; proxies (c, D) of any length, the rows of `pairs.classes`; labels (N,)
+    in [0, C); and Pairs.
 
     Returns:
         own (N,), s_iy of a sample i of class y; negative, log sum_{i: y_i != c} exp(alpha s_ic) (C,) `of_class`, or
@@ -93,8 +86,7 @@ class Similarities(torch.autograd.Function):
             total = join(torch.stack([block.logsumexp(0) for block in blocks])).logsumexp(0, keepdim=True)  # (1, N)
             negative = total[0]
         own, nearest = join(torch.stack([own, nearest], 1)).amax(0)
-        hit = own > nearest
-        own = own / alpha
+        hit, own = own > nearest, own / alpha
         ctx.save_for_backward(embeddings, proxies, norms, z, own, total, row, here)
         ctx.pairs = pairs
         ctx.mark_non_differentiable(hit)
@@ -105,10 +97,8 @@ class Similarities(torch.autograd.Function):
     def backward(ctx, own_gradient, negative_gradient, _):
         embeddings, proxies, norms, z, own, total, row, here = ctx.saved_tensors
         alpha, negatives, classes, num_classes = ctx.pairs
-        if negatives == 'of_class':
-            weight = negative_gradient[classes.start:classes.stop, None]
-        else:
-            weight = negative_gradient[None]
+        weight = (negative_gradient[classes.start:classes.stop, None] if negatives == 'of_class' else
+                  negative_gradient[None])
         weight, total = weight.expand_as(z), total.expand_as(z)
         # ds/dx = u and ds/dp = (x - s u) / |p| with u = p / |p|: first the own pairs, then the others.
         unit, slope = proxies[row] / norms[row], (own_gradient * here)[:, None]

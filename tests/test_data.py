@@ -189,8 +189,8 @@ def test_originals_are_never_written_through_their_hard_links(tmp_path):
 def test_a_new_split_of_the_same_images_is_written(tmp_path):
     make_own(tmp_path)
     tests = []
-    for words in ((), ('--test_ratio', 0.2), ('--seed', 7)):
-        assert convert_own(tmp_path, *words).returncode == 0
+    for words in ((), ('--test_ratio', 0.2), ('--seed', 7, '--test_ratio', 0.5)):
+        assert convert_own(tmp_path, *words, *(['--resplit'] if tests else [])).returncode == 0
         tests.append(set(split_of(tmp_path, 'mine')['test']))
     assert [len(labels) for labels in tests] == [3, 1, 3]
     assert tests[0] != tests[2]

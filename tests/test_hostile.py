@@ -229,7 +229,7 @@ def test_a_path_that_is_accepted_lies_below_the_folder(parts):
 @PROPERTY
 @given(st.lists(st.text(max_size=20) | st.floats() | st.integers(), max_size=5))
 def test_a_run_name_is_a_file_name(parts):
-    assert re.fullmatch(r'[a-z0-9_.-]*', run_name(*parts))
+    assert re.fullmatch(r'[\w.-]*', run_name(*parts))
 
 
 @PROPERTY

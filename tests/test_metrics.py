@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from engine import counting
 from engine.counting import Cosine, Hamming, pack_codes, unpack_codes
 from engine.errors import UserError
-from metrics import retrieval_metrics
+from metrics import plain_metrics, retrieval_metrics
 
 
 @pytest.fixture(scope='module', autouse=True, params=['float32', 'bfloat16'])
@@ -78,6 +78,7 @@ def test_metrics_equal_brute_force(n, d, classes, seed, coarse, gallery):
     recalls = tuple(k for k in (1, 2, 5) if k <= len(features) - itself)
     expected = brute_force(query.double(), query_labels, features.double(), labels, itself, recalls)
     assert_equal(retrieval_metrics(*arguments, recalls=recalls), expected)
+    assert_equal(plain_metrics(*arguments, recalls=recalls), expected)
 
 
 @pytest.mark.parametrize('gallery', [False, True])
@@ -90,6 +91,7 @@ def test_binary_metrics_equal_brute_force_on_signs(gallery):
     sign = [torch.where(x >= 0, 1.0, -1.0).double() for x in (query, features if gallery else query)]
     expected = brute_force(sign[0], query_labels, sign[1], labels if gallery else query_labels, not gallery, (1, 3))
     assert_equal(ours, expected)
+    assert_equal(plain_metrics(*arguments, recalls=(1, 3), binary=True), expected)
 
 
 @pytest.mark.parametrize('d', [1, 7, 64, 65, 255, 257, 512, 514, 2047, 2048])
@@ -278,7 +280,7 @@ def test_broken_features_are_counted():
         retrieval_metrics(features, labels, recalls=(1,))
 
 
-@pytest.mark.parametrize(('recalls', 'labels', 'message'), [((1, 4), [0, 0, 1, 1], 'larger than the 3 images'),
+@pytest.mark.parametrize(('recalls', 'labels', 'message'), [((1, 4), [0, 0, 1, 1], 'R@4 asks for more than the 3'),
                                                            ((1,), [0, 1, 2, 3], 'no query')])
 def test_what_cannot_be_measured_is_an_error(recalls, labels, message):
     with pytest.raises(UserError, match=message):

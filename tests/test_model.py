@@ -77,13 +77,11 @@ def test_pooling_is_over_the_map_or_the_patch_tokens():
     network = EmbeddingNet(NetConfig('resnet18', 3), 'none')
     features = torch.tensor([[[[1.0, 2], [3, 6]]]])
     for pooling, expected in (('max', 6.0), ('avg', 3.0), ('avg_max', 9.0)):
-        network.pooling = pooling
-        assert network.pool(features).tolist() == [[expected]]
+        assert network.pool(features, pooling).tolist() == [[expected]]
     network = EmbeddingNet(NetConfig('timm:vit_tiny_patch16_224', 3, 'cls'), 'none')
     tokens = torch.tensor([[[7.0], [1], [3]]])  # the class token, two patches
-    assert network.pool(tokens).item() == 7
-    network.pooling = 'avg'
-    assert network.pool(tokens).item() == 2
+    assert network.pool(tokens, 'cls').item() == 7
+    assert network.pool(tokens, 'avg').item() == 2
 
 
 def test_layer_norm_and_bias_follow_their_flags():

@@ -23,8 +23,8 @@ from engine.errors import UserError
 from model import make_loss
 from settings import get_runs
 
-SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--recalls', '1,2',
-         '--num_workers', 0, '--on_collapse', 'warn')
+SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--warm_up', 0, '--recalls',
+         '1,2', '--num_workers', 0, '--on_collapse', 'warn')
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, *SMALL)  # for runs that test the rest
 NAME = 'car_resnet18_balanced_proxy_16'
 
@@ -183,7 +183,7 @@ def test_zero_shot_measures_a_bare_trunk(raw_sets, tmp_path):
                           '--recalls', '1,2', '--json')
     assert result.returncode == 0, result.stderr
     metrics = json.loads(result.stdout)
-    assert metrics.keys() == {'dense'}
+    assert metrics.keys() == {'dense', 'measured_on'}
     assert metrics['dense']['queries'] == 6
 
 
@@ -367,7 +367,7 @@ def test_an_image_that_breaks_is_named_from_a_worker_too(tmp_path):
 @pytest.mark.parametrize(('words', 'parts'), [
     (('--batch_size', 13), ('--batch_size 13', '12 training images')),
     (('--batch_size', 5, '--images_per_class', 2), ('--batch_size 5 must be a multiple',)),
-    (('--recalls', '1,12'), ('--recalls 12 is larger than the 11 images',)),
+    (('--recalls', '1,12'), ('R@12 asks for more than the 11 images', '--recalls 1,2')),
     (('--device', 'cuda:9'), ('--device cuda:9', '--device cpu')), (('--device', 'tpu'), ("--device 'tpu'",)),
     (('--backbone_type', 'timm:resnet10t', '--weights', 'nowhere.pth'), ('there is no weights file nowhere.pth',)),
     (('--weights', REPOSITORY / 'README.md'), ('README.md cannot be read as a weights file',))])
@@ -552,9 +552,16 @@ def test_the_rates_of_network_and_proxies_follow_the_schedule(raw_sets, tmp_path
     assert [group['weight_decay'] for group in load(file)['optimizer']['param_groups']] == [0.25, 0.25]
 
 
+class UnitLinear(torch.nn.Linear):
+    """A network with unit rows, as losses want them."""
+
+    def forward(self, images):
+        return torch.nn.functional.normalize(super().forward(images), dim=-1)
+
+
 @pytest.mark.parametrize('clip_value', [0.0, 1e-3])
 def test_gradients_are_clipped_entry_by_entry(clip_value):
-    model = torch.nn.Linear(3, 2, bias=False)
+    model = UnitLinear(3, 2, bias=False)
     criterion = make_loss('normalized_softmax', num_classes=4, feature_dim=2, scale=100.0)
     parameters = [*model.parameters(), *criterion.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
@@ -568,7 +575,7 @@ def test_gradients_are_clipped_entry_by_entry(clip_value):
 
 def test_an_epoch_takes_one_plain_step_for_each_batch():
     generator = torch.Generator().manual_seed(0)
-    model, criterion = torch.nn.Linear(3, 2, bias=False), make_loss('proxy_anchor', num_classes=4, feature_dim=2)
+    model, criterion = UnitLinear(3, 2, bias=False), make_loss('proxy_anchor', num_classes=4, feature_dim=2)
     batches = [(torch.randn(5, 3, generator=generator), torch.tensor([0, 1, 2, 1, 0])) for _ in range(3)]
     expected, last = copy.deepcopy(model), copy.deepcopy(criterion)
     for images, labels in batches:

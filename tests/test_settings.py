@@ -85,8 +85,8 @@ def test_asymptotic_proxy_is_softer_and_slower_on_the_large_sets():
 
 
 def test_a_flag_wins_over_the_recipe():
-    expect(settle('--recipe', 'proxy_anchor', '--lr', 0.01, '--num_epochs', 3, '--layer_norm', 1), lr=0.01,
-           proxy_lr=1.0, num_epochs=3, layer_norm=True)
+    expect(settle('--recipe', 'proxy_anchor', '--lr', 0.01, '--num_epochs', 7, '--layer_norm', 1), lr=0.01,
+           proxy_lr=1.0, num_epochs=7, layer_norm=True)
 
 
 def test_a_loss_chooses_the_recipe_of_its_name():
