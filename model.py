@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from engine.errors import UserError, check_choice, reason_of
 from engine.processes import broadcast, check_same, gather_rows, shard, world_size
 from engine.runs import load_model_file
-from engine.similarities import LOG_ZERO, Pairs, Similarities, draw_proxies, row_of
+from engine.similarities import LOG_ZERO, Pairs, Similarities, check_batch, draw_proxies, row_of
 from recipes import LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, TRUNKS, canonical_backbone
 from trunks import build_trunk
 
@@ -261,7 +261,7 @@ class ProxyLoss(nn.Module):
         """
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, self.proxies.dtype)  # float32 or wider
-            self.check_batch(embeddings, labels)
+            check_batch(embeddings, labels, self.proxies.shape[1], self.num_classes)
             embeddings, labels = gather_rows(embeddings.to(dtype)), gather_rows(labels)
             proxies = self.proxies.to(dtype)
             fixed = proxies.detach() if self.proxy_update == 'positive' else proxies
@@ -278,31 +278,6 @@ class ProxyLoss(nn.Module):
             if self.training and self.proxy_update == 'momentum':
                 self.move_proxies(embeddings.detach().to(self.proxies.dtype), labels)
         return loss
-
-    def check_batch(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
-        """Refuse what would pass into a number or an error of torch; values are looked at where that costs no waiting.
-
-        Raises:
-            UserError: with what was expected.
-        """
-        dim = self.proxies.shape[1]
-        if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
-            raise UserError(f'embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; expected are (N, {dim}) '
-                            'floats')
-        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
-            raise UserError(f'labels are {tuple(labels.shape)} of {labels.dtype}; expected are ({len(embeddings)},) of '
-                            'torch.int64, one for each embedding')
-        if not len(labels) and world_size() == 1:
-            raise UserError('the batch is empty; a loss needs at least one embedding')
-        if embeddings.device.type != 'cpu' or not len(labels):
-            return
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-            raise UserError(f'labels lie between {int(labels.min())} and {int(labels.max())}; expected are 0 to '
-                            f'{self.num_classes - 1}, one for each of the {self.num_classes} classes')
-        off = (torch.linalg.vector_norm(embeddings.detach().float(), dim=1) - 1).abs()
-        if (off > 0.05).any():  # a row in bfloat16 is off by up to 0.004
-            raise UserError(f'embeddings are no unit rows: a norm is off by {float(off.max()):.3g}; normalise them, as '
-                            'EmbeddingNet does')
 
     def carry_positives(self, embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return zeros (N,) that under the rule `positive` carry the gradient of the positive pairs to the proxies."""

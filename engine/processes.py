@@ -94,9 +94,11 @@ def world_size() -> int:
 
 def world_rank() -> int:
     """Return the number of this process, from 0."""
+    if world_size() == 1:
+        return 0
     from torch import distributed
 
-    return distributed.get_rank() if world_size() > 1 else 0
+    return distributed.get_rank()
 
 
 def shard(count: int) -> range:

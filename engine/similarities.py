@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 
-from engine.processes import gather_rows, sum_over_processes
+from engine.errors import UserError
+from engine.processes import gather_rows, sum_over_processes, world_size
 
 LOG_ZERO = -1e30  # unlike -inf it gives no NaN in a difference of two of them
 # Similarities worked on at one time: on a CPU so many that they stay in its cache, elsewhere enough to fill the device.
@@ -118,3 +119,30 @@ class Similarities(torch.autograd.Function):
         if len(classes) < num_classes:
             sum_over_processes(embedding_gradient)
         return embedding_gradient, proxy_gradient, None, None
+
+
+def check_batch(embeddings: torch.Tensor, labels: torch.Tensor, dim: int, num_classes: int) -> None:
+    """Refuse embeddings and labels of which a loss would make a number or an error of torch.
+
+    Values are looked at on a CPU alone, where that costs no waiting for the device.
+
+    Raises:
+        UserError: with what was expected.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
+        raise UserError(f'embeddings are {tuple(embeddings.shape)} of {embeddings.dtype}; expected are (N, {dim}) '
+                        'floats')
+    if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+        raise UserError(f'labels are {tuple(labels.shape)} of {labels.dtype}; expected are ({len(embeddings)},) of '
+                        'torch.int64, one for each embedding')
+    if not len(labels) and world_size() == 1:
+        raise UserError('the batch is empty; a loss needs at least one embedding')
+    if embeddings.device.type != 'cpu' or not len(labels):
+        return
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise UserError(f'labels lie between {int(labels.min())} and {int(labels.max())}; expected are 0 to '
+                        f'{num_classes - 1}, one for each of the {num_classes} classes')
+    off = (torch.linalg.vector_norm(embeddings.detach().float(), dim=1) - 1).abs()
+    if (off > 0.05).any():  # a row in bfloat16 is off by up to 0.004
+        raise UserError(f'embeddings are no unit rows: a norm is off by {float(off.max()):.3g}; normalise them, as '
+                        'EmbeddingNet does')

@@ -231,13 +231,14 @@ def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
         data: the data path with its data set, car.
         folder: for the files.
     """
+    from begin import load_checkpoint, restore
     from dataset import open_data
     from engine.files import load
     from engine.runs import load_data_base
     from evaluate import measure
     from model import load_model, make_loss
     from settings import get_runs
-    from train import Learner, load_checkpoint, restore
+    from train import Learner
 
     good = {kind: load(next(run.glob(f'*_{kind}.pth')), kind) for kind in ('checkpoint', 'model', 'data_base')}
     args = get_runs([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])[1][0]

@@ -147,7 +147,7 @@ def test_a_build_that_fails_leaves_no_cache(data_path):
 def test_training_reads_the_cache(data_path, tmp_path, words):
     train = ('train.py', '--data_path', data_path, '--backbone_type', 'resnet18', '--weights', 'none', '--image_size',
              20, '--resize_size', SIZE, '--batch_size', 4, '--num_epochs', 1, '--recalls', '1', '--feature_dim', 8,
-             '--results_dir', tmp_path / 'results', '--cache_size', SIZE, *words)
+             '--warm_up', 0, '--results_dir', tmp_path / 'results', '--cache_size', SIZE, *words)
     result = type_command(*train)
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(next((tmp_path / 'results').glob('*_statistics.csv')))
@@ -156,5 +156,5 @@ def test_training_reads_the_cache(data_path, tmp_path, words):
 
 def test_training_without_the_cache_it_names_stops(raw_sets, tmp_path):
     result = type_command('train.py', '--data_path', raw_sets, '--backbone_type', 'resnet18', '--weights', 'none',
-                          '--cache_size', 99, '--results_dir', tmp_path, '--batch_size', 4, '--recalls', '1')
-    assert_one_line_error(result, '--cache_size 99', 'there is no cache', 'data_utils.py')
+                          '--cache_size', 999, '--results_dir', tmp_path, '--batch_size', 4, '--recalls', '1')
+    assert_one_line_error(result, '--cache_size 999', 'there is no cache', 'data_utils.py')

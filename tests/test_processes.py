@@ -17,6 +17,7 @@ from model import EmbeddingNet, NetConfig, make_loss
 from train import Learner, distribute, train_one_epoch
 
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
+        '--warm_up', 0,
         '--recalls', '1,2', '--amp', 'off')
 
 

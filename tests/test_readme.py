@@ -24,6 +24,7 @@ TRUNK = 'timm:test_resnet'
 # Printed commands that are parsed and not run: page, beginning of the command, reason.
 PARSED = [
     ('docs/command_lines.md', '', 'tests/test_scripts.py runs these lines, and test.py and evaluate.py after them'),
+    ('docs/own_photographs.md', '', 'tests/test_folders.py does the same on a folder of its own'),
     ('', 'torchrun', 'needs GPUs or machines; tests/test_distributed.py runs several processes'),
     ('', 'srun', 'needs a cluster'),
     ('', 'python benchmarks/', 'takes minutes to an hour'),
