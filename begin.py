@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from browse import find_result
 from engine.errors import UserError, reason_of
 from engine.files import check_fields, make_folder, remove_torn
 from engine.processes import world_rank
@@ -119,13 +120,13 @@ def restore(checkpoint: dict, file: Path, model, learner, schedule) -> None:
         raise UserError(f'{file} is damaged ({reason_of(error)}); start again with --overwrite') from None
 
 
-def start_from(file: str, model) -> list[str]:
+def start_from(file: str, model, results_dir: str) -> list[str]:
     """Put the weights of a run's model into a network like it; returns the names of the classes it was trained on.
 
     Raises:
         UserError: if the file is no model, or of a network of another kind.
     """
-    contents = load_model_file(file)
+    contents = load_model_file(find_result('--init', RunFiles.ENDINGS['model'], file, results_dir))
     differ = [f'--{name} {value} (there {contents["config"].get(name)})' for name, value in asdict(model.config).items()
               if name not in ('image_size', 'freeze_bn') and contents['config'].get(name) != value]
     if differ:

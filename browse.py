@@ -60,6 +60,18 @@ def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
     return OpenRun(data_base, RunFiles.beside(file), root)
 
 
+def tell_changes(run: OpenRun) -> None:
+    """Say how many images of a data base are no longer in the data set, or are other ones than when it was made."""
+    for what, found in (('are no longer in the data set', lambda file, size: not file.exists()),
+                        ('have changed since, and are not those that were embedded',
+                         lambda file, size: file.exists() and size is not None and file.stat().st_size != size)):
+        images = [image for name, subset in run.data_base.subsets.items() for image, size in zip(
+            subset.images, run.data_base.sizes.get(name, [None] * len(subset.images)), strict=True)
+            if found(run.root / image, size)]
+        if images:
+            print(f'{len(images):,} images of this data base {what}, the first: {images[0]}; train or evaluate again')
+
+
 def rank_queries(data_base: DataBase, binary: bool = False) -> dict[str, torch.Tensor]:
     """Look at each query of a data base alone.
 

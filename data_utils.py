@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.errors import UserError, nearest
-from engine.files import check_paths, make_folder, read_json, save, save_json, stamp_of
+from engine.files import check_paths, load, make_folder, read_json, save, save_json, stamp_of
 from engine.images import BrokenImage, open_image
 from engine.processes import progress
 from folders import DEFAULT_RATIO, read_folder
 from glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
 from raw_sets import (RAW_SETS, SUBSETS, Item, canonical_data_name, check_data_path, count_images, find_root,
                       images_of)
-from utils import Parser, check_between, run_script
+from utils import Parser, check_between, run_script, user_path
 
 FAILURES_SHOWN = 20
 
@@ -138,13 +138,30 @@ def earlier_deal(manifest: dict) -> dict:
     return {'sides': sides}
 
 
-def mirror(root: Path, manifest: dict, done: dict) -> None:
-    """Remove what an earlier conversion wrote of images that are not among those of this one."""
-    kept = {entry[0] for entry in done.values()} | {f'{entry[2]}.jpg' for entry in done.values()}
-    for source, (name, _, stem, *_) in manifest['files'].items():
-        for file in (root / 'uncropped' / name, root / 'cropped' / f'{stem}.jpg') if source not in done else ():
+def mirror(root: Path, folders: list[str], done: dict) -> None:
+    """Remove from the folders that a conversion fills what belongs to no image of this one."""
+    for folder in folders:
+        kept = {entry[0] if folder == 'uncropped' else f'{entry[2]}.jpg' for entry in done.values()}
+        for file in (root / folder).iterdir():
             if file.name not in kept:
-                file.unlink(missing_ok=True)
+                file.unlink()
+
+
+def drop_stale_caches(root: Path, splits: dict[str, dict]) -> None:
+    """Remove caches that hold images which the splits do not have, and say so."""
+    from engine.cache import INDEX
+
+    for index_file in root.glob('*_cache_*.pth'):
+        crop_type = index_file.name.split('_cache_')[0]
+        try:
+            images = set(load(index_file, 'cache index', INDEX)['images'])
+        except UserError:
+            images = {None}
+        if not images <= set(images_of(splits.get(crop_type, {}))):
+            index_file.unlink()
+            index_file.with_suffix('.bin').unlink(missing_ok=True)
+            print(f'{root.name}: the cache {index_file.stem} held images that are gone and is removed; --cache_size '
+                  'builds another')
 
 
 def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False,
@@ -164,16 +181,17 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         UserError: if images are broken or missing (all of them are counted, the first twenty named), one is listed
             twice, or a subset is empty.
     """
-    check_items(root, items)
+    check_twice(root, items)
     folders = ['uncropped', 'cropped'] if any(item.box for item in items) else ['uncropped']
     manifest, manifest_file = open_manifest(root, folders), root / 'conversion.json'
+    if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
+        check_subsets(root, items)
+        save_json({**manifest, 'deal': dealt or {}}, manifest_file)
     for folder in folders:
         make_folder('the folder', root / folder)
-    if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
-        save_json({**manifest, 'deal': dealt or {}}, manifest_file)
     done, failures, todo = find_changes(root, items, class_names, manifest, folders)
     decode(root, todo, done, failures)
-    mirror(root, manifest, done)
+    mirror(root, folders, done)
     gone = len(manifest['files'].keys() - done.keys() - failures.keys())
     unchanged = list(done.items()) == list(manifest['files'].items()) and manifest.get('deal') == (dealt or {})
     manifest |= {'files': done, 'deal': dealt or {}}
@@ -183,9 +201,14 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
         more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
         raise UserError(f'{root}: {len(failures)} of {len(items)} images are broken or missing: {shown}{more}. '
-                        'Unpack them again, or leave them out with --skip_bad')
+                        'Mend them or unpack them again, or leave them out with --skip_bad')
     items = [item for item in items if item.source in done]
-    check_items(root, items)
+    try:
+        check_subsets(root, items)
+    except UserError:
+        for folder in folders:  # of an earlier conversion, whose images are gone
+            (root / f'{folder}_data_dicts.pth').unlink(missing_ok=True)
+        raise
     splits = {folder: make_split(items, done, class_names, folder) for folder in folders}
     stamps = {f'{folder}_data_dicts.pth': stamp_of(root / f'{folder}_data_dicts.pth') for folder in folders}
     if not unchanged or manifest['splits'] != stamps:
@@ -193,6 +216,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
             save(split, root / f'{folder}_data_dicts.pth')
         manifest['splits'] = {name: stamp_of(root / name) for name in stamps}
         save_json(manifest, manifest_file)
+        drop_stale_caches(root, splits)
     return {'decoded': len(todo), 'skipped': len(failures), 'gone': gone, 'splits': splits}
 
 
@@ -213,16 +237,21 @@ def decode(root: Path, todo: list[tuple[Item, list]], done: dict, failures: dict
                 done[item.source] = [*result, *key]
 
 
-def check_items(root: Path, items: list[Item]) -> None:
-    """Refuse an empty subset, and an image that is listed twice (it could train and test at once)."""
+def check_subsets(root: Path, items: list[Item]) -> None:
+    """Refuse a data set without images in one of its subsets."""
     present = {item.subset for item in items}
     for subset in ('train', 'query', 'gallery') if present & {'query', 'gallery'} else ('train', 'test'):
         if subset not in present:
             raise UserError(f'{root}: no images in {subset}; it needs train/CLASS/ and test/CLASS/, or one folder for '
-                            'each of at least two classes (python data_utils.py --help)')
-    if len({item.source for item in items}) < len(items):
-        seen = set()
-        twice = next(item.source for item in items if item.source in seen or seen.add(item.source))
+                            'each of at least two classes (python data_utils.py --help); where classes of one side '
+                            'are all gone, --resplit deals the others anew')
+
+
+def check_twice(root: Path, items: list[Item]) -> None:
+    """Refuse an image that is listed twice: it could train and test at once."""
+    seen = set()
+    twice = next((item.source for item in items if item.source in seen or seen.add(item.source)), None)
+    if twice:
         raise UserError(f'{root}: the image {twice} is listed twice; unpack the archive again')
 
 
@@ -270,13 +299,22 @@ def read_own(root: Path, args) -> tuple[list[Item], dict[str, str], dict]:
     """Read a folder of one's own as `read_folder` does, and say what of it was left out, and what a new deal breaks."""
     manifest = open_manifest(root, ['uncropped'])
     earlier = earlier_deal(manifest)
-    items, class_names, found = read_folder(root, args.test_ratio, args.seed, {} if args.resplit else earlier)
+    known = {(Path(source).name, *entry[7:9]): entry[5] for source, entry in manifest['files'].items()}
+    kept = earlier
+    if args.resplit:  # ratio and seed are remembered, where no others are given
+        kept = {name: earlier.get(name) for name, given in (('ratio', args.test_ratio), ('seed', args.seed))
+                if given is None}
+    items, class_names, found = read_folder(root, args.test_ratio, args.seed, kept, known)
     if args.resplit and not found['deal']:
         raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
-    if args.resplit and earlier:
-        changed = sum(earlier['sides'].get(label, side) != side for label, side in found['deal']['sides'].items())
-        print(f'{root.name}: {changed} of {len(class_names)} classes changed sides: what was trained before has seen '
-              'test classes, and no number of it holds on this split')
+    if args.resplit:
+        before = earlier.get('sides', {})
+        changed = sum(before.get(label, side) != side for label, side in found['deal']['sides'].items())
+        print(f'{root.name}: {changed} of {len(class_names)} classes changed sides' + (
+            ': what was trained before has seen test classes, and no number of it holds on this split' if changed else
+            ''))
+    for new, old in found['renamed'].items():
+        print(f'{root.name}: {new} holds the photographs of {old}, which is gone, and keeps its side')
     hints = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
              '.avif': ' (needs Pillow 11.3)'}
     if found['left_out']:
@@ -329,7 +367,8 @@ def process(data_path: Path, data_name: str, args) -> None:
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_path', default='/home/data', help='folder that holds the data sets [%(default)s]')
+    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets '
+                        '[%(default)s]')
     parser.add_argument('--data_name', nargs='+', default=[], metavar='NAME',
                         help='car, cub, sop, isc, glyph, or a folder of your own; without it, every known raw set')
     parser.add_argument('--test_ratio', type=float,

@@ -11,6 +11,7 @@ latter two leave a data base and a model, which test.py and report.py search as 
 All numbers are per cent; what they mean stands in metrics.py.
 """
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def make_data_base(model: EmbeddingNet, loaders: dict[str, DataLoader], device: 
     """Embed the test images, or queries and gallery, of `make_test_loaders`."""
     subsets = {name: Subset(loader.dataset.images, torch.tensor(loader.dataset.labels),
                             extract_embeddings(model, loader, device, amp)) for name, loader in loaders.items()}
-    return DataBase(loaders['test'].dataset.class_names, **subsets)
+    sizes = {name: [(loader.dataset.root / path).stat().st_size for path in loader.dataset.images]
+             for name, loader in loaders.items()}
+    return DataBase(loaders['test'].dataset.class_names, **subsets, sizes=sizes)
 
 
 def measure(data_base: DataBase, recalls: tuple[int, ...], device: torch.device, kinds=('dense', 'binary')
@@ -188,19 +191,26 @@ def open_model(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
     return model, contents
 
 
-def save_measured(args, data_base: DataBase, model: EmbeddingNet) -> None:
-    """Save a data base that was made here and the model beside it, and say what test.py is to be told.
+def files_to_save(args, run: str) -> RunFiles:
+    """Return where --save writes the data base and the model of a name.
 
     Raises:
         UserError: if there are files of these names, and --overwrite is not set.
     """
-    files = RunFiles(make_folder('--results_dir', Path(args.results_dir)), data_base.origin['args']['run'])
+    files = RunFiles(make_folder('--results_dir', Path(args.results_dir)), run)
     taken = [file for file in (files.model, files.data_base) if file.exists()]
     if taken and not args.overwrite:
         raise UserError(f'--save: {taken[0]} is there already; add --overwrite to replace it')
+    return files
+
+
+def save_measured(args, files: RunFiles, data_base: DataBase, model: EmbeddingNet) -> None:
+    """Save a data base that was made here and the model beside it, and print what comes next."""
     save({'config': asdict(model.config), 'state_dict': model.state_dict(), **data_base.origin}, files.model)
     data_base.save(files.data_base)
-    print(f'saved: python test.py --data_base {files.data_base} --query_img_name {data_base.test.images[0]}')
+    words = ['python', 'test.py', '--data_base', str(files.data_base), '--data_path', args.data_path or '/home/data',
+             '--query_img_name', data_base.test.images[0]]
+    print(f'saved; next:\n  {shlex.join(words)}')
 
 
 def main() -> None:
@@ -215,6 +225,10 @@ def main() -> None:
         seen = seen_classes({**data_base.proxies, **origin})
     else:
         model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
+        name = origin['args'].get('run', 'run')
+        if args.resume is not None:
+            name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))
+        files = files_to_save(args, name) if args.save else None
         data_base = embed(args, model, origin['args'] if args.resume is not None else {}, device)
         run, seen = origin, seen_classes(origin)
     settings = data_base.origin['args']
@@ -233,11 +247,9 @@ def main() -> None:
         if not args.zero_shot:
             print(describe_origin(run))
     if args.save:
-        name = origin['args'].get('run', 'run') if args.zero_shot else run_name(
-            origin['args'].get('run', 'run'), 'on', settings['data_name'])
         data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},
                             'args': {**origin['args'], **settings, 'run': name}}
-        save_measured(args, data_base, model)
+        save_measured(args, files, data_base, model)
 
 
 if __name__ == '__main__':

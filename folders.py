@@ -5,14 +5,17 @@ training and test classes. A class keeps its side for good: which one it was dea
 and new classes are dealt, by a hash of their name and the seed, so that the share of test classes holds.
 """
 import hashlib
+import os
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files import stamp_of
 from raw_sets import SUBSETS, Item
 
 DEFAULT_RATIO = 0.5  # of the classes, that become test classes
+LONGEST_STEM = 200  # bytes; file systems take names of 255
 
 
 def deal(labels: list[str], earlier: dict[str, str], ratio: float, seed: int) -> dict[str, str]:
@@ -55,20 +58,51 @@ def settle_deal(root: Path, labels: list[str], earlier: dict, ratio: float | Non
 def file_stem(path: Path) -> str:
     """Return the name that an image gets below uncropped/, without its ending: its path, in one word."""
     name = unicodedata.normalize('NFC', path.with_suffix('').as_posix())
-    return ''.join(letter if letter.isprintable() and letter not in '/\\' else '_' for letter in name)
+    stem = ''.join(letter if letter.isprintable() and letter not in '/\\' else '_' for letter in name)
+    if len(stem.encode()) <= LONGEST_STEM:
+        return stem
+    start, whole = stem.encode()[:LONGEST_STEM - 17].decode(errors='ignore'), hashlib.sha256(stem.encode()).hexdigest()
+    return f'{start}_{whole[:16]}'
 
 
 def list_folder(folder: Path, suffixes: set[str]) -> tuple[list[Path], Counter]:
-    """Return the images below a class folder, and the endings of all other files that are not hidden, counted."""
+    """Return the images below a class folder, and the endings of all other files that are not hidden, counted.
+
+    Raises:
+        UserError: if the folder cannot be read, which is not to be taken for an empty one, or has no name in UTF-8.
+    """
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f'the class folder {folder} cannot be read; give yourself permission, or move it away')
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'the name of the class folder {os.fsencode(folder)!r} is not in UTF-8; rename it') from None
     files = [path for path in sorted(folder.rglob('*')) if path.is_file()
              and not any(part.startswith('.') for part in path.relative_to(folder).parts)]
     images = [path for path in files if path.suffix.lower() in suffixes]
     return images, Counter(path.suffix.lower() or 'without ending' for path in files
-                           if path.suffix.lower() not in suffixes)
+                           if path.suffix.lower() not in suffixes) + Counter(
+        'links that are not followed' for path in folder.rglob('*') if path.is_symlink() and not path.is_file())
 
 
-def read_folder(root: Path, ratio: float | None = None, seed: int | None = None, earlier: dict | None = None
-                ) -> tuple[list[Item], dict[str, str], dict]:
+def find_renamed(found: list[tuple[Path, str, str]], root: Path, sides: dict[str, str], known: dict) -> dict[str, str]:
+    """Return {new label: old label} of classes that hold the photographs of one that is gone.
+
+    Args:
+        found: path below root, subset and label of each image.
+        sides: {label: side} of an earlier deal.
+        known: {(file name, size, time): label} of an earlier conversion.
+    """
+    present, votes = {label for _, _, label in found}, {}
+    for path, _, label in found:
+        if label not in sides:
+            old = known.get((path.name, *(stamp_of(root / path) or [])))
+            votes.setdefault(label, Counter())[old if old in sides and old not in present else None] += 1
+    return {label: old for label, counter in votes.items() for old in [counter.most_common(1)[0][0]] if old}
+
+
+def read_folder(root: Path, ratio: float | None = None, seed: int | None = None, earlier: dict | None = None,
+                known: dict | None = None) -> tuple[list[Item], dict[str, str], dict]:
     """Read a folder of one's own.
 
     Folders whose names differ in their Unicode form alone are one class.
@@ -76,16 +110,17 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
     Args:
         ratio, seed: of the deal, where there is one folder a class; None: those of the earlier one, 0.5 and 0.
         earlier: what an earlier call returned as `deal`.
+        known: {(file name, size, time): label} of an earlier conversion, by which a renamed class is known.
 
     Returns:
         images, {label: name}, and {'deal': see `settle_deal`, or {} where the folder is split already,
-        'left_out': {ending: number}, 'empty': [class folder without images, ...]}.
+        'left_out': {ending: number}, 'empty': [class folder without images, ...], 'renamed': {new label: old one}}.
     """
     from engine.images import IMAGE_SUFFIXES
 
     def classes(folder: Path) -> list[Path]:
         return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.')
-                      and path.name not in ('uncropped', 'cropped'))
+                      and not (folder == root and path.name == 'uncropped'))
 
     def label_of(folder: Path) -> str:
         return unicodedata.normalize('NFC', folder.name)
@@ -108,9 +143,17 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
         left_out += others
         empty += [] if images else [folder.name]
         found += [(path.relative_to(root), subset, label_of(folder)) for path in images]
+    loose = [path.name for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    if loose and not found:
+        raise UserError(f'{root} holds {len(loose)} images, but no folder for each class; sort them into folders')
+    left_out += Counter({'images beside the class folders': len(loose)} if loose else {})
+    earlier, renamed = earlier or {}, {}
     if not subsets:
-        dealt = settle_deal(root, list(dict.fromkeys(label for _, _, label in found)), earlier or {}, ratio, seed)
+        sides = earlier.get('sides', {})
+        renamed = find_renamed(found, root, sides, known or {})
+        earlier = {**earlier, 'sides': {**sides, **{new: sides[old] for new, old in renamed.items()}}}
+        dealt = settle_deal(root, list(dict.fromkeys(label for _, _, label in found)), earlier, ratio, seed)
     items = [Item(path.as_posix(), subset or dealt['sides'][label], label, file_stem(path))
              for path, subset, label in found]
     return items, {item.label: item.label for item in items}, {
-        'deal': dealt, 'left_out': dict(left_out), 'empty': empty}
+        'deal': dealt, 'left_out': dict(left_out), 'empty': empty, 'renamed': renamed}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from browse import add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries
+from browse import add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
 from engine.errors import UserError
 from engine.files import image_file, make_folder, write_atomically
 from engine.images import load_tile
@@ -266,6 +266,7 @@ def main() -> None:
     curves = None
     if args.statistics is not None or statistics.is_file():
         curves = draw_curves_inline(statistics, data_base.origin['args'].get('run'))
+    tell_changes(run)
     variables = gather(data_base, run.root, args)
     html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
                    'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from PIL import ImageOps
 
-from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries
+from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
 from dataset import make_transform
 from engine.errors import UserError, nearest
 from engine.files import are_texts, image_file, make_folder, read_json, save_json
@@ -44,21 +44,22 @@ def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | 
     """
     positions = {image: (name, index) for name, subset in reversed(data_base.subsets.items())
                  for index, image in reversed(list(enumerate(subset.images)))}  # of equals the first counts
-    candidates = [Path(name).as_posix()]
-    for path, folder in ((Path(name).absolute(), root.absolute()), (Path(name).resolve(), root.resolve())):
+    typed, candidates = Path(name), []
+    for path, folder in ((typed.absolute(), root.absolute()), (typed.resolve(), root.resolve())):
         if path.is_relative_to(folder):
             candidates.append(path.relative_to(folder).as_posix())
-    candidates += [name for candidate in candidates for name in converted_names(root, candidate)]
-    for candidate in candidates:
-        if candidate in positions:
-            return positions[candidate]
-    same_name = [image for subset in data_base.subsets.values() for image in subset.images
-                 if image.rsplit('/', 1)[-1] == name]
-    if len(same_name) == 1:
-        return positions[same_name[0]]
-    if same_name:
-        raise UserError(f'--query_img_name {name} names {len(same_name)} images; give the path: '
-                        f'{", ".join(same_name[:5])}')
+    candidates += [image for candidate in candidates for image in converted_names(root, candidate)]
+    named = [image for image in positions if name in (image, image.rsplit('/', 1)[-1])]
+    named += [image for image in converted_names(root, name) if image in positions and image not in named]
+    if typed.is_file():  # a file that is there is meant, and a name of the data base only if it is the same file
+        named = [image for image in named if (root / image).is_file() and typed.samefile(root / image)]
+    for image in (*candidates, *([name] if name in named else [])):
+        if image in positions:
+            return positions[image]
+    if len(named) == 1:
+        return positions[named[0]]
+    if named:
+        raise UserError(f'--query_img_name {name} names {len(named)} images; give the path: {", ".join(named[:5])}')
     if Path(name).is_file():
         return None
     known = positions if '/' in name else [image.rsplit('/', 1)[-1] for image in positions]
@@ -66,10 +67,10 @@ def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | 
 
 
 def converted_names(root: Path, source: str) -> list[str]:
-    """Return the paths below uncropped/ and cropped/ of a photograph, given by the path where its owner keeps it."""
-    manifest = read_json(root / 'conversion.json', {'files': dict})
-    name, _, stem, *_ = (manifest or {'files': {}})['files'].get(source) or ['', 0, '']
-    return [f'uncropped/{name}', f'cropped/{stem}.jpg'] if name else []
+    """Return the paths below uncropped/ and cropped/ of photographs, given by their path or name in the raw folder."""
+    manifest = read_json(root / 'conversion.json', {'files': dict}) or {'files': {}}
+    return [name for path, (name, _, stem, *_) in manifest['files'].items() if source in (path, path.rsplit('/', 1)[-1])
+            for name in (f'uncropped/{name}', f'cropped/{stem}.jpg')]
 
 
 def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
@@ -297,10 +298,7 @@ def main() -> None:
         folder = choose_folder(results, f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more', answers)
         print(write_answers(folder, answers, root, singles=False))
     report_lost(answers, root)
-    gone = [image for subset in data_base.subsets.values() for image in subset.images if not (root / image).exists()]
-    if gone:
-        print(f'{len(gone):,} images of this data base are no longer in the data set, the first: {gone[0]}; train or '
-              'evaluate again to forget them')
+    tell_changes(run)
 
 
 if __name__ == '__main__':

@@ -216,7 +216,7 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
 
     # ---- network, loss, optimizer ----
     model, learner = build_learner(args, len(data.split['train']), device, 'none' if checkpoint else args.weights)
-    seen = start_from(args.init, model) if args.init is not None else []
+    seen = start_from(args.init, model, args.results_dir) if args.init is not None else []
     schedule = build_schedule(learner.optimizer, args)
 
     # ---- batches ----

@@ -5,6 +5,7 @@ reduced to `size`, the aspect kept; smaller images stay as they are. `{crop_type
 image lies and which file it was made from. The map is shared by all processes that read it: the operating system keeps
 in memory what is in use, and gives it up when others need it.
 """
+import contextlib
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -29,10 +30,11 @@ def cache_files(root: Path, crop_type: str, size: int) -> tuple[Path, Path]:
 def build_cache(root: Path, crop_type: str, size: int, images: list[str]) -> int:
     """Write the cache of some images (paths below root) unless a sound one is there; returns its bytes."""
     pixels_file, index_file = cache_files(root, crop_type, size)
-    try:
-        return Cache(root, crop_type, size, images).total
-    except UserError:
-        index_file.unlink(missing_ok=True)  # without its index a cache is not used
+    with contextlib.suppress(UserError):  # where there is none, or an old one
+        cache = Cache(root, crop_type, size, images)
+        if cache.places.keys() == set(images):  # one of more images may hold some that were deleted since
+            return cache.total
+    index_file.unlink(missing_ok=True)  # without its index a cache is not used
     index = {'images': images, 'shapes': [], 'checksums': [], 'stamps': [stamp_of(root / path) for path in images],
              'size': size}
 

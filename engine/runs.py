@@ -198,6 +198,7 @@ class DataBase:
     gallery: Subset | None = None  # what queries are searched in; without it, in each other
     origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes
     proxies: dict = field(default_factory=dict)  # train_proxies (C, D) and train_class_names
+    sizes: dict = field(default_factory=dict)  # subset -> bytes of its image files, by which a changed one is known
 
     @property
     def subsets(self) -> dict[str, Subset]:
@@ -219,7 +220,8 @@ class DataBase:
         """Save as a plain dict: class_names, test_images, test_labels, test_features, gallery_..., train_..., args."""
         subsets = {f'{name}_{part}': value for name, subset in self.subsets.items()
                    for part, value in subset._asdict().items()}
-        save({'class_names': self.class_names, **subsets, **self.proxies, **self.origin}, path)
+        sizes = {f'{name}_sizes': value for name, value in self.sizes.items()}
+        save({'class_names': self.class_names, **subsets, **sizes, **self.proxies, **self.origin}, path)
 
 
 def is_features(value, count: int, dim: int) -> bool:
@@ -260,4 +262,6 @@ def load_data_base(path: str | Path) -> DataBase:
         subsets[name] = subset
     parts = [{key: contents[key] for key in keys if key in contents} for keys in (
         ('args', 'epoch', 'made_with', 'seen_classes'), ('train_proxies', 'train_class_names'))]
-    return DataBase(names, **subsets, origin=parts[0], proxies=parts[1])
+    sizes = {name: found for name, subset in subsets.items()
+             if isinstance(found := contents.get(f'{name}_sizes'), list) and len(found) == len(subset.images)}
+    return DataBase(names, **subsets, origin=parts[0], proxies=parts[1], sizes=sizes)

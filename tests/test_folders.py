@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_line_error, type_command
+from conftest import REPOSITORY, assert_one_line_error, type_command
 from faults import TINY
 from PIL import Image, features
 from raw_trees import write_image
@@ -480,3 +480,100 @@ def test_evaluation_finds_a_run_by_its_bare_name(own):
     assert 'mine, uncropped: 9 queries of 3 test classes' in result.stdout
     result = type_command('evaluate.py', '--data_base', f'{NAME}_data_bas.pth', '--results_dir', own / 'r')
     assert_one_line_error(result, f"did you mean '{NAME}_data_base.pth'")
+
+
+# ---------------------------------------------------- what a walk with odd folders found ---------------------------
+def test_a_cache_does_not_keep_what_is_gone(own):
+    assert convert(own, '--cache_size', 32).returncode == 0
+    cache = own / 'mine/uncropped_cache_32.bin'
+    size = cache.stat().st_size
+    (own / 'mine/a/1.jpg').unlink()
+    assert 'the cache uncropped_cache_32 held images that are gone and is removed' in convert(own).stdout
+    assert not cache.exists()
+    assert convert(own, '--cache_size', 32).returncode == 0
+    assert cache.stat().st_size < size
+
+
+def test_nothing_stays_that_no_photograph_explains(own):
+    Image.new('RGB', (30, 30), 'red').save(own / 'mine/a/face.png')
+    assert convert(own).returncode == 0
+    Image.new('L', (30, 30)).save(own / 'mine/a/face.png')  # anonymised: its copy is now face.jpg
+    (own / 'mine/uncropped/left.png').write_bytes(b'of a conversion that was killed')
+    assert convert(own).returncode == 0
+    assert {path.name for path in (own / 'mine/uncropped').iterdir() if 'face' in path.name or 'left' in path.name} == {
+        'a_face.jpg'}
+
+
+def test_when_all_photographs_go_their_copies_go(own):
+    for label in 'abcdef':
+        shutil.rmtree(own / 'mine' / label)
+    assert_one_line_error(convert(own), 'no images in train')
+    assert not list((own / 'mine/uncropped').iterdir())
+    assert not (own / 'mine/uncropped_data_dicts.pth').exists()
+
+
+def test_a_photograph_that_became_another_one_is_told(own):
+    label = next(label for label, side in sides_of(own).items() if side == 'test')
+    Image.new('RGB', (90, 90), 'blue').save(own / 'mine' / label / '1.jpg')
+    assert convert(own).returncode == 0
+    result = type_command('test.py', '--data_base', own / 'r' / f'{NAME}_data_base.pth', '--data_path', own,
+                          '--results_dir', own / 'r', '--query_img_name', f'{label}_0.jpg', '--retrieval_num', 2)
+    assert f'1 images of this data base have changed since, and are not those that were embedded, the first: ' \
+           f'uncropped/{label}_1.jpg' in result.stdout
+
+
+def test_a_renamed_class_keeps_its_side(own):
+    before = sides_of(own)
+    for label in before:
+        (own / 'mine' / label).rename(own / 'mine' / f'{label}_new')
+    result = convert(own)
+    assert result.returncode == 0, result.stderr
+    assert sides_of(own) == {f'{label}_new': side for label, side in before.items()}
+    assert 'a_new holds the photographs of a, which is gone, and keeps its side' in result.stdout
+
+
+def test_long_names_are_shortened_and_told_apart(tmp_path):
+    make_own(tmp_path, 'ab')
+    for end in ('x', 'y'):
+        write_image(tmp_path / 'mine' / ('L' * 200) / f'{"f" * 100}{end}.jpg', 5, ord(end))
+    assert convert(tmp_path).returncode == 0
+    names = [path.name for path in (tmp_path / 'mine/uncropped').iterdir() if path.name.startswith('L')]
+    assert len(names) == 2
+    assert all(len(name) < 220 for name in names)
+
+
+def test_what_lies_beside_the_class_folders_is_counted(tmp_path):
+    root = make_own(tmp_path)
+    write_image(root / 'loose.jpg', 1, 1)
+    (root / 'a/album').symlink_to(root / 'b')
+    assert 'left out: 1 images beside the class folders, 1 links that are not followed' in convert(tmp_path).stdout
+    flat = tmp_path / 'flat'
+    write_image(flat / 'one.jpg', 1, 1)
+    result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'flat')
+    assert_one_line_error(result, 'holds 1 images, but no folder for each class')
+
+
+def test_a_class_folder_not_named_in_utf8_is_named(tmp_path):
+    make_own(tmp_path)
+    (tmp_path / 'mine/a').rename(tmp_path / 'mine/caf\udce9')
+    assert_one_line_error(convert(tmp_path), 'is not in UTF-8; rename it')
+
+
+def test_a_new_deal_keeps_ratio_and_seed_unless_others_are_given(tmp_path):
+    make_own(tmp_path, 'abcdefgh')
+    assert convert(tmp_path, '--test_ratio', 0.25).returncode == 0
+    before = sides_of(tmp_path)
+    result = convert(tmp_path, '--resplit')
+    assert '0 of 8 classes changed sides\n' in result.stdout
+    assert sides_of(tmp_path) == before
+
+
+def test_a_file_that_is_there_is_meant_and_not_one_of_its_name(own, tmp_path):
+    label = next(label for label, side in sides_of(own).items() if side == 'test')
+    (tmp_path / 'elsewhere').mkdir()
+    Image.new('RGB', (40, 40), 'green').save(tmp_path / 'elsewhere' / f'{label}_1.jpg')
+    words = ('--data_base', own / 'r' / f'{NAME}_data_base.pth', '--data_path', own, '--results_dir', own / 'r',
+             '--retrieval_num', 2, '--query_img_name', f'{label}_1.jpg')
+    there = type_command(REPOSITORY / 'test.py', *words, cwd=tmp_path / 'elsewhere')
+    assert f'{label}_1.jpg (class unknown):' in there.stdout
+    assert f'{label}_1.jpg ({label}):' in type_command('test.py', *words).stdout
