@@ -47,18 +47,22 @@ results: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
 	set -e; for seed in $(GRID_SEEDS); do \
 		for recipe in $(GRID_RECIPES); do \
-			$(MAKE) --no-print-directory grid-run SEED=$$seed FLAGS="--recipe $$recipe --remark recipe"; \
+			$(MAKE) --no-print-directory grid-run SEED=$$seed REMARK=recipe FLAGS="--recipe $$recipe" \
+				RUN=$$recipe; \
 		done; \
 		for loss in $(GRID_LOSSES); do for rule in $(GRID_RULES); do \
-			$(MAKE) --no-print-directory grid-run SEED=$$seed \
-				FLAGS="--recipe positive_proxy --loss_name $$loss --proxy_update $$rule --remark grid"; \
+			$(MAKE) --no-print-directory grid-run SEED=$$seed REMARK=grid RUN=$$loss-$$rule \
+				FLAGS="--recipe positive_proxy --loss_name $$loss --proxy_update $$rule"; \
 		done; done; \
 	done
 
-# A run that is finished is resumed without an epoch left; one that was never begun cannot be resumed.
+# A run of which there are six rows of statistics is finished; one that was cut off has a checkpoint.
 grid-run:
-	$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --results_dir results/grid --resume || \
-		$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --results_dir results/grid --overwrite
+	@test "$$(cat results/grid/*_seed$(SEED)_$(REMARK)-$(RUN)_statistics.csv 2> /dev/null | wc -l)" -eq 7 || \
+		$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --remark $(REMARK)-$(RUN) \
+			--results_dir results/grid \
+			$$(ls results/grid/*_seed$(SEED)_$(REMARK)-$(RUN)_checkpoint.pth > /dev/null 2>&1 \
+				&& echo --resume || echo --overwrite)
 
 test: .venv/test
 	$(BIN)/python -m pytest

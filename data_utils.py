@@ -147,17 +147,17 @@ def mirror(root: Path, folders: list[str], done: dict) -> None:
                 file.unlink()
 
 
-def drop_stale_caches(root: Path, splits: dict[str, dict]) -> None:
-    """Remove caches that hold images which the splits do not have, and say so."""
+def drop_stale_caches(root: Path, done: dict) -> None:
+    """Remove caches that hold images which are not among those of this conversion, and say so."""
     from engine.cache import INDEX
 
+    kept = {f'uncropped/{entry[0]}' for entry in done.values()} | {f'cropped/{entry[2]}.jpg' for entry in done.values()}
     for index_file in root.glob('*_cache_*.pth'):
-        crop_type = index_file.name.split('_cache_')[0]
         try:
             images = set(load(index_file, 'cache index', INDEX)['images'])
         except UserError:
             images = {None}
-        if not images <= set(images_of(splits.get(crop_type, {}))):
+        if not images <= kept:
             index_file.unlink()
             index_file.with_suffix('.bin').unlink(missing_ok=True)
             print(f'{root.name}: the cache {index_file.stem} held images that are gone and is removed; --cache_size '
@@ -197,6 +197,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     manifest |= {'files': done, 'deal': dealt or {}}
     if not unchanged:
         save_json(manifest, manifest_file)
+        drop_stale_caches(root, done)
     if failures and not skip_bad:
         shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
         more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
@@ -216,7 +217,6 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
             save(split, root / f'{folder}_data_dicts.pth')
         manifest['splits'] = {name: stamp_of(root / name) for name in stamps}
         save_json(manifest, manifest_file)
-        drop_stale_caches(root, splits)
     return {'decoded': len(todo), 'skipped': len(failures), 'gone': gone, 'splits': splits}
 
 
