@@ -15,7 +15,8 @@ from engine.files import check_fields, make_folder, remove_torn
 from engine.processes import world_rank
 from engine.runs import RunFiles, load_checkpoint_file, load_model_file, seen_classes
 
-# Where a run stands and how fast it goes: free to change between a run and its --resume, and left out of its files.
+# Where a run stands, how fast it goes and what it says: free to change between a run and its --resume, and left out of
+# its files.
 CHANGEABLE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'on_collapse', 'seeds', 'resume',
               'overwrite', 'allow_seen', 'epoch0')
 

@@ -12,7 +12,7 @@ from metrics import check_features, similarity_of
 from raw_sets import find_root
 from utils import user_path
 
-SIMILARITIES_AT_ONCE = 2**24  # 128 MiB in float64
+SIMILARITIES_A_BLOCK = 2**24  # 128 MiB in float64
 DEFAULT_DATA_BASE = 'car_resnet50_balanced_proxy_512_data_base.pth'  # of train.py without any flags
 
 
@@ -87,7 +87,7 @@ def rank_queries(data_base: DataBase, binary: bool = False) -> dict[str, torch.T
     check_features('query', queries.features, queries.labels, unit=not binary)
     check_features('gallery', searched.features, searched.labels, unit=not binary)
     found = {'rank': [], 'margin': [], 'nearest': []}
-    block = max(1, SIMILARITIES_AT_ONCE // len(searched.features))
+    block = max(1, SIMILARITIES_A_BLOCK // len(searched.features))
     for start in progress(range(0, len(queries.features), block), desc='rank', delay=2):
         similarity = similarity_of(queries.features[start:start + block], searched.features, binary)
         positive = queries.labels[start:start + block, None] == searched.labels

@@ -160,8 +160,8 @@ def drop_stale_caches(root: Path, done: dict) -> None:
         if not images <= kept:
             index_file.unlink()
             index_file.with_suffix('.bin').unlink(missing_ok=True)
-            print(f'{root.name}: the cache {index_file.stem} held images that are gone and is removed; --cache_size '
-                  'builds another')
+            what = 'cannot be read' if images == {None} else 'held images that are gone'
+            print(f'{root.name}: the cache {index_file.stem} {what} and is removed; --cache_size builds another')
 
 
 def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False,
@@ -217,7 +217,8 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
             save(split, root / f'{folder}_data_dicts.pth')
         manifest['splits'] = {name: stamp_of(root / name) for name in stamps}
         save_json(manifest, manifest_file)
-    return {'decoded': len(todo), 'skipped': len(failures), 'gone': gone, 'splits': splits}
+    decoded = sum(item.source not in failures for item, _ in todo)
+    return {'decoded': decoded, 'skipped': len(failures), 'gone': gone, 'splits': splits}
 
 
 def decode(root: Path, todo: list[tuple[Item, list]], done: dict, failures: dict) -> None:

@@ -113,7 +113,7 @@ class RetrievalDataset:
     Args:
         data: of `open_data`.
         subset: its name in the split.
-        transform: a function from a PIL image or a uint8 tensor (3, H, W) to one of its size.
+        transform: a function from a PIL image or a uint8 tensor (3, H, W) to a uint8 tensor, of `make_transform`.
         seed: of the augmentation.
         labels: {label: number}; None numbers the classes as they come. Query and gallery share one.
     """

@@ -170,7 +170,7 @@ def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBas
 
 
 def open_trunk(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
-    """Build the bare trunk of --zero_shot; returns it and what its model file would hold."""
+    """Build the bare trunk of --zero_shot; returns it and what there is to say of its origin."""
     model = EmbeddingNet(NetConfig(args.backbone_type or 'resnet50', 0, args.pooling or 'avg', layer_norm=False,
                                    image_size=args.image_size or 224), args.weights or 'imagenet')
     name = canonical_data_name(args.data_name or 'car')

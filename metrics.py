@@ -1,4 +1,4 @@
-"""What Recall@K, MAP@R and R-precision are, by cosine or by Hamming distance of signs; this file is their only home.
+"""What Recall@K, MAP@R and R-precision are, by cosine or by Hamming distance of signs.
 
     metrics = retrieval_metrics(features, labels, recalls=(1, 10, 100, 1000))  # each query among the others
     metrics = retrieval_metrics(query_features, query_labels, gallery_features, gallery_labels, binary=True)

@@ -188,7 +188,7 @@ def make_loss(name: str, **settings) -> 'ProxyLoss':
     """Build a loss of recipes.LOSSES from settings of ProxyConfig; scale and margin are its own unless they are given.
 
     Raises:
-        UserError: if a setting is out of range or has no effect.
+        UserError: if a setting is out of range, or there is a margin for a loss that has none.
     """
     entry, config = LOSSES[name], ProxyConfig(**settings)
     if config.margin is not None and entry.margin is None:

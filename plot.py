@@ -118,7 +118,7 @@ def span(epochs: pd.Series) -> tuple[float, float]:
 
 
 def draw_runs(tables: dict[str, pd.DataFrame], metrics: list[str], target: Path) -> Path:
-    """Draw several runs in one plot, a panel per metric, the best epoch of each run marked where larger is better."""
+    """Draw several runs in one plot, a panel per metric; in those of retrieval each run's best epoch is marked."""
     with plot_style():
         from matplotlib import pyplot
         from matplotlib.ticker import MaxNLocator

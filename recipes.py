@@ -176,8 +176,9 @@ def describe(recipe: str, setting: str) -> str:
 
 def format_table() -> str:
     """Return all recipes as a Markdown table, a column each."""
+    lines = [f'| | {" | ".join(RECIPES)} |', '|---' * (1 + len(RECIPES)) + '|',
+             f'| source | {" | ".join(recipe["source"] for recipe in RECIPES.values())} |']
     settings = dict.fromkeys(['loss_name', 'proxy_update', 'temperature', 'margin', 'momentum', *COMMON])
-    lines = [f'| | {" | ".join(RECIPES)} |', '|---' * (1 + len(RECIPES)) + '|']
     lines += [f'| {setting} | {" | ".join(describe(recipe, setting) for recipe in RECIPES)} |' for setting in settings]
     return '\n'.join(lines)
 

@@ -35,7 +35,7 @@ MOST_IMAGES = 5000  # with thumbnails; a larger data base is shown in part
 SIDES = (160, 128, 112, 96, 80, 64, 48, 32)  # px of a thumbnail, the largest that fits is taken
 QUALITY = 60  # of WebP
 THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64: with the rest the file stays below 15 MB
-SAMPLED_IMAGES = 100  # from which the size of all is estimated
+SAMPLED_THUMBNAILS = 100  # from which the size of all is estimated
 TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -155,7 +155,7 @@ def encode(path: Path, side: int) -> str | None:
 
 def make_thumbnails(paths: list[Path]) -> tuple[list[str | None], int]:
     """Return a thumbnail for each path, None where there is no image, and their side in px: the largest that fits."""
-    sample = [paths[index] for index in np.linspace(0, len(paths) - 1, min(SAMPLED_IMAGES, len(paths))).astype(int)]
+    sample = [paths[index] for index in np.linspace(0, len(paths) - 1, min(SAMPLED_THUMBNAILS, len(paths))).astype(int)]
     for side in SIDES:
         sizes = [len(thumbnail) for path in sample if (thumbnail := encode(path, side))]
         if not sizes or sum(sizes) / len(sizes) * len(paths) <= THUMBNAIL_BYTES:

@@ -30,7 +30,7 @@ from evaluate import use_amp
 from model import load_model
 from utils import GREEN, GREY, RED, Parser, check_between, plot_style, run_script, save_figure
 
-TILE_SIDE = 224  # px, of a written image inside its frame
+PICTURE_SIDE = 224  # px, of a written image inside its frame
 FRAME = 8  # px
 PER_ROW = 10  # retrieved images in a row of the figure
 MOST_QUERIES = 200  # rows of a sheet; PNG readers give up at 65,535 px
@@ -154,7 +154,7 @@ def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
 def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
     """Show an image on an axis in a frame, with text below."""
     axis.set_axis_on()
-    axis.imshow(load_tile(path, TILE_SIDE)[0])
+    axis.imshow(load_tile(path, PICTURE_SIDE)[0])
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
@@ -198,10 +198,10 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
     tiles = {}
     if singles:
         answer = answers[0]
-        tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], TILE_SIDE)[0], FRAME, GREY)
+        tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], PICTURE_SIDE)[0], FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), TILE_SIDE)[0], FRAME,
+            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), PICTURE_SIDE)[0], FRAME,
                                           colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
     ours = {*tiles, figure.name, figure.with_suffix('.pdf').name}

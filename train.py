@@ -52,7 +52,6 @@ from recipes import MOMENTUM
 from summary import check_collapse, chosen_epoch, describe, flatten, print_end, report_seeds
 
 
-
 # ---------------------------------------------------- one epoch ------------------------------------------------------
 @dataclass
 class Learner:
@@ -256,8 +255,8 @@ def distribute(model: EmbeddingNet, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
 
 
-def freeze_or_free(training: Training, frozen: bool) -> None:
-    """Freeze the trunk for the warm-up, or let it learn, and wrap the network anew for it."""
+def wrap_network(training: Training, frozen: bool) -> None:
+    """Freeze the trunk for the warm-up, or let it learn, and wrap and compile the network anew for it."""
     learner = training.learner
     learner.network = training.model  # parts the old wrapper from the parameters
     training.model.freeze_trunk(frozen)
@@ -327,7 +326,7 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
     first_epoch = len(rows) + 1
     for epoch in range(first_epoch, args.num_epochs + 1):
         if epoch in (first_epoch, args.warm_up + 1):
-            freeze_or_free(training, frozen=epoch <= args.warm_up)
+            wrap_network(training, frozen=epoch <= args.warm_up)
         save_epoch(training, run_epoch(training, epoch))
         if epoch > args.warm_up + 1:  # from random weights the whole network may start at chance
             check_collapse(rows[-1], num_classes, args)

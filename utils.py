@@ -91,7 +91,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def numbers(kind: type, is_sound, what: str):
+def parser_of_numbers(kind: type, is_sound, what: str):
     """Return a parser of numbers with commas between, which says `what` they must be."""
     def parse(text: str) -> tuple:
         try:
@@ -105,11 +105,11 @@ def numbers(kind: type, is_sound, what: str):
     return parse
 
 
-int_list = numbers(int, lambda values: values[0] > 0 and list(values) == sorted(set(values)),
+int_list = parser_of_numbers(int, lambda values: values[0] > 0 and list(values) == sorted(set(values)),
                    'positive, ascending whole numbers with commas between, as in 1,2,4,8')
-fraction_list = numbers(float, lambda values: all(0 < value < 1 for value in values)
+fraction_list = parser_of_numbers(float, lambda values: all(0 < value < 1 for value in values)
                         and list(values) == sorted(set(values)), 'ascending fractions of the epochs, as in 0.5,0.8')
-seed_list = numbers(int, lambda values: len(set(values)) == len(values) > 1 and min(values) >= 0
+seed_list = parser_of_numbers(int, lambda values: len(set(values)) == len(values) > 1 and min(values) >= 0
                     and max(values) < 2**63, 'two or more different seeds, as in 1,2,3')
 
 

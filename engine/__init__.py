@@ -1,1 +1,1 @@
-"""What makes the method fast, exact and safe; knows nothing of recipes, command lines or names of data sets."""
+"""What makes the method fast, exact and safe; knows no recipe, loss or data set, and of flags their names."""

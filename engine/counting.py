@@ -266,6 +266,7 @@ def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tenso
                     value = compare.pairs(row_close, column_close, dtype)
                 first[close] = number_above(positives, row_close, value + error, or_equal=False)
                 last[close] = number_above(positives, row_close, value - error, or_equal=True)
+            # Where it ties with positives first and last differ: half of it stands before them, half behind.
             half = positives.new_full((len(row),), 0.5)
             for position in (first, last):
                 counts.index_add_(0, row * (most + 1) + position, half)

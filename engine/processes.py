@@ -1,4 +1,4 @@
-"""The device of a process, and what several processes share; in a world of one each function here does nothing.
+"""The device of a process, and what several processes share: in a world of one that is what the one has.
 
 With GPUs, Gloo stands beside NCCL for what lies on the CPU: numbers of rows, so that no step waits for the device to
 know them, and the state of the random generator. PyTorch is imported where it is used.
@@ -166,7 +166,7 @@ def progress(items, **words):
 
     words = {'leave': False, 'dynamic_ncols': True, 'disable': world_rank() > 0, **words}
     if not sys.stderr.isatty():
-        words |= {'file': LineWriter(), 'mininterval': 30, 'delay': 30, 'leave': False}
+        words |= {'file': LineWriter(), 'mininterval': 30, 'delay': 30}
     return tqdm(items, **words)
 
 
