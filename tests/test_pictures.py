@@ -262,6 +262,24 @@ def test_several_runs_are_named_by_what_differs(tmp_path, figures, call_script):
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ['proxy_nca_512', 'arc_face_512']
 
 
+def test_twelve_runs_in_one_plot_all_look_different(tmp_path, figures, call_script):
+    paths = [write_run(tmp_path, f'run_{number}', [1.0, 2.0]) for number in range(12)]
+    call_script(plot, *paths, '--metric', 'loss')
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figures[0].axes[0].lines}
+    assert len(looks) == 12
+    assert len({look[:2] for look in looks}) == 12  # colour and marker alone tell them apart
+
+
+def test_the_untouched_trunk_is_a_line_in_the_curves(tmp_path, figures, call_script):
+    path = write_run(tmp_path, 'car_resnet50_proxy_nca_512', [20.0, 30.0])
+    table = pd.read_csv(path)
+    table['epoch0_R@1'] = 25.0
+    table.to_csv(path, index=False)
+    call_script(plot, path)
+    recall = figures[0].axes[3]
+    assert any(line.get_label() == 'untouched trunk' and set(line.get_ydata()) == {25.0} for line in recall.lines)
+
+
 def test_pictures_are_written_as_png_and_pdf(tmp_path):
     path = write_run(tmp_path, 'a_run_with_m0.5', [10.0, 30.0])
     for words in ([path], [path, '--metric', 'loss', '--output', tmp_path / 'new' / 'x.png']):

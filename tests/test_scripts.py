@@ -459,6 +459,13 @@ def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):
     assert '| name | best on the test classes | 58.00 +- 2.65 |' in printed
 
 
+def test_an_interval_of_per_cents_lies_between_0_and_100(tmp_path):
+    runs = {seed: [{'epoch': 1, 'dense_R@1': recall}] for seed, recall in ((1, 40.0), (2, 90.0), (3, 99.0))}
+    summary.report_seeds(runs, 'name', tmp_path)
+    row = pd.read_csv(tmp_path / 'name_seeds.csv').set_index('epoch').loc['last']
+    assert (row['low_R@1'], row['high_R@1']) == (0, 100)
+
+
 def test_seeds_are_trained_and_reported(seeds):
     results, printed = seeds
     table = pd.read_csv(results / f'{NAME}_val0.34_seeds.csv').set_index('epoch')
