@@ -1,6 +1,7 @@
 """What the tests share: small raw data sets in their true formats, and a way to type a command line."""
 import multiprocessing
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -53,3 +54,10 @@ def raw_sets(tmp_path_factory) -> Path:
     result = type_command('data_utils.py', '--data_path', data_path)
     assert result.returncode == 0, result.stderr
     return data_path
+
+
+@pytest.fixture
+def own_car(raw_sets, tmp_path) -> Path:
+    """A data path with a converted CARS196 that a test may spoil; the files keep their times."""
+    shutil.copytree(raw_sets / 'car', tmp_path / 'own_car' / 'car')
+    return tmp_path / 'own_car'

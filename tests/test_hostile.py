@@ -82,10 +82,8 @@ def test_damaged_weights_are_refused_or_the_same(tmp_path):
         assert found is None or not differences(good, found)
 
 
-def test_a_damaged_cache_is_refused_or_the_same(tmp_path):
-    make_car(tmp_path)
-    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'car').returncode == 0
-    root, split, _ = open_data(tmp_path, 'car')
+def test_a_damaged_cache_is_refused_or_the_same(own_car):
+    root, split, _ = open_data(own_car, 'car')
     images = images_of(split)
     build_cache(root, 'uncropped', 24, images)
 

@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, type_command
-from raw_trees import make_car
 from torch import distributed, multiprocessing
 
 import metrics
@@ -138,11 +137,9 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(runs, raw_sets, c
     assert json.loads(several.stdout) == json.loads(one.stdout)
 
 
-def test_a_process_that_fails_takes_the_others_down_with_its_message(tmp_path):
-    root = make_car(tmp_path)
-    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
-    (root / 'uncropped/000003.jpg').write_bytes(b'no image')
-    result = torchrun(2, 'train.py', *TINY, '--data_path', tmp_path, '--batch_size', 6, '--num_epochs', 1,
+def test_a_process_that_fails_takes_the_others_down_with_its_message(own_car, tmp_path):
+    (own_car / 'car/uncropped/000003.jpg').write_bytes(b'no image')
+    result = torchrun(2, 'train.py', *TINY, '--data_path', own_car, '--batch_size', 6, '--num_epochs', 1,
                       '--results_dir', tmp_path)
     assert result.returncode != 0
     assert '000003.jpg is missing or broken' in result.stderr

@@ -310,13 +310,11 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone(run, raw_sets, tmp_pat
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_resume_notices_that_the_data_set_changed(tmp_path):
-    root = make_car(tmp_path)
-    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
-    assert train(tmp_path, tmp_path / 'r', *TINY, '--num_epochs', 2).returncode == 0
-    (root / 'car_ims/000001.jpg').unlink()
-    assert type_command('data_utils.py', '--data_path', tmp_path, '--skip_bad').returncode == 0
-    result = train(tmp_path, tmp_path / 'r', *TINY, '--num_epochs', 2, '--resume')
+def test_resume_notices_that_the_data_set_changed(own_car, tmp_path):
+    assert train(own_car, tmp_path / 'r', *TINY, '--num_epochs', 2).returncode == 0
+    (own_car / 'car/car_ims/000001.jpg').unlink()
+    assert type_command('data_utils.py', '--data_path', own_car, '--skip_bad').returncode == 0
+    result = train(own_car, tmp_path / 'r', *TINY, '--num_epochs', 2, '--resume')
     assert_one_line_error(result, 'the data set car was converted anew')
 
 
@@ -351,17 +349,15 @@ def test_data_that_is_not_there_is_named(raw_sets, tmp_path):
                           'has no bounding boxes')
 
 
-def test_an_image_that_breaks_is_named_from_a_worker_too(tmp_path):
-    root = make_car(tmp_path)
-    assert type_command('data_utils.py', '--data_path', tmp_path).returncode == 0
-    image = root / 'uncropped/000003.jpg'
+def test_an_image_that_breaks_is_named_from_a_worker_too(own_car, tmp_path):
+    image = own_car / 'car/uncropped/000003.jpg'
     data = image.read_bytes()
     image.unlink()
     for workers in (0, 2):
-        result = train(tmp_path, tmp_path / f'r{workers}', *TINY, '--num_workers', workers)
+        result = train(own_car, tmp_path / f'r{workers}', *TINY, '--num_workers', workers)
         assert_one_line_error(result, '000003.jpg is missing or broken')
     image.write_bytes(data[:len(data) // 2])
-    assert_one_line_error(train(tmp_path, tmp_path / 'r', *TINY), '000003.jpg is missing or broken')
+    assert_one_line_error(train(own_car, tmp_path / 'r', *TINY), '000003.jpg is missing or broken')
 
 
 @pytest.mark.parametrize(('words', 'parts'), [
