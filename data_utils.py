@@ -15,6 +15,7 @@ folder: of an image that is gone nothing is kept. PyTorch is imported where it i
 ends at once.
 """
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -138,13 +139,20 @@ def earlier_deal(manifest: dict) -> dict:
     return {'sides': sides}
 
 
-def mirror(root: Path, folders: list[str], done: dict) -> None:
-    """Remove from the folders that a conversion fills what belongs to no image of this one."""
+def mirror(root: Path, folders: list[str], done: dict, earlier: dict) -> None:
+    """Remove from the folders that a conversion fills every file that belongs to no image of this one.
+
+    What the earlier one did not know either, as after a conversion that was killed, is counted on the screen.
+    """
     for folder in folders:
-        kept = {entry[0] if folder == 'uncropped' else f'{entry[2]}.jpg' for entry in done.values()}
-        for file in (root / folder).iterdir():
-            if file.name not in kept:
-                file.unlink()
+        kept, known = ({entry[0] if folder == 'uncropped' else f'{entry[2]}.jpg' for entry in entries.values()}
+                       for entries in (done, earlier))
+        others = [file for file in (root / folder).iterdir() if file.name not in kept and not file.is_dir()]
+        for file in others:
+            file.unlink()
+        unknown = sum(file.name not in known for file in others)
+        if unknown:
+            print(f'{root.name}: {unknown} files in {folder}/ that belonged to no photograph are removed')
 
 
 def drop_stale_caches(root: Path, done: dict) -> None:
@@ -152,7 +160,9 @@ def drop_stale_caches(root: Path, done: dict) -> None:
     from engine.cache import INDEX
 
     kept = {f'uncropped/{entry[0]}' for entry in done.values()} | {f'cropped/{entry[2]}.jpg' for entry in done.values()}
-    for index_file in root.glob('*_cache_*.pth'):
+    for index_file in root.glob('*cropped_cache_*.pth'):
+        if not re.fullmatch(r'(un)?cropped_cache_\d+', index_file.stem):
+            continue
         try:
             images = set(load(index_file, 'cache index', INDEX)['images'])
         except UserError:
@@ -191,7 +201,7 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
         make_folder('the folder', root / folder)
     done, failures, todo = find_changes(root, items, class_names, manifest, folders)
     decode(root, todo, done, failures)
-    mirror(root, folders, done)
+    mirror(root, folders, done, manifest['files'])
     gone = len(manifest['files'].keys() - done.keys() - failures.keys())
     unchanged = list(done.items()) == list(manifest['files'].items()) and manifest.get('deal') == (dealt or {})
     manifest |= {'files': done, 'deal': dealt or {}}

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from browse import find_result
 from dataset import make_test_loaders, make_transform, open_data
 from engine.errors import UserError
-from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes
+from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
 from engine.files import make_folder, save
 from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
 from metrics import NUMBERS_OF_QUERIES, retrieval_metrics
@@ -221,8 +221,7 @@ def main() -> None:
     if args.data_base is not None:
         data_base = load_data_base(find_result('--data_base', RunFiles.ENDINGS['data_base'], args.data_base,
                                                args.results_dir))
-        origin = run = data_base.origin
-        seen = seen_classes({**data_base.proxies, **origin})
+        origin = {**data_base.proxies, **data_base.origin}
     else:
         model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
         name = origin['args'].get('run', 'run')
@@ -230,9 +229,8 @@ def main() -> None:
             name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))
         files = files_to_save(args, name) if args.save else None
         data_base = embed(args, model, origin['args'] if args.resume is not None else {}, device)
-        run, seen = origin, seen_classes(origin)
     settings = data_base.origin['args']
-    both = check_seen(seen, data_base.class_names, args.allow_seen)
+    both = check_seen(seen_classes(origin), data_base.class_names, args.allow_seen)
     results = measure(data_base, tuple(args.recalls or settings['recalls']), device)
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
@@ -240,13 +238,13 @@ def main() -> None:
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
         if not args.zero_shot:
-            results['made_by'] = {name: run.get(name) for name in ('args', 'epoch', 'made_with')}
+            results['made_by'] = {name: origin.get(name) for name in ('args', 'epoch', 'made_with')}
         print(json.dumps(results, default=str, skipkeys=True))
     else:
         print(format_table(results))
         if not args.zero_shot:
-            print(describe_origin(run))
-    if args.save:
+            print(describe_origin(origin))
+    if args.save and world_rank() == 0:
         data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},
                             'args': {**origin['args'], **settings, 'run': name}}
         save_measured(args, files, data_base, model)

@@ -24,7 +24,7 @@ def deal(labels: list[str], earlier: dict[str, str], ratio: float, seed: int) ->
     Args:
         labels: of all classes that are there.
         earlier: {label: side} of an earlier deal, also of classes that are gone; they keep it.
-        ratio: share of the classes that become test classes, at least one.
+        ratio: share of the classes that become test classes; of two classes or more at least one, and not all.
         seed: of the deal of new classes.
 
     Returns:
@@ -32,8 +32,9 @@ def deal(labels: list[str], earlier: dict[str, str], ratio: float, seed: int) ->
     """
     new = sorted((label for label in labels if label not in earlier),
                  key=lambda label: hashlib.sha256(f'{seed} {label}'.encode()).digest())
-    num_test = max(1, round(ratio * len(labels))) - sum(earlier.get(label) == 'test' for label in labels)
-    return {**earlier, **{label: 'test' if number < num_test else 'train' for number, label in enumerate(new)}}
+    num_test = max(1, min(round(ratio * len(labels)), len(labels) - 1))
+    num_new = num_test - sum(earlier.get(label) == 'test' for label in labels)
+    return {**earlier, **{label: 'test' if number < num_new else 'train' for number, label in enumerate(new)}}
 
 
 def settle_deal(root: Path, labels: list[str], earlier: dict, ratio: float | None, seed: int | None) -> dict:

@@ -43,8 +43,8 @@ from dataset import (BatchSampler, ImageData, RetrievalDataset, hold_out, make_l
 from engine.errors import UserError
 from engine.files import save
 from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
-from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, provenance, read_statistics,
-                         save_statistics)
+from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
+                         read_statistics, save_statistics, seen_classes)
 from evaluate import make_data_base, measure, use_amp
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
@@ -215,7 +215,10 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
 
     # ---- network, loss, optimizer ----
     model, learner = build_learner(args, len(data.split['train']), device, 'none' if checkpoint else args.weights)
-    seen = start_from(args.init, model, args.results_dir) if args.init is not None else []
+    seen = []
+    if args.init is not None:  # a run that goes on has its own weights, and need not find that file again
+        seen = seen_classes(load_model_file(start.files.model)) if checkpoint else start_from(
+            args.init, model, args.results_dir)
     schedule = build_schedule(learner.optimizer, args)
 
     # ---- batches ----

@@ -109,6 +109,12 @@ def test_another_ratio_is_refused_and_a_new_deal_says_what_it_breaks(tmp_path):
     assert f'{changed} of 10 classes changed sides: what was trained before has seen test classes' in result.stdout
 
 
+def test_a_deal_leaves_no_side_empty(tmp_path):
+    for ratio in (0.001, 0.999):
+        sides = deal(list('abcd'), {}, ratio, 0)
+        assert sorted(sides.values()).count('test') == (1 if ratio < 0.5 else 3)
+
+
 def test_a_deal_of_before_deals_were_remembered_is_kept(tmp_path):
     make_own(tmp_path)
     assert convert(tmp_path, '--test_ratio', 0.34).returncode == 0
@@ -391,6 +397,9 @@ def test_a_run_starts_from_the_model_of_another_and_remembers_what_that_had_seen
     assert_one_line_error(train(own, '--init', model, '--feature_dim', 8), '--feature_dim 8 (there 16)')
     save({**first, 'seen_classes': [*first['seen_classes'], 'elsewhere']}, own / 'r/of_others_model.pth')
     assert train(own, '--init', own / 'r/of_others_model.pth', '--remark', 'y').returncode == 0
+    (own / 'r/of_others_model.pth').unlink()  # a run that goes on does not need it
+    words = ('--remark', 'y', '--init', own / 'r/of_others_model.pth', '--resume', '--num_epochs', 2)
+    assert train(own, *words).returncode == 0
     assert 'elsewhere' in load(own / 'r' / f'{NAME}_y_model.pth', 'model')['seen_classes']
 
 
@@ -499,7 +508,11 @@ def test_nothing_stays_that_no_photograph_explains(own):
     assert convert(own).returncode == 0
     Image.new('L', (30, 30)).save(own / 'mine/a/face.png')  # anonymised: its copy is now face.jpg
     (own / 'mine/uncropped/left.png').write_bytes(b'of a conversion that was killed')
-    assert convert(own).returncode == 0
+    (own / 'mine/uncropped/kept').mkdir()
+    (own / 'mine/my_uncropped_cache_1.pth').write_bytes(b'of somebody else')
+    assert '1 files in uncropped/ that belonged to no photograph are removed' in convert(own).stdout
+    assert (own / 'mine/uncropped/kept').is_dir()
+    assert (own / 'mine/my_uncropped_cache_1.pth').exists()
     assert {path.name for path in (own / 'mine/uncropped').iterdir() if 'face' in path.name or 'left' in path.name} == {
         'a_face.jpg'}
 

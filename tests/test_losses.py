@@ -326,3 +326,31 @@ def test_a_shard_starts_with_the_rows_that_all_proxies_would_have(monkeypatch):
     torch.manual_seed(0)
     part = make_loss('proxy_anchor', num_classes=2**16 + 5, feature_dim=3, proxy_init='kaiming', shard_proxies=True)
     torch.testing.assert_close(part.proxies, whole[2**16 - 2:2**16 + 3], rtol=0, atol=0)
+
+
+# ---------------------------------------------------- losses on the whole matrix ------------------------------------
+class MatrixSoftmax(model.ProxyLoss):
+    """The normalized softmax, written on all similarities."""
+    negatives = 'matrix'
+
+    def formula(self, similarity, labels):
+        return F.cross_entropy(self.scale * similarity, labels)
+
+
+@pytest.mark.parametrize('rule', PROXY_UPDATES)
+def test_a_formula_on_the_whole_matrix_trains_as_the_fast_one_does(rule):
+    embeddings, proxies = make_batch(13)
+    fast = build('normalized_softmax', proxies, proxy_update=rule, momentum=0.3)
+    whole = MatrixSoftmax(model.ProxyConfig(C, D, rule, 0.3, scale=32.0)).double()
+    whole.load_state_dict(fast.state_dict())
+    results = []
+    for criterion in (fast, whole):
+        loss = criterion(embeddings, LABELS)
+        wanted = [embeddings, *criterion.parameters()]
+        results.append([loss, *torch.autograd.grad(loss, wanted), criterion.proxies.detach(), criterion.accuracy])
+    assert_same(*results)
+
+
+def test_a_formula_on_the_whole_matrix_does_not_take_sharded_proxies():
+    with pytest.raises(UserError, match='--shard_proxies'):
+        MatrixSoftmax(model.ProxyConfig(C, D, scale=32.0, shard_proxies=True))

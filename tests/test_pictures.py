@@ -370,3 +370,12 @@ def test_a_broken_statistics_file_ends_with_code_2(tmp_path, contents):
     path = tmp_path / 'x_statistics.csv'
     path.write_bytes(contents)
     assert_one_line_error(type_command('plot.py', path, '--metric', 'dense_R@1'), 'x_statistics.csv')
+
+
+@pytest.mark.parametrize('angles', [[1.0, 1.01, 1.02, 1.0, 1.2], [3.1, -3.1, 3.14], [0.5, 0.5], [2.0]])
+def test_names_around_the_circle_are_pushed_apart_in_their_order(angles):
+    moved = toy.spread(angles)
+    order = sorted(range(len(angles)), key=angles.__getitem__)
+    turned = [moved[index] for index in order] + [moved[order[0]] + 2 * math.pi]
+    assert all(later - earlier > toy.LABEL_GAP - 1e-6 for earlier, later in zip(turned, turned[1:], strict=False))
+    assert max(abs(new - old) for new, old in zip(moved, angles, strict=True)) <= toy.LABEL_GAP * len(angles)

@@ -19,6 +19,7 @@ import dataset
 import evaluate
 import summary
 import train as train_script
+from engine import processes
 from engine.errors import UserError
 from model import make_loss
 from settings import get_runs
@@ -453,6 +454,16 @@ def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert '| name | last | 53.00 +- 3.61 | 44.04 to 61.96 |' in printed
     assert '| name | best on the test classes | 58.00 +- 2.65 |' in printed
+
+
+def test_a_bar_becomes_lines_where_the_output_is_a_file(capsys):
+    writer = processes.LineWriter()
+    for state in ('\rembed:  10%|#         | 1/10', '\rembed:  20%|##        | 2/10', '\r' + ' ' * 30 + '\r'):
+        writer.write(state)
+    assert capsys.readouterr().err == 'embed:  10%|#         | 1/10\nembed:  20%|##        | 2/10\n'
+    bar = processes.progress(range(3))
+    assert list(bar) == [0, 1, 2]
+    assert capsys.readouterr().err == ''  # it is over before half a minute
 
 
 def test_an_interval_of_per_cents_lies_between_0_and_100(tmp_path):
