@@ -16,10 +16,14 @@ GRID_LOSSES := normalized_softmax balanced_proxy proxy_anchor proxy_nca cos_face
 GRID_RULES := positive momentum gradient
 GRID_RECIPES := balanced_proxy asymptotic_proxy positive_proxy momentum_proxy proxy_anchor
 GRID_PROTOCOL := --data_path $(DATA) --data_name car --backbone_type timm:tf_efficientnet_lite0 --weights $(WEIGHTS) \
-	--image_size 128 --cache_size 146 --batch_size 120 --num_epochs 6 --warm_up 1 --lr 1e-4 --lr_schedule step \
-	--lr_decay_step 3 --lr_decay_gamma 0.5 --recalls 1,2,4,8 --num_workers 1 --on_collapse warn
+	--image_size 128 --cache_size 146 --recalls 1,2,4,8 --num_workers 0 --on_collapse warn
+GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_decay_step 3 --lr_decay_gamma 0.5
+GRID_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipe-$(recipe).$(seed)) \
+	$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),grid-$(loss)-$(rule).$(seed))))
+# Memory that a step frees is kept for the next one in place of being returned and asked for again.
+SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo sweep results grid-run test lowest lint clean
+.PHONY: demo sweep results car-cache test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -43,26 +47,25 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: .venv/demo
-	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
-	set -e; for seed in $(GRID_SEEDS); do \
-		for recipe in $(GRID_RECIPES); do \
-			$(MAKE) --no-print-directory grid-run SEED=$$seed REMARK=recipe FLAGS="--recipe $$recipe" \
-				RUN=$$recipe; \
-		done; \
-		for loss in $(GRID_LOSSES); do for rule in $(GRID_RULES); do \
-			$(MAKE) --no-print-directory grid-run SEED=$$seed REMARK=grid RUN=$$loss-$$rule \
-				FLAGS="--recipe positive_proxy --loss_name $$loss --proxy_update $$rule"; \
-		done; done; \
-	done
+results: $(GRID_RUNS)
 
-# A run of which there are six rows of statistics is finished; one that was cut off has a checkpoint.
-grid-run:
-	@test "$$(cat results/grid/*_seed$(SEED)_$(REMARK)-$(RUN)_statistics.csv 2> /dev/null | wc -l)" -eq 7 || \
-		$(BIN)/python train.py $(FLAGS) $(GRID_PROTOCOL) --seed $(SEED) --remark $(REMARK)-$(RUN) \
-			--results_dir results/grid \
-			$$(ls results/grid/*_seed$(SEED)_$(REMARK)-$(RUN)_checkpoint.pth > /dev/null 2>&1 \
-				&& echo --resume || echo --overwrite)
+car-cache: .venv/demo
+	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
+
+# $(call grid_run,FLAGS,EPOCHS): the run in results/grid whose remark and seed are the target, REMARK.SEED. One with a
+# row of statistics for each epoch is finished; one that was cut off has a checkpoint.
+SEED_OF_TARGET = $(patsubst .%,%,$(suffix $@))
+RUN_OF_TARGET = results/grid/*_seed$(SEED_OF_TARGET)_$(basename $@)
+grid_run = @test "$$(cat $(RUN_OF_TARGET)_statistics.csv 2> /dev/null | wc -l)" -gt $(2) || $(SPARE_MALLOC) \
+	$(BIN)/python train.py $(GRID_PROTOCOL) --num_epochs $(2) $(1) --seed $(SEED_OF_TARGET) --remark $(basename $@) \
+		--results_dir results/grid $$(test -f $(RUN_OF_TARGET)_checkpoint.pth && echo --resume || echo --overwrite)
+
+recipe-%: car-cache
+	$(call grid_run,--recipe $(basename $*) $(GRID_SCHEDULE),6)
+
+grid-%: car-cache
+	$(call grid_run,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(word 1,$(subst -, ,$(basename $*))) \
+		--proxy_update $(word 2,$(subst -, ,$(basename $*))),6)
 
 test: .venv/test
 	$(BIN)/python -m pytest

@@ -36,16 +36,9 @@ TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')
 
 
 # ---------------------------------------------------- embeddings -----------------------------------------------------
-def use_amp(choice: str, device: torch.device, model: EmbeddingNet, training: bool) -> bool:
-    """Decide whether to compute in bfloat16: `on`, `off`, or `auto`: where the device is fast at it.
-
-    Depthwise convolutions are the exception: on a CPU their backward is slower in bfloat16 than in float32, their
-    forward is not.
-    """
-    if choice != 'auto':
-        return choice == 'on'
-    depthwise = any(isinstance(module, torch.nn.Conv2d) and module.groups > 1 for module in model.modules())
-    return bfloat16_is_fast(device) and not (training and depthwise and device.type == 'cpu')
+def use_amp(choice: str, device: torch.device) -> bool:
+    """Decide whether to compute in bfloat16: `on`, `off`, or `auto`: where the device is fast at it."""
+    return bfloat16_is_fast(device) if choice == 'auto' else choice == 'on'
 
 
 @torch.inference_mode()
@@ -164,7 +157,7 @@ def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBas
     data = open_data(args.data_path or '/home/data', settings['data_name'], settings['crop_type'])
     loaders = make_test_loaders(data, make_transform(False, image_size, settings['resize_size'], model.interpolation),
                                 settings['batch_size'], 2 if args.num_workers is None else args.num_workers, device)
-    data_base = make_data_base(model, loaders, device, use_amp(settings['amp'], device, model, training=False))
+    data_base = make_data_base(model, loaders, device, use_amp(settings['amp'], device))
     data_base.origin = {'args': settings}
     return data_base
 

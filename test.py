@@ -88,7 +88,7 @@ def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
     except BrokenImage as error:
         raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
-                                                enabled=use_amp(settings['amp'], device, model, training=False)):
+                                                enabled=use_amp(settings['amp'], device)):
         return model(image[None].to(device))[0].cpu()
 
 

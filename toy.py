@@ -134,8 +134,8 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
     criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, momentum=args.momentum or MOMENTUM,
                           proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
     optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
-    train_amp, test_amp = (use_amp('auto', device, model, training) for training in (True, False))
-    learner = Learner(model, criterion, optimizer, device, train_amp)
+    amp = use_amp('auto', device)
+    learner = Learner(model, criterion, optimizer, device, amp)
 
     sets = make_sets(args, model.interpolation)
     sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
@@ -145,12 +145,12 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
     settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
     settings.update(with_learnable_proxy=learnable, weights=Path(args.weights).name,
                     momentum=None if learnable else args.momentum)
-    rows, frames = [], [take_frame(0, model, criterion, sets, device, test_amp)]
+    rows, frames = [], [take_frame(0, model, criterion, sets, device, amp)]
     for epoch in range(1, args.num_epochs + 1):
         sets['augmented'].set_epoch(epoch)
         sampler.set_epoch(epoch)
         trained = train_one_epoch(learner, loader, f'epoch {epoch}')
-        frame = take_frame(epoch, model, criterion, sets, device, test_amp)
+        frame = take_frame(epoch, model, criterion, sets, device, amp)
         print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy {trained["accuracy"]:.1f} '
               f'%, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from their proxies', flush=True)
         if all(frame['R@1'] > row['dense_R@1'] for row in rows):

@@ -194,8 +194,8 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                           proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
                           margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies).to(device)
-    return model, Learner(model, criterion, build_optimizer(model, criterion, args), device,
-                          use_amp(args.amp, device, model, training=True), args.clip_value)
+    return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
+                          args.clip_value)
 
 
 def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Training:
@@ -242,7 +242,7 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
 
 def measure_floor(model: EmbeddingNet, test_loaders: dict, args: argparse.Namespace, device: torch.device) -> float:
     """Return R@1 of the test classes by the trunk's average pooled features, as `evaluate.py --zero_shot` does."""
-    amp = use_amp(args.amp, device, model, training=False)
+    amp = use_amp(args.amp, device)
     floor = measure(make_data_base(model.untouched(), test_loaders, device, amp), (1,), device, ('dense',))
     print(f'epoch 0: R@1 {floor["dense"]["R@1"]:.2f} of the untouched trunk', flush=True)
     return floor['dense']['R@1']
@@ -277,7 +277,7 @@ def run_epoch(training: Training, epoch: int) -> DataBase:
     rates = [group['lr'] for group in learner.optimizer.param_groups]
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
-    amp = use_amp(args.amp, learner.device, model, training=False)
+    amp = use_amp(args.amp, learner.device)
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
     row = {'epoch': epoch, **trained, 'lr': rates[0], 'proxy_lr': rates[-1] if len(rates) > 1 else 0.0,
            **flatten(measure(data_base, args.recalls, learner.device))}

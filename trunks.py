@@ -175,8 +175,25 @@ def timm_trunk(name: str, weights: str, image_size: int) -> Trunk:
                  interpolation=pretrained['interpolation'], prefix_tokens=getattr(network, 'num_prefix_tokens', 0))
 
 
+class GroupedConv:
+    """Mixed into a convolution in groups, above all a depthwise one: a CPU takes several times as long for its
+    backward in bfloat16 as in float32, so that a training step under autocast computes this layer in float32.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if features.device.type != 'cpu' or not (torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')):
+            return super().forward(features)
+        with torch.autocast('cpu', enabled=False):
+            return super().forward(features.float()).to(torch.get_autocast_dtype('cpu'))
+
+
 def build_trunk(name: str, weights: str, image_size: int) -> Trunk:
     """Build a trunk of recipes.TRUNKS, or `timm:NAME`, for square images of a size in pixels."""
     if name.startswith('timm:'):
-        return timm_trunk(name.removeprefix('timm:'), weights, image_size)
-    return globals()[TRUNKS[name]](name, weights)
+        trunk = timm_trunk(name.removeprefix('timm:'), weights, image_size)
+    else:
+        trunk = globals()[TRUNKS[name]](name, weights)
+    for layer in trunk.module.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # a mixed-in class keeps the names of the weights
+            layer.__class__ = type(type(layer).__name__, (GroupedConv, type(layer)), {})
+    return trunk

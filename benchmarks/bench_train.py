@@ -103,7 +103,7 @@ def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str =
         batch, labels = next(iter(loader))
         loader = [(batch.to(device), labels.to(device))] * (1 if feed == 'one' else len(loader))
     network = torch.compile(model) if compiled else model
-    bfloat16 = use_amp(amp, device, model, training=True)
+    bfloat16 = use_amp(amp, device)
     learner = Learner(network, criterion, optimizer, device, bfloat16)
     return lambda: train_one_epoch(learner, loader, ''), bfloat16
 

@@ -1,4 +1,5 @@
 """Trunks, weights and the embedding network."""
+import copy
 import hashlib
 
 import numpy as np
@@ -71,6 +72,27 @@ def test_timm_models_of_every_layout_embed_images_of_any_size(name, size):
     assert network.mean.flatten().tolist() == pytest.approx(settings['mean'])
     assert network.std.flatten().tolist() == pytest.approx(settings['std'])
     assert network.interpolation == settings['interpolation']
+
+
+def test_a_training_step_in_bfloat16_computes_depthwise_convolutions_in_float32_on_a_cpu():
+    torch.manual_seed(0)
+    network = EmbeddingNet(NetConfig('timm:mobilenetv3_small_050', 7, image_size=64), 'none')
+    layer = next(module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups > 1)
+    other = next(module for module in network.modules() if isinstance(module, nn.Conv2d) and module.groups == 1)
+    features, seen = torch.rand(2, layer.in_channels, 8, 8), []
+    with torch.no_grad():
+        exact = layer(features)
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    copy_of_layer = copy.deepcopy(layer)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(layer(features), exact.bfloat16(), rtol=0, atol=0)  # rounded once, at the end
+        with torch.no_grad():
+            assert not torch.equal(layer(features), exact.bfloat16())  # embedding stays in bfloat16
+        with torch.no_grad():
+            copy_of_layer.weight.zero_()
+        assert not copy_of_layer(features).any()  # a copy computes with its own weights
+        assert other(torch.rand(2, other.in_channels, 8, 8)).dtype == torch.bfloat16
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_pooling_is_over_the_map_or_the_patch_tokens():
