@@ -60,8 +60,8 @@ def get_parser(description: str | None = None) -> Parser:
 
     group = parser.add_argument_group('network')
     group.add_argument('--feature_dim', '--embedding-size', type=int, help='length of an embedding; papers: 512')
-    group.add_argument('--pooling', choices=POOLINGS, help='papers: max; Proxy Anchor avg_max, the sum of both; cls is '
-                       'the class token of a transformer')
+    group.add_argument('--pooling', choices=POOLINGS, help='papers: max; Proxy Anchor avg_max, the sum of both; gem, '
+                       'a mean of powers whose power is learned from 3 on; cls, the class token of a transformer')
     group.add_argument('--layer_norm', type=switch, metavar='{0,1}', help='normalise the pooled features before the '
                        'linear layer; papers: 1, Proxy Anchor 0')
     group.add_argument('--linear_bias', type=switch, metavar='{0,1}', help='papers: 0; Proxy Anchor 1')
@@ -81,17 +81,23 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--proxy_init', choices=('unit', 'kaiming'), help='start of the proxies; papers: unit random '
                        'rows, Proxy Anchor kaiming')
 
+    group.add_argument('--synthesis', type=float, help='Proxy Synthesis: so many synthetic classes for each image of a '
+                       'batch, mixed from two of other classes and their proxies, 0 to 1 (its paper); papers: 0')
+
     group = parser.add_argument_group('optimisation')
     group.add_argument('--num_epochs', '--epochs', type=int, help='papers: 20, Asymptotic 30, Proxy Anchor 60')
     group.add_argument('--warm_up', '--warm', type=int, help='first epochs in which the trunk is frozen and only the '
-                       'linear layer and the proxies learn; this is no ramp of the learning rate. Papers: Balanced 2, '
-                       'Proxy Anchor 1 (5 with resnet50), the others 0')
+                       'linear layer and the proxies learn, all epochs for a frozen trunk; this is no ramp of the '
+                       'learning rate. Papers: Balanced 2, Proxy Anchor 1 (5 with resnet50), the others 0')
     group.add_argument('--optimizer_type', '--optimizer', type=str.lower, help='adamw, adam, sgd (momentum 0.9); adam* '
                        'and sgd* add --proxy_update momentum (Momentum Proxy\'s spelling)')
     group.add_argument('--lr', type=float, help='learning rate of the network; papers: 1e-4, Momentum Proxy 1e-3 (its '
                        'author later used 2e-5), Asymptotic 4e-5 and Proxy Anchor 6e-4 on sop and isc')
+    group.add_argument('--trunk_lr', type=float, help='learning rate of the trunk; papers: 1 x lr')
     group.add_argument('--proxy_lr', type=float, help='learning rate of the proxies; papers: 100 x lr, Momentum Proxy '
                        '1 x lr')
+    group.add_argument('--ema', type=float, help='measure and save a running average of the network\'s weights: each '
+                       'step keeps this share of the average, as in 0.98; papers: 0, the weights themselves')
     group.add_argument('--weight_decay', '--weight-decay', type=float, help='papers: 1e-4, Asymptotic and Momentum 0')
     group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy '
                        'Anchor 10')
@@ -186,6 +192,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
         args.proxy_lr = None
     elif args.proxy_lr is None:
         args.proxy_lr = args.lr * settings['proxy_lr_factor']
+    args.trunk_lr = args.trunk_lr or args.lr * settings['trunk_lr_factor']
     args.resize_size = args.resize_size or resize_for(args.image_size)
     args.on_collapse = args.on_collapse or ('stop' if args.proxy_update == 'momentum' else 'warn')
     runs = [argparse.Namespace(**{**vars(args), 'seed': seed, 'run': name_run(args, settings, given, seed)})
@@ -258,9 +265,10 @@ def check_ranges(args: argparse.Namespace) -> None:
         'resize_size': (args.image_size, LARGEST['side']), 'cache_size': (0, LARGEST['side']),
         'num_epochs': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
         'batch_size': (1, None), 'images_per_class': (0, None),
-        'lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE), 'scale': (SMALL, LARGE),
-        'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE), 'momentum': (SMALL, 1),
-        'min_crop': (SMALL, 1), 'flip': (0, 1), 'val_ratio': (0, 0.999)})
+        'lr': (SMALL, LARGE), 'trunk_lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE),
+        'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
+        'momentum': (SMALL, 1), 'synthesis': (0, 1), 'ema': (0, 0.999999), 'min_crop': (SMALL, 1), 'flip': (0, 1),
+        'val_ratio': (0, 0.999)})
     if 0 < args.cache_size < args.image_size:
         raise UserError(f'--cache_size {args.cache_size} is smaller than --image_size {args.image_size}: pixels would '
                         f'be enlarged; build and name a cache of at least {args.image_size} pixels')

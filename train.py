@@ -35,6 +35,7 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from begin import Start, claim_run, fingerprint, load_checkpoint, restore, settings_of, start_from
@@ -63,6 +64,7 @@ class Learner:
     device: torch.device
     amp: bool = False  # compute the network in bfloat16
     clip_value: float = 0.0  # clip each gradient entry to +-value; 0 is off
+    average: AveragedModel | None = None  # of the network's weights, over the steps
 
 
 def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[str, float]:
@@ -97,6 +99,8 @@ def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[st
         if learner.clip_value:
             nn.utils.clip_grad_value_(parameters, learner.clip_value)
         optimizer.step()
+        if learner.average is not None:
+            learner.average.update_parameters(network)
 
         totals[:3] += torch.stack([loss.detach(), criterion.accuracy, totals.new_ones(())]) * criterion.num_samples
         totals[3] += totals[0].isfinite()  # the steps until the loss was not finite
@@ -163,10 +167,19 @@ class Training:
     seen: list  # names of the classes trained on, here or before --init
     floor: float | None  # R@1 of the untouched trunk
 
+    @property
+    def measured(self) -> EmbeddingNet:
+        """The network that is measured and saved: with --ema that of the averaged weights."""
+        return self.learner.average.module if self.learner.average else self.model
+
 
 def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Build the optimizer of the network and, at a rate of their own, of proxies that learn."""
+    """Build the optimizer of the network and, at rates of their own, of the trunk and of proxies that learn."""
     groups = [{'params': list(model.parameters()), 'lr': args.lr}]
+    if args.trunk_lr != args.lr:
+        trunk = {id(parameter) for parameter in model.trunk.parameters()}
+        groups = [{'params': [parameter for parameter in model.parameters() if id(parameter) not in trunk],
+                   'lr': args.lr}, {'params': list(model.trunk.parameters()), 'lr': args.trunk_lr}]
     if list(criterion.parameters()):  # moving proxies are none
         groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
     kind, more = {'adamw': (torch.optim.AdamW, {}), 'adam': (torch.optim.Adam, {}),
@@ -193,9 +206,11 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     model = model.to(device, memory_format=torch.channels_last)
     criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                           proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                          margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies).to(device)
+                          margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
+                          synthesis=args.synthesis).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
-                          args.clip_value)
+                          args.clip_value, average)
 
 
 def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Training:
@@ -270,7 +285,7 @@ def wrap_network(training: Training, frozen: bool) -> None:
 
 def run_epoch(training: Training, epoch: int) -> DataBase:
     """Train an epoch, measure it, add its row to the statistics, and return the data base of its test images."""
-    args, model, learner = training.args, training.model, training.learner
+    args, model, learner = training.args, training.measured, training.learner
     learner.criterion.synchronise()
     training.loader.dataset.set_epoch(epoch)
     training.loader.batch_sampler.set_epoch(epoch)
@@ -305,8 +320,8 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         for file in training.start.replaced:
             file.unlink(missing_ok=True)
     if chosen_epoch(rows) is rows[-1]:
-        save({'config': asdict(model.config), 'state_dict': model.state_dict(), 'seen_classes': training.seen,
-              **made_by}, files.model)
+        save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(),
+              'seen_classes': training.seen, **made_by}, files.model)
         data_base.origin = {**made_by, 'seen_classes': training.seen}
         data_base.proxies = {'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
                              'train_class_names': training.loader.dataset.class_names}
@@ -314,6 +329,7 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
     save_statistics(rows, settings, files.statistics, training.made_with)
     save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
           'schedule': training.schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
+          'average': training.learner.average and training.learner.average.state_dict(),
           'split': fingerprint(training.data.split), 'version': CHECKPOINT_VERSION, **made_by}, files.checkpoint)
 
 
