@@ -9,9 +9,11 @@ from engine.runs import LARGEST, run_name
 from raw_sets import canonical_data_name
 from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
                      SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
-from utils import Parser, add_device_flags, check_between, fraction_list, int_list, seed_list, switch, user_path
+from utils import (Parser, add_device_flags, check_between, fraction_list, int_list, keyword_text, seed_list, switch,
+                   user_path)
 
 SMALL, LARGE = 1e-30, 1e38  # what float32 holds
+PML = 'pml:'  # before the name of a loss of pytorch-metric-learning
 
 
 def get_parser(description: str | None = None) -> Parser:
@@ -21,10 +23,16 @@ def get_parser(description: str | None = None) -> Parser:
     group = parser.add_argument_group('what to train')
     group.add_argument('--recipe', help='paper whose hyper-parameters are the defaults: ' + ', '.join(RECIPES) +
                        ' [the one named like --loss_name, else balanced_proxy]')
-    group.add_argument('--loss_name', '--loss', type=str.lower, help='loss: ' +
+    group.add_argument('--loss_name', '--loss', type=loss_name, help='loss: ' +
                        ', '.join([*LOSSES, *COMBINED_LOSSES]) + ' [the recipe\'s]. asymptotic_proxy is '
                        'normalized_softmax with proxies moved by momentum and temperature 0.03; positive_proxy is '
-                       'normalized_softmax with --proxy_update positive')
+                       'normalized_softmax with --proxy_update positive. pml:NAME is one of pytorch-metric-learning, '
+                       'as pml:MultiSimilarityLoss; those on pairs and triplets want --images_per_class')
+    group.add_argument('--loss_args', type=keyword_text, default='', metavar='A=1,B=2', help='of a pml: loss, as in '
+                       'margin=0.2,alpha=32')
+    group.add_argument('--miner', default='', metavar='NAME', help='of pytorch-metric-learning for a pml: loss, as '
+                       'MultiSimilarityMiner')
+    group.add_argument('--miner_args', type=keyword_text, default='', metavar='A=1,B=2', help='of the miner')
     group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, '
                        'by that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
     group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: ' + ', '.join(TRUNKS) +
@@ -149,6 +157,11 @@ def get_parser(description: str | None = None) -> Parser:
     return parser
 
 
+def loss_name(text: str) -> str:
+    """Read the name of a loss: of ours in any case, of pytorch-metric-learning as its class is spelt."""
+    return text if text.startswith(PML) else text.lower()
+
+
 def get_runs(argv: list[str] | None = None, description: str | None = None) -> tuple[str, list[argparse.Namespace]]:
     """Parse the command line and settle every setting: flag, else recipe.
 
@@ -165,8 +178,9 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     starred = bool(args.optimizer_type) and args.optimizer_type.endswith('*')  # Momentum Proxy's adam* and sgd*
     if args.optimizer_type is not None:
         args.optimizer_type = args.optimizer_type.removesuffix('*')
-    if args.loss_name is not None:
-        check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES])
+    borrowed = args.loss_name is not None and args.loss_name.startswith(PML)
+    if args.loss_name is not None and not borrowed:
+        check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES, f'{PML}NAME'])
     if args.momentum is not None and not (args.recipe or args.loss_name or args.proxy_update or args.optimizer_type):
         raise UserError(f'--momentum {args.momentum} belongs to two systems: add --recipe asymptotic_proxy or '
                         '--recipe momentum_proxy')
@@ -179,8 +193,11 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
         raise UserError('--init and --weights contradict each other: both say where the trunk starts; leave one out')
     args.weights = 'none' if args.init is not None else args.weights or 'imagenet'
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
-    settle_rule(args, settings, starred)
-    settle_loss(args, settings)
+    if borrowed:
+        settle_borrowed(args, starred)
+    else:
+        settle_rule(args, settings, starred)
+        settle_loss(args, settings)
     for name, value in settings.items():
         if name != 'temperature' and getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -222,6 +239,21 @@ def settle_rule(args: argparse.Namespace, settings: dict, starred: bool) -> None
         args.momentum = MOMENTUM
 
 
+def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
+    """Refuse what a loss of pytorch-metric-learning has no use for; its own weights learn by the gradient."""
+    others = {'scale': 'say it in --loss_args', 'temperature': 'say it in --loss_args', 'margin': 'say it in '
+              '--loss_args', 'momentum': 'its weights learn by the gradient', 'proxy_init': 'it starts its weights '
+              'itself', 'synthesis': 'its weights cannot be mixed', 'shard_proxies': 'each process holds its weights'}
+    for name, reason in others.items():
+        if getattr(args, name):
+            raise UserError(f'--{name} {getattr(args, name)} has no effect on --loss_name {args.loss_name}: {reason}')
+    if starred or args.proxy_update not in (None, 'gradient'):
+        raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '
+                        'its weights are its own, and learn by the gradient of all its terms; leave it out')
+    args.base_loss, args.proxy_update = args.loss_name, 'gradient'
+    args.scale = args.synthesis = None
+
+
 def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     """Settle scale, which can also be said as temperature, and margin."""
     if args.scale is not None and args.temperature is not None:
@@ -243,6 +275,7 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
 
 def check_effect(args: argparse.Namespace, given: set) -> None:
     """Refuse flags that would change nothing."""
+    borrowed = args.loss_name.startswith(PML)
     useless = {
         'proxy_lr': args.proxy_update == 'momentum' and 'proxies that move by momentum have no learning rate',
         'lr_decay_step': args.lr_schedule != 'step' and f'--lr_schedule {args.lr_schedule} has no such step',
@@ -250,6 +283,9 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
         'lr_decay_gamma': args.lr_schedule in ('cosine', 'constant') and f'--lr_schedule {args.lr_schedule} has none',
         'proxy_init': args.proxy_update == 'momentum' and 'proxies that move by momentum start as unit random rows',
         'drop_last': args.images_per_class > 0 and '--images_per_class makes full batches only',
+        'loss_args': args.loss_args and not borrowed and 'it is for the losses pml:NAME',
+        'miner': args.miner and not borrowed and 'it is for the losses pml:NAME',
+        'miner_args': args.miner_args and not args.miner and 'there is no --miner',
     }
     for name, reason in useless.items():
         if name in given and reason:
@@ -293,6 +329,7 @@ def name_run(args: argparse.Namespace, settings: dict, given: set, seed: int) ->
         args.data_name, args.backbone_type, args.loss_name, args.feature_dim,
         args.recipe if args.recipe != loss_recipe else '',
         args.proxy_update if args.proxy_update != recipe_rule else '',
+        args.loss_args, args.miner, args.miner_args,
         f't{1 / args.scale:.4g}' if given & {'scale', 'temperature'} else '',
         f'd{args.margin:g}' if 'margin' in given else '',
         f'm{args.momentum:g}' if 'momentum' in given else '',

@@ -26,8 +26,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from settings import get_runs
-from utils import run_script
+from settings import PML, get_runs
+from utils import parse_keywords, run_script
 
 if __name__ == '__main__':  # --help and mistakes need not wait for the imports below
     COMMAND = run_script(lambda: get_runs(description=__doc__))
@@ -114,8 +114,7 @@ def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[st
 
 def describe_failure(step: int, loader: DataLoader, optimizer: torch.optim.Optimizer) -> str:
     """Say in which step of an epoch the loss was not finite, with which learning rates and images."""
-    rates = ' and '.join(f'{group["lr"]:g} ({what})' for group, what in zip(
-        optimizer.param_groups, ('network', 'proxies'), strict=False))  # moving proxies have no rate
+    rates = ' and '.join(f'{group["lr"]:g} ({group["role"]})' for group in optimizer.param_groups)
     batch = list(loader.batch_sampler)[step - 1]
     images = ', '.join(loader.dataset.images[index] for index in batch[:4])
     return (f'the loss is not finite in step {step} of this epoch, at a learning rate of {rates}, '
@@ -175,13 +174,13 @@ class Training:
 
 def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Build the optimizer of the network and, at rates of their own, of the trunk and of proxies that learn."""
-    groups = [{'params': list(model.parameters()), 'lr': args.lr}]
+    groups = [{'role': 'network', 'params': list(model.parameters()), 'lr': args.lr}]
     if args.trunk_lr != args.lr:
         trunk = {id(parameter) for parameter in model.trunk.parameters()}
-        groups = [{'params': [parameter for parameter in model.parameters() if id(parameter) not in trunk],
-                   'lr': args.lr}, {'params': list(model.trunk.parameters()), 'lr': args.trunk_lr}]
+        groups[0]['params'] = [parameter for parameter in model.parameters() if id(parameter) not in trunk]
+        groups.append({'role': 'trunk', 'params': list(model.trunk.parameters()), 'lr': args.trunk_lr})
     if list(criterion.parameters()):  # moving proxies are none
-        groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
+        groups.append({'role': 'proxies', 'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
     kind, more = {'adamw': (torch.optim.AdamW, {}), 'adam': (torch.optim.Adam, {}),
                   'sgd': (torch.optim.SGD, {'momentum': 0.9})}[args.optimizer_type]
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **more)
@@ -204,10 +203,17 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     with first_process_first():
         model = EmbeddingNet(config, weights)
     model = model.to(device, memory_format=torch.channels_last)
-    criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
-                          proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                          margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
-                          synthesis=args.synthesis).to(device)
+    if args.base_loss.startswith(PML):
+        from pml_losses import PmlLoss
+
+        criterion = PmlLoss(args.base_loss.removeprefix(PML), parse_keywords(args.loss_args), miner=args.miner,
+                            miner_arguments=parse_keywords(args.miner_args), num_classes=num_classes,
+                            feature_dim=model.feature_dim).to(device)
+    else:
+        criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
+                              proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
+                              margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
+                              synthesis=args.synthesis).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
                           args.clip_value, average)
@@ -289,12 +295,12 @@ def run_epoch(training: Training, epoch: int) -> DataBase:
     learner.criterion.synchronise()
     training.loader.dataset.set_epoch(epoch)
     training.loader.batch_sampler.set_epoch(epoch)
-    rates = [group['lr'] for group in learner.optimizer.param_groups]
+    rates = {group['role']: group['lr'] for group in learner.optimizer.param_groups}
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
     amp = use_amp(args.amp, learner.device)
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
-    row = {'epoch': epoch, **trained, 'lr': rates[0], 'proxy_lr': rates[-1] if len(rates) > 1 else 0.0,
+    row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),
            **flatten(measure(data_base, args.recalls, learner.device))}
     if training.floor is not None:
         row['epoch0_R@1'] = training.floor
@@ -323,8 +329,9 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(),
               'seen_classes': training.seen, **made_by}, files.model)
         data_base.origin = {**made_by, 'seen_classes': training.seen}
-        data_base.proxies = {'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
-                             'train_class_names': training.loader.dataset.class_names}
+        data_base.proxies = {'train_class_names': training.loader.dataset.class_names}
+        if proxies is not None:
+            data_base.proxies['train_proxies'] = nn.functional.normalize(proxies, dim=-1).cpu()
         data_base.save(files.data_base)
     save_statistics(rows, settings, files.statistics, training.made_with)
     save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
@@ -337,7 +344,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
     """Train one run as the command line says; returns the rows of its statistics."""
     training = prepare(args, start, device)
     rows, num_classes = training.rows, len(training.data.split['train'])
-    print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
+    moved = '' if args.base_loss.startswith(PML) else f' with proxies moved by {args.proxy_update}'
+    print(f'{args.run}: recipe {args.recipe}, {args.base_loss}{moved}; '
           f'{len(training.loader.dataset):,} images of {num_classes:,} classes; {device}, '
           f'{"bfloat16" if training.learner.amp else "float32"}')
     if args.warm_up >= args.num_epochs:
@@ -347,7 +355,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
         if epoch in (first_epoch, args.warm_up + 1):
             wrap_network(training, frozen=epoch <= args.warm_up)
         save_epoch(training, run_epoch(training, epoch))
-        if epoch > args.warm_up + 1:  # from random weights the whole network may start at chance
+        has_proxies = training.learner.criterion.all_proxies() is not None
+        if epoch > args.warm_up + 1 and has_proxies:  # from random weights the whole network may start at chance
             check_collapse(rows[-1], num_classes, args)
     if world_rank() == 0:
         from plot import draw_curves  # half a second, most of it pandas, before the first batch
