@@ -219,7 +219,23 @@ class BalancedProxy(ProxyLoss):
         count = self.count(labels).to(own.dtype)  # (C,) positives of each class
         positive = self.logsumexp_by_class(-self.scale * (own - self.margin), labels) - count.clamp(min=1).log()
         negative = negative + self.scale * self.margin - (len(labels) - count).clamp(min=1).log()
-        return log1pexp(torch.logaddexp(positive, negative)).mean()  # a log of a mean is that of the sum, less log n
+        return self.combine(positive, negative, count > 0)  # a log of a mean is that of the sum, less log n
+
+    def combine(self, positive: torch.Tensor, negative: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """Return the loss () of the logarithms (C,) of the means of each class, which is in the batch or not (C,)."""
+        return log1pexp(torch.logaddexp(positive, negative)).mean()
+
+
+class BalancedProxySplit(BalancedProxy):
+    """Balanced Proxy with a logarithm for each of its two means, as Proxy Anchor has them:
+    1/|P+| sum_{c in P+} log(1 + mean_{i: y_i = c} exp(-alpha (s_ic - delta)))
+    + 1/C sum_c log(1 + mean_{i: y_i != c} exp(alpha (s_ic + delta))).
+
+    Another reading of the system's page, for comparison.
+    """
+
+    def combine(self, positive: torch.Tensor, negative: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        return log1pexp(positive).sum() / present.sum() + log1pexp(negative).mean()
 
 
 class NormalizedSoftmax(ProxyLoss):

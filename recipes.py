@@ -28,6 +28,7 @@ class LossEntry(NamedTuple):
 LOSSES = {
     'proxy_anchor': LossEntry('ProxyAnchor', 32.0, 0.1),
     'balanced_proxy': LossEntry('BalancedProxy', 32.0, 0.1),
+    'balanced_proxy_split': LossEntry('BalancedProxySplit', 32.0, 0.1),
     'normalized_softmax': LossEntry('NormalizedSoftmax', 32.0),
     'proxy_nca': LossEntry('ProxyNCA', 9.0),  # ProxyNCA++: temperature 1/9
     'cos_face': LossEntry('CosFace', 64.0, 0.35),
@@ -122,6 +123,14 @@ RECIPES = {
             ({'data_name': ('sop', 'isc')},
              {'lr': 6e-4, 'lr_decay_step': 20, 'lr_decay_gamma': 0.25, 'freeze_bn': False}),
         ],
+    },
+    'transformer': {
+        'source': 'of no paper: what is usual with pretrained transformers; its accuracy is untested here',
+        'settings': {
+            'loss_name': 'positive_proxy', 'pooling': 'cls', 'trunk_lr_factor': 0.1, 'lr_schedule': 'cosine',
+            'warm_up': 1,
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
 }
 

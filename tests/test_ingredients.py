@@ -129,6 +129,19 @@ def test_trunk_head_and_proxies_have_their_rates(words, trunk, proxies):
     assert rates[id(criterion.proxies)] == proxies
 
 
+def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_sets, tmp_path):
+    words = ('--recipe', 'transformer', '--backbone_type', 'timm:test_vit', *TINY[2:], '--weights', 'none')
+    result = train(raw_sets, tmp_path, *words, '--num_epochs', 2)
+    assert result.returncode == 0, result.stderr
+    [file] = tmp_path.glob('*_checkpoint.pth')
+    contents = torch.load(file, weights_only=True)
+    assert contents['args']['pooling'] == 'cls'
+    assert contents['args']['trunk_lr'] == pytest.approx(contents['args']['lr'] / 10)
+    assert contents['rows'][1]['lr'] == pytest.approx(contents['rows'][0]['lr'] / 2)  # cosine: half way
+    with pytest.raises(UserError, match='class token'):
+        EmbeddingNet(NetConfig('resnet18', 4, pooling=contents['args']['pooling'], image_size=32), 'none')
+
+
 # ---------------------------------------------------- averaged weights ----------------------------------------------
 EXTRAS = ('--ema', '0.6', '--synthesis', '0.5', '--trunk_lr', '1e-4', '--pooling', 'gem')
 

@@ -57,6 +57,16 @@ def balanced_proxy_loop(s, labels, alpha=32.0, delta=0.1):
     return total / len(s[0])
 
 
+def balanced_proxy_split_loop(s, labels, alpha=32.0, delta=0.1):
+    first, second = [], []
+    for c in range(len(s[0])):
+        positive = [torch.exp(-alpha * (s[i][c] - delta)) for i, y in enumerate(labels) if y == c]
+        negative = [torch.exp(alpha * (s[i][c] + delta)) for i, y in enumerate(labels) if y != c]
+        first += [torch.log(1 + sum(positive) / len(positive))] if positive else []
+        second += [torch.log(1 + sum(negative) / len(negative))] if negative else []
+    return sum(first) / len(first) + sum(second) / len(s[0])
+
+
 def normalized_softmax_loop(s, labels):
     return cross_entropy_loop([[32.0 * z for z in row] for row in s], labels)
 
@@ -79,6 +89,7 @@ def arc_face_loop(s, labels):
 
 
 LOOPS = {'proxy_anchor': proxy_anchor_loop, 'balanced_proxy': balanced_proxy_loop, 'proxy_nca': proxy_nca_loop,
+         'balanced_proxy_split': balanced_proxy_split_loop,
          'normalized_softmax': normalized_softmax_loop, 'cos_face': cos_face_loop, 'arc_face': arc_face_loop}
 
 

@@ -54,7 +54,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
+@pytest.mark.parametrize('recipe', PUBLISHED)
 def test_a_recipe_sets_what_its_page_prints(recipe):
     settings = settle('--recipe', recipe)
     for name, value in PUBLISHED[recipe].items():
