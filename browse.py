@@ -35,9 +35,16 @@ def add_data_base_flags(parser) -> None:
 
 
 def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:
-    """Return a file that a run left, as it is named or in the results folder; raises UserError that lists its like."""
-    file = Path(name) if Path(name).is_file() else Path(results_dir) / name
-    if not file.is_file():
+    """Return a file that a run left, or a folder with a model, as it is named or in the results folder.
+
+    Raises:
+        UserError: if there is none, with a list of its like.
+    """
+    def is_there(path: Path) -> bool:
+        return path.is_file() or (path / 'config.json').is_file()
+
+    file = Path(name) if is_there(Path(name)) else Path(results_dir) / name
+    if not is_there(file):
         there = sorted(path.name for path in Path(results_dir).glob(f'*_{ending}'))
         raise UserError(f'{flag} {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
                         f'{", ".join(there) or "none; train first"})')
@@ -128,13 +135,14 @@ def choose_queries(ranked: dict[str, torch.Tensor], how: str, number: int, seed:
     return order[:number]
 
 
-def nearest_images(feature: torch.Tensor, data_base: DataBase, skip: tuple[str, int] | None, number: int,
-                   binary: bool = False) -> list[tuple[int, float]]:
+def nearest_images(feature: torch.Tensor, data_base: DataBase, skip: tuple[str, int] | None = None,
+                   number: int = 10, binary: bool = False) -> list[tuple[int, float]]:
     """Return the nearest images of the searched subset as (index, similarity), nearest first, ties in their order.
 
     Args:
-        feature: (D,) of the query.
-        skip: the query's own subset and index, which is not retrieved.
+        feature: (D,) of the query, a unit vector, as `embed_images` returns them.
+        data_base: of `load_data_base`; the index counts in `data_base.subsets[data_base.searched].images`.
+        skip: the query's own subset and index, which is not retrieved; None where it is no image of the data base.
         number: how many; fewer where the subset holds fewer.
         binary: rank by Hamming distance; the similarity is then the share of equal bits.
     """

@@ -23,6 +23,7 @@ from dataset import make_test_loaders, make_transform, open_data
 from engine.errors import UserError
 from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
 from engine.files import make_folder, save
+from engine.images import BrokenImage, to_image
 from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
 from metrics import NUMBERS_OF_QUERIES, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
@@ -66,6 +67,46 @@ def measure(data_base: DataBase, recalls: tuple[int, ...], device: torch.device,
     """Return {'dense': metrics, 'binary': metrics} of a data base, computed on `device` (the CPU in place of MPS)."""
     tensors = data_base.tensors(torch.device('cpu') if device.type == 'mps' else device)  # MPS has no float64
     return {kind: retrieval_metrics(*tensors, recalls=recalls, binary=kind == 'binary') for kind in kinds}
+
+
+@torch.no_grad()  # unlike inference_mode it leaves embeddings that may be given to a loss
+def embed_images(model: EmbeddingNet, images, run: dict | None = None, batch_size: int = 64) -> torch.Tensor:
+    """Embed photographs of any kind, as the test images of a run are, from one's own Python.
+
+    Args:
+        model: of `load_model`, on any device.
+        images: paths, PIL images, or uint8 arrays (H, W, 3), RGB, of any sizes; any iterable, read as it comes.
+        run: the second value of `load_model`: its short side before the crop, and bfloat16 where its data base is in
+            bfloat16; None: image_size x 256/224, in float32.
+        batch_size: images embedded at once.
+
+    Returns:
+        (N, D) float32, unit rows, on the CPU; N may be 0.
+
+    Raises:
+        UserError: with the number of the first image that cannot be read.
+    """
+    model.eval()
+    device, settings = model.mean.device, run['args'] if run else {'resize_size': None, 'amp': 'off'}
+    transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
+    embeddings, batch = [torch.zeros(0, model.feature_dim)], []
+
+    def embed_batch() -> None:
+        if batch:
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_amp(settings['amp'], device)):
+                embeddings.append(model(torch.stack(batch).to(device)).cpu())
+            batch.clear()
+
+    for number, image in enumerate(images):
+        try:
+            batch.append(transform(to_image(image)))
+        except BrokenImage as error:
+            name = f', {image},' if isinstance(image, (str, Path)) else ''
+            raise UserError(f'image {number}{name} cannot be read ({error})') from None
+        if len(batch) == batch_size:
+            embed_batch()
+    embed_batch()
+    return torch.cat(embeddings)
 
 
 # ---------------------------------------------------- what is printed ----------------------------------------------

@@ -8,6 +8,7 @@ query without another image of its class is left out and counted. `plain_metrics
 one would read it; `retrieval_metrics` gives the same numbers from the counts of engine/counting.py, which needs
 neither the memory nor the time of a product of everything with everything.
 """
+import numpy as np
 import torch
 
 from engine.counting import cosine_similarity, nearer_negatives
@@ -121,16 +122,31 @@ def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit
         raise UserError(f'the {name} features are no unit rows, so that their products are no cosines; normalise them')
 
 
+def to_tensor(values, kind: torch.dtype | None = None) -> torch.Tensor | None:
+    """Return a NumPy array, or what one can be made of, as a tensor, whole numbers as `kind`; a tensor as it is.
+
+    Raises:
+        UserError: if it holds no numbers.
+    """
+    if values is None or torch.is_tensor(values):
+        return values
+    values = np.asarray(values)
+    if values.dtype.kind not in 'iuf':
+        raise UserError(f'features and labels are arrays of numbers, not {values.shape} of {values.dtype}')
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    return tensor.to(kind) if kind and values.dtype.kind in 'iu' else tensor
+
+
 def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
                       gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
                       recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
     """Compute Recall@K, MAP@R and R-precision exactly; all processes that share the work have to call it.
 
-    The result does not depend on the order of the gallery.
+    The result does not depend on the order of the gallery. Tensors on any device, or NumPy arrays.
 
     Args:
-        query_features: (Q, D) float32, unit rows.
-        query_labels: (Q,) int64.
+        query_features: (Q, D) float32 or float64, unit rows.
+        query_labels: (Q,) int64; of an array any whole numbers.
         gallery_features, gallery_labels: (G, D), (G,); None: the queries are searched in each other, each left out of
             its own search by its index.
         recalls: the values of K, ascending.
@@ -144,6 +160,8 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
         UserError: if a K is larger than the gallery, features or labels cannot be used, or no query has a positive.
     """
     symmetric = gallery_features is None
+    query_features, gallery_features = to_tensor(query_features), to_tensor(gallery_features)
+    query_labels, gallery_labels = to_tensor(query_labels, torch.int64), to_tensor(gallery_labels, torch.int64)
     check_features('query', query_features, query_labels, unit=not binary)
     if not symmetric:
         check_features('gallery', gallery_features, gallery_labels, unit=not binary)

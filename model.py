@@ -130,7 +130,7 @@ class EmbeddingNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (N, D), float32 or wider, unit rows, of uint8 RGB images (N, 3, H, W)."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.shape[0]:
             raise UserError(f'images are {tuple(images.shape)} of {images.dtype}; expected are (N, 3, H, W) of '
                             'torch.uint8, RGB from 0 to 255, N at least 1')
         features = self.pool(self.trunk(self.preprocess(images)), self.config.pooling)
@@ -152,8 +152,8 @@ class BareTrunk(nn.Module):
         return F.normalize(features.float(), dim=-1)
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[EmbeddingNet, dict]:
-    """Build the network of a run from its `{run}_model.pth`; returns it and the file's contents."""
+def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet, dict]:
+    """Build the network of a run from its `{run}_model.pth`, or a folder of export.py; returns it and its contents."""
     contents = load_model_file(path)
     try:
         model = EmbeddingNet(NetConfig(**contents['config']), 'none')
@@ -171,7 +171,7 @@ def make_loss(name: str, **settings) -> ProxyLoss:
     Raises:
         UserError: if a setting is out of range, or there is a margin for a loss that has none.
     """
-    entry, config = LOSSES[name], ProxyConfig(**settings)
+    entry, config = LOSSES[check_choice('the loss', name, LOSSES)], ProxyConfig(**settings)
     if config.margin is not None and entry.margin is None:
         raise UserError(f'--margin {config.margin} has no effect: {name} has no margin; leave it out')
     return globals()[entry.class_name](replace(

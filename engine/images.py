@@ -60,6 +60,25 @@ def load_image(path: Path) -> Image.Image:
     return open_image(path)[0]
 
 
+def to_image(image) -> Image.Image:
+    """Return what may be a path, a PIL image, or an array (H, W, 3) or (H, W) of uint8, as RGB, upright.
+
+    Raises:
+        BrokenImage: if it is none of these, or cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(Path(image))
+    try:
+        if not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+                raise ValueError(f'an array {image.shape} of {image.dtype}; expected is (H, W, 3) of uint8')
+            image = Image.fromarray(image)
+        return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # of an image that Pillow opened and cannot read, any
+        raise BrokenImage(str(error) or type(error).__name__) from error
+
+
 def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
     """Load an image as a square tile, padded with white, or grey with its name where it cannot be read; tell which."""
     try:

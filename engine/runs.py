@@ -5,6 +5,7 @@ the one, begin.py goes on from the other. PyTorch and pandas are imported
 where they are used.
 """
 import contextlib
+import json
 import platform
 import re
 import subprocess
@@ -133,6 +134,7 @@ RUN = {'data_name': is_folder_name, 'crop_type': lambda value: value in ('uncrop
        'batch_size': is_whole(1), 'resize_size': is_whole(1, LARGEST['side']),
        'amp': lambda value: value in ('auto', 'on', 'off'),
        'recalls': lambda value: len(value) > 0 and all(map(is_whole(1), value)) and list(value) == sorted(value)}
+MODEL = {'config': dict, 'state_dict': dict, 'args': dict}
 CHECKPOINT = {
     'version': lambda value: value == CHECKPOINT_VERSION, 'args': dict, 'split': str, 'epoch': is_whole(1),
     'rows': lambda rows: type(rows) is list and all(
@@ -141,13 +143,30 @@ CHECKPOINT = {
     'rng': lambda value: str(value.dtype) == 'torch.uint8'}
 
 
+def load_folder(folder: Path) -> dict:
+    """Load config.json and model.safetensors as one dict; raises UserError as `load` does."""
+    if not (folder / 'config.json').is_file():
+        raise UserError(f'{folder} holds no config.json; name a model file, or a folder that export.py wrote')
+    try:
+        from safetensors.torch import load_file
+
+        contents = {**json.loads((folder / 'config.json').read_text(encoding='utf-8')),
+                    'state_dict': load_file(folder / 'model.safetensors')}
+    except ImportError:
+        raise UserError(f'{folder} holds a model as safetensors; to read it: pip install safetensors') from None
+    except Exception as error:  # safetensors has errors of its own, and JSON raises what it stumbles over
+        raise UserError(f'{folder} cannot be read as a model ({reason_of(error)})') from None
+    check_fields(contents, MODEL, folder, 'model')
+    return contents
+
+
 def load_model_file(path: str | Path) -> dict:
-    """Load a `{run}_model.pth`: {'config', 'state_dict', 'args', ...}.
+    """Load a `{run}_model.pth`, or a folder that export.py wrote: {'config', 'state_dict', 'args', ...}.
 
     Raises:
         UserError: if the file is missing, corrupt, or no model of this project.
     """
-    contents = load(path, 'model', {'config': dict, 'state_dict': dict, 'args': dict})
+    contents = load_folder(Path(path)) if Path(path).is_dir() else load(path, 'model', MODEL)
     check_fields(contents['args'], RUN, path, 'model')
     check_fields(contents['config'], {'feature_dim': is_whole(0, LARGEST['feature_dim']),
                                       'image_size': is_whole(1, LARGEST['side'])}, path, 'model')

@@ -185,7 +185,7 @@ class Workspace:
         if script == 'evaluate.py' and '--zero_shot' in words:
             return ['--backbone_type', TRUNK, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
                     '--num_workers', '0']
-        if script == 'evaluate.py' and '--resume' in words:
+        if script == 'export.py' or script == 'evaluate.py' and '--resume' in words:
             return ['--num_workers', '0']
         if script == 'test.py' and '--query_img_name' in words:
             car = any('car_' in word for word in words)
