@@ -187,14 +187,14 @@ def plot_style():
 MADE_HERE = 'proxies for image retrieval'  # stands in each file that --output names, so that it may be replaced
 
 
-def check_replaceable(target: Path) -> Path:
+def check_replaceable(target: Path, flag: str = '--output') -> Path:
     """Return a path that may be written to: what is there was written by these scripts, or there is nothing.
 
     Raises:
         UserError: if a file of somebody else is there.
     """
     if target.exists() and (target.is_dir() or MADE_HERE.encode() not in target.read_bytes()):
-        raise UserError(f'--output {target} is there, was not written by these scripts and is not replaced; move it '
+        raise UserError(f'{flag}: {target} is there, was not written by these scripts and is not replaced; move it '
                         'away, or name another')
     return target
 
