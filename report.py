@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from browse import add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
+from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
 from engine.errors import UserError
-from engine.files import image_file, make_folder, write_atomically
+from engine.files import make_folder, write_atomically
 from engine.images import load_tile
 from engine.processes import progress
 from engine.runs import DataBase, check_seen, read_statistics, seen_classes
@@ -47,7 +47,9 @@ class Numbered:
         subsets = list(data_base.subsets.values())
         self.paths = [path for subset in subsets for path in subset.images]
         self.labels = torch.cat([subset.labels for subset in subsets]).tolist()
-        self.features = torch.cat([subset.features for subset in subsets])
+        self.features = torch.cat([subset.features for subset in subsets]).float()
+        self.places = [(name, index) for name, subset in data_base.subsets.items()
+                       for index in range(len(subset.images))]
         self.num_queries = len(data_base.test.images)
         self.searched_from = 0 if data_base.gallery is None else self.num_queries  # number of the first searched image
 
@@ -86,7 +88,7 @@ def confused_pairs(ranked: dict, images: Numbered) -> list[dict]:
     counts, examples = Counter(), {}
     for query, nearest in enumerate(ranked['nearest'].tolist()):
         pair = images.labels[query], images.labels[images.searched_from + nearest]
-        if pair[0] != pair[1] and ranked['rank'][query] >= 1:
+        if pair[0] != pair[1] and min(pair) >= 0 and ranked['rank'][query] >= 1:
             counts[pair] += 1
             examples.setdefault(pair, query)
     both = Counter()
@@ -182,17 +184,34 @@ def draw_curves_inline(statistics: Path, run: str | None) -> str:
 
 
 # ---------------------------------------------------- report --------------------------------------------------------
-def gather(data_base: DataBase, root: Path, args) -> dict:
+def rank_and_measure(data_base: DataBase) -> tuple[dict | None, dict]:
+    """Return metrics, of `measure`, and {'dense', 'binary': ranks, of `rank_queries`}.
+
+    There are no metrics of a collection in which no two images are of a class.
+    """
+    if data_base.sources is not None and (data_base.test.labels < 0).all():
+        unknown = torch.full((len(data_base.test.images),), torch.nan, dtype=torch.float64)
+        return None, dict.fromkeys(('dense', 'binary'), {'rank': unknown, 'margin': unknown, 'nearest': unknown[:0]})
+    ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
+    recalls = tuple(data_base.origin['args']['recalls'])
+    if data_base.sources is not None:
+        if ranked['dense']['rank'].isnan().all():
+            return None, ranked
+        recalls = tuple(k for k in recalls if k < (data_base.test.labels >= 0).sum()) or (1,)
+    return measure(data_base, recalls, torch.device('cpu')), ranked
+
+
+def gather(run: OpenRun, args) -> dict:
     """Compute what the template shows.
 
     Returns:
         the template's variables; `data` is what its script reads. Images are numbered by their place among those
         shown.
     """
+    data_base = run.data_base
     images, kind = Numbered(data_base), 'binary' if args.binary else 'dense'
-    results = measure(data_base, tuple(data_base.origin['args']['recalls']), torch.device('cpu'))
-    ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
-    chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']))
+    results, ranked = rank_and_measure(data_base)
+    chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']) if results else 0)
               for how in ('worst', 'best')}
     pairs = confused_pairs(ranked[kind], images)
     first = [*chosen['worst'], *chosen['best'], *(pair['example'] for pair in pairs)]
@@ -201,12 +220,12 @@ def gather(data_base: DataBase, root: Path, args) -> dict:
         raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
     shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
     number = {image: place for place, image in enumerate(shown)}
-    thumbnails, side = make_thumbnails([image_file(root, images.paths[image]) for image in shown])
+    thumbnails, side = make_thumbnails([run.file(*images.places[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
     maps = map_embeddings(images.features[shown])
     return {
         'kind': kind, 'side': side, 'results': results,
-        'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES],
+        'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES] if results else [],
         'chosen': {how: [{'image': number[query], 'rank': ranks[query] + 1, 'found': [number[image] for image, _ in
                                                                                     neighbours[query][:8]]}
                          for query in queries if query in neighbours] for how, queries in chosen.items()},
@@ -267,7 +286,7 @@ def main() -> None:
     if args.statistics is not None or statistics.is_file():
         curves = draw_curves_inline(statistics, data_base.origin['args'].get('run'))
     tell_changes(run)
-    variables = gather(data_base, run.root, args)
+    variables = gather(run, args)
     html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
                    'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()
     write_atomically(output, lambda target: target.write(html))
