@@ -72,7 +72,7 @@ test: .venv/test
 
 lowest:
 	$(PYTHON) -m venv .venv-lowest
-	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin pytest pytest-xdist hypothesis pytorch-metric-learning
+	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin -r requirements-export.txt pytest pytest-xdist hypothesis pytorch-metric-learning tensorboard
 	.venv-lowest/bin/python -m pytest
 
 lint: .venv/test

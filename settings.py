@@ -5,6 +5,7 @@ Nothing here imports torch, so that `train.py --help` and a mistyped flag are an
 import argparse
 
 from engine.errors import UserError, check_choice
+from engine.logs import service_list
 from engine.runs import LARGEST, run_name
 from raw_sets import canonical_data_name
 from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
@@ -136,6 +137,9 @@ def get_parser(description: str | None = None) -> Parser:
                        'CPU); needs a C++ compiler on a CPU')
     group.add_argument('--results_dir', type=user_path, default='results', help='where the run\'s files go '
                        '[%(default)s]')
+    group.add_argument('--log_to', default='', metavar='SERVICE,...', help='tell tensorboard (in '
+                       '{results_dir}/tensorboard), wandb or trackio what the statistics say, the settings and the '
+                       'curves; several with commas between [none]')
     group.add_argument('--remark', default='', help='added to the run\'s name')
     group.add_argument('--resume', action='store_true', help='go on from the run\'s last checkpoint; with a larger '
                        '--num_epochs past its end, where --lr_schedule is step or constant')
@@ -155,6 +159,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     args = get_parser(description).parse_args(argv)
     args.data_name = canonical_data_name(args.data_name)
     args.backbone_type = canonical_backbone(args.backbone_type)
+    args.log_to = service_list(args.log_to)
     given = {name for name, value in vars(args).items() if value is not None}
     starred = bool(args.optimizer_type) and args.optimizer_type.endswith('*')  # Momentum Proxy's adam* and sgd*
     if args.optimizer_type is not None:

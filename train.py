@@ -42,6 +42,7 @@ from dataset import (BatchSampler, ImageData, RetrievalDataset, hold_out, make_l
                      make_transform, open_data)
 from engine.errors import UserError
 from engine.files import save
+from engine.logs import RunLog
 from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
@@ -326,17 +327,20 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
           f'{"bfloat16" if training.learner.amp else "float32"}')
     if args.warm_up >= args.num_epochs:
         print('the trunk stays frozen in all epochs: only the linear layer and the proxies learn')
+    log = RunLog(args.log_to, start.files, settings_of(args) | training.made_with, start.resume)
     first_epoch = len(rows) + 1
     for epoch in range(first_epoch, args.num_epochs + 1):
         if epoch in (first_epoch, args.warm_up + 1):
             wrap_network(training, frozen=epoch <= args.warm_up)
         save_epoch(training, run_epoch(training, epoch))
+        log.add(rows)
         if epoch > args.warm_up + 1:  # from random weights the whole network may start at chance
             check_collapse(rows[-1], num_classes, args)
     if world_rank() == 0:
         from plot import draw_curves  # half a second, most of it pandas, before the first batch
 
         draw_curves(read_statistics(start.files.statistics), start.files.curves, args.run)
+        log.finish(start.files.curves)
         print_end(rows, args, start.files, training.test_loaders['test'].dataset.images[0])
     return rows
 

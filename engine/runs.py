@@ -36,7 +36,8 @@ class RunFiles:
     """Where the files of a run lie: {folder}/{name}_{ending}."""
 
     ENDINGS = {'statistics': 'statistics.csv', 'model': 'model.pth', 'data_base': 'data_base.pth',
-               'checkpoint': 'checkpoint.pth', 'curves': 'curves.png', 'curves_pdf': 'curves.pdf'}
+               'checkpoint': 'checkpoint.pth', 'curves': 'curves.png', 'curves_pdf': 'curves.pdf',
+               'log': 'log.json'}
 
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = Path(folder), name

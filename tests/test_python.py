@@ -25,8 +25,8 @@ NAME = 'car_timm-test_resnet_balanced_proxy_16'
 def run(raw_sets, tmp_path_factory):
     """Model, its contents, data base and data of a short run."""
     folder = tmp_path_factory.mktemp('run')
-    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                           '--results_dir', folder), folder.with_suffix('.log'))
+    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--resize_size', 48,
+                           '--data_path', raw_sets, '--results_dir', folder), folder.with_suffix('.log'))
     assert code == 0, printed
     return (*load_model(folder / f'{NAME}_model.pth'), load_data_base(folder / f'{NAME}_data_base.pth'),
             open_data(raw_sets, 'car'))
