@@ -9,12 +9,14 @@ from engine.errors import UserError, nearest
 from engine.files import image_file
 from engine.nearest import Nearest
 from engine.processes import progress
-from engine.runs import DataBase, RunFiles, load_data_base
+from engine.runs import DataBase, RunFiles, fingerprint_of, load_data_base
 from metrics import check_features, similarity_of
+from model import EmbeddingNet, load_model
 from raw_sets import find_root
 from utils import user_path
 
 SIMILARITIES_A_BLOCK = 2**24  # 128 MiB in float64
+ABSENT = 'probably not in the collection'  # what is said of an answer below absent_threshold
 DEFAULT_DATA_BASE = 'car_resnet50_balanced_proxy_512_data_base.pth'  # of train.py without any flags
 
 
@@ -77,6 +79,20 @@ def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
         raise UserError(f'--data_path {data_path} does not hold the data set {data_name} of {file.name}; name the '
                         'folder that does')
     return OpenRun(data_base, RunFiles.beside(file), [root])
+
+
+def load_run_model(run: OpenRun, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Load the model that made a data base, which lies beside it; returns it and the settings of the run.
+
+    Raises:
+        UserError: if it is another one, or not there.
+    """
+    model, contents = load_model(run.files.model, device)
+    settings, sources = run.data_base.origin['args'], run.data_base.sources
+    if contents['args'] != settings if sources is None else \
+            fingerprint_of(contents['config'], contents['state_dict']) != sources.fingerprint:
+        raise UserError(f'{run.files.model} is of another run than the data base; keep the files of a run together')
+    return model, settings
 
 
 def tell_changes(run: OpenRun) -> None:

@@ -3,12 +3,15 @@
     collection = FileCollection(Path('museum.pth'))
     collection.add(items, features)
     collection.remove([(item.folder, item.path)])
-    collection.search(features, number=10)      # [[(item, similarity), ...] for each query]
+    collection.search(features, number=10)      # [[(number of the image, similarity), ...] for each query]
+    collection.item(7)                          # the image of a number
 
 `FileCollection` is a data base file, as a run's. What is added is saved at once as a part of its own, in FILE.parts/,
 and joined with the rest before anything else is done, so that a process that is killed loses nothing of it.
 """
+import hashlib
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from browse import OpenRun
 from engine.errors import UserError
 from engine.files import are_texts, check_fields, is_inside, load, save
 from engine.nearest import Nearest
@@ -65,8 +69,21 @@ class FileCollection:
                             'mean nothing; leave --model out, or name another --data_base')
         self.dtype = dtype or (torch.float32 if self.base is None else self.base.test.features.dtype)
         self.broken = {} if self.base is None else dict(self.base.sources.broken)
-        self.next_part, self.parts, self.searched = 0, [], None
+        self.next_part, self.parts, self.searched, self.names = 0, [], None, None
         self.read_parts()
+
+    @classmethod
+    def of_run(cls, run: OpenRun) -> 'FileCollection':
+        """Return what is searched in a data base, also in that of a run, for many searches; it is not written to."""
+        found, base = cls.__new__(cls), run.data_base
+        found.base, found.dtype, found.resident, found.parts = base, base.test.features.dtype, True, []
+        found.searched = found.names = None
+        if base.sources is None:
+            test, count = base.subsets[base.searched], len(base.subsets[base.searched].images)
+            zeros = torch.zeros(count, dtype=torch.int64)
+            found.base = DataBase(base.class_names, test, origin=base.origin, sizes={'test': [0] * count},
+                                  sources=Sources([str(run.roots[0].absolute())], zeros, zeros, '', {}))
+        return found
 
     # ------------------------------------------------ what is there ------------------------------------------------
     def __len__(self) -> int:
@@ -74,7 +91,9 @@ class FileCollection:
         return 0 if self.base is None else len(self.base.test.images)
 
     def item(self, row: int) -> Item:
-        """Return the image of a row of the data base."""
+        """Return the image of a number, from 0; raises IndexError where there is none."""
+        if not 0 <= row < len(self.base.test.images):
+            raise IndexError(row)
         sources, test = self.base.sources, self.base.test
         return Item(sources.folders[int(sources.numbers[row])], test.images[row],
                     self.base.class_of(int(test.labels[row])) or '', self.base.sizes['test'][row],
@@ -119,7 +138,7 @@ class FileCollection:
         for item in items:
             self.broken.pop(f'{item.folder}/{item.path}', None)
         self.broken |= broken
-        self.searched = None
+        self.searched = self.names = None
 
     def remove(self, places: list[tuple[str, str]]) -> None:
         """Remove images, named by folder and path."""
@@ -127,18 +146,42 @@ class FileCollection:
         gone = set(places)
         self.keep([row for row, item in enumerate(self.items()) if (item.folder, item.path) not in gone])
 
-    def search(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[Item, float]]]:
-        """Return for each query (Q, D) the nearest images with their similarity, as Nearest.search does."""
-        return [[(self.item(row), similarity) for row, similarity in found]
-                for found in self.search_rows(features, number, binary)]
-
-    def search_rows(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
-        """Return for each query (Q, D) the rows of the nearest images with their similarity."""
+    def search(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
+        """Return for each query (Q, D) the numbers of the nearest images with their similarity: Nearest.search."""
         self.join()
         if self.base is None:
             return [[] for _ in features]
         self.searched = self.searched or Nearest(self.base.test.features, self.resident)
         return self.searched.search(features, number, binary)
+
+    def version(self) -> str:
+        """Return what changes when a number comes to mean another image."""
+        found = hashlib.sha256('\n'.join(self.base.test.images).encode())
+        found.update(self.base.sources.times.numpy())
+        return found.hexdigest()
+
+    # ------------------------------------------------ by name ------------------------------------------------------
+    def feature(self, number: int) -> torch.Tensor:
+        """Return the features (D,) of an image."""
+        return self.base.test.features[number].float()
+
+    def any(self) -> int:
+        """Return the number of an image at random."""
+        return random.randrange(len(self))
+
+    def find(self, words: str, most: int) -> tuple[int, list[int]]:
+        """Return how many images hold all words in their path or class, and the numbers of the first ones."""
+        if self.names is None:
+            self.names = [f'{item.path} {item.label}'.lower() for item in self.items()]
+        parts = words.lower().split()
+        found = [number for number, name in enumerate(self.names) if all(part in name for part in parts)]
+        return len(found), found[:most]
+
+    def number_of(self, path: str) -> int | None:
+        """Return the number of the image of a path, below its folder or whole; None where there is none, or several."""
+        found = [number for number, image in enumerate(self.base.test.images) if path == image or path.endswith(
+            f'/{image}') and path == f'{self.item(number).folder}/{image}']
+        return found[0] if len(found) == 1 else None
 
     # ------------------------------------------------ the file -----------------------------------------------------
     def relabel(self, labels: dict[tuple[str, str], str]) -> None:
@@ -195,7 +238,7 @@ class FileCollection:
                       features.to(self.dtype))
         self.base = DataBase(names, test, origin=self.origin, sizes={'test': [item.size for item in items]},
                              sources=sources)
-        self.searched = None
+        self.searched = self.names = None
         if items:
             self.base.save(self.file)
         else:

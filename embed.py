@@ -83,7 +83,7 @@ from dataset import batches_in_order, make_loader, make_transform
 from engine.images import BrokenImage, load_image
 from engine.nearest import pairs_above
 from engine.processes import progress, select_device
-from engine.runs import RunFiles, fingerprint_of, load_model_file
+from engine.runs import ORIGIN, RunFiles, fingerprint_of, load_model_file
 from evaluate import use_amp
 from listing import find_images, matching, place_of, read_labels
 from model import EmbeddingNet, load_model
@@ -159,7 +159,7 @@ def open_collection(args) -> FileCollection:
             raise UserError(f'there is no data base {file}; begin it with --model RUN_model.pth --images FOLDER')
         return FileCollection(file, dtype=dtype)
     contents = load_model_file(args.model)
-    origin = {key: contents[key] for key in ('args', 'epoch', 'made_with', 'seen_classes') if key in contents}
+    origin = {key: contents[key] for key in ORIGIN if key in contents}
     collection = FileCollection(file, origin, fingerprint_of(contents['config'], contents['state_dict']), dtype)
     copy = RunFiles.beside(file).model
     if copy.exists():

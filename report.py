@@ -3,9 +3,10 @@
     python report.py --data_base results/car_resnet50_balanced_proxy_512_data_base.pth --data_path /home/data
 
 The file stands alone: it opens from the disk, fetches nothing, and holds thumbnails of the images it shows. In it: the
-run's settings, Recall@K, the curves (from {run}_statistics.csv beside the data base), the hardest and the easiest
-queries, the classes that are confused most, R@1 of each class, a map of the embeddings (PCA, and UMAP where umap-learn
-is installed), and a search box in which one picks an image and sees its nearest neighbours, in the order of test.py.
+run's settings, Recall@K, from which similarity on an answer is to be trusted, the curves (from {run}_statistics.csv
+beside the data base), the hardest and the easiest queries, the classes that are confused most, R@1 of each class, a map
+of the embeddings (PCA, and UMAP where umap-learn is installed), and a search box in which one picks an image and sees
+its nearest neighbours, in the order of test.py.
 """
 import base64
 import io
@@ -24,9 +25,10 @@ from engine.images import load_tile
 from engine.processes import progress
 from engine.runs import DataBase, check_seen, read_statistics, seen_classes
 from evaluate import measure
-from metrics import NUMBERS_OF_QUERIES
+from metrics import ABSENT_RATES, NUMBERS_OF_QUERIES, measure_absent
 from plot import draw_curves
-from utils import MADE_HERE, Parser, check_between, check_replaceable, run_script, user_path
+from utils import (COLOURS, GREY, MADE_HERE, Parser, check_between, check_replaceable, plot_style, run_script,
+                   user_path)
 
 NUM_NEIGHBOURS = 20
 NUM_QUERIES = 8  # hardest, and easiest
@@ -36,6 +38,7 @@ SIDES = (160, 128, 112, 96, 80, 64, 48, 32)  # px of a thumbnail, the largest th
 QUALITY = 60  # of WebP
 THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64: with the rest the file stays below 15 MB
 SAMPLED_THUMBNAILS = 100  # from which the size of all is estimated
+ABSENT_CURVE = tuple(number / 200 for number in range(41))  # rates up to 20 %
 TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -201,6 +204,37 @@ def rank_and_measure(data_base: DataBase) -> tuple[dict | None, dict]:
     return measure(data_base, recalls, torch.device('cpu')), ranked
 
 
+def absent_curve(data_base: DataBase) -> dict | None:
+    """Return what metrics.absent_thresholds says at the rates of ABSENT_CURVE, and of those that are named beside it.
+
+    Returns:
+        {'rows': of the named rates, 'rates', 'kept': lists in per cent}, None where nothing can be measured.
+    """
+    rows = measure_absent(*data_base.tensors(), rates=(*ABSENT_RATES, *ABSENT_CURVE))
+    named, curve = rows[:len(ABSENT_RATES)], rows[len(ABSENT_RATES):]
+    return {'rows': named, 'rates': [100 * row['rate'] for row in curve], 'kept': [row['kept'] for row in curve]} \
+        if rows else None
+
+
+def draw_absent(curve: dict) -> str:
+    """Draw right answers that are kept over absent ones that are answered; returns the PNG as base64."""
+    with plot_style():
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(4.2, 2.8))
+        axis.plot(curve['rates'], curve['kept'], color=COLOURS[0])
+        for row, marker in zip(curve['rows'], 'os', strict=True):
+            axis.plot(100 * row['rate'], row['kept'], marker, color=COLOURS[5],
+                      label=f'{100 * row["rate"]:g} %: similarity {row["threshold"]:.3f}, keeps {row["kept"]:.1f} %')
+        axis.axhline(curve['rows'][0]['right'], color=GREY, linestyle='--', label='all right answers')
+        axis.set(xlabel='absent classes that are answered / %', ylabel='right answers kept / %', ylim=(0, 102))
+        axis.legend(loc='lower right')
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', dpi=200, bbox_inches='tight')
+        pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
 def gather(run: OpenRun, args) -> dict:
     """Compute what the template shows.
 
@@ -223,8 +257,9 @@ def gather(run: OpenRun, args) -> dict:
     thumbnails, side = make_thumbnails([run.file(*images.places[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
     maps = map_embeddings(images.features[shown])
+    absent = absent_curve(data_base) if results else None
     return {
-        'kind': kind, 'side': side, 'results': results,
+        'kind': kind, 'side': side, 'results': results, 'absent': absent and {**absent, 'curve': draw_absent(absent)},
         'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES] if results else [],
         'chosen': {how: [{'image': number[query], 'rank': ranks[query] + 1, 'found': [number[image] for image, _ in
                                                                                     neighbours[query][:8]]}

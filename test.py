@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from PIL import ImageOps
 
-from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
+from browse import (ABSENT, OpenRun, add_data_base_flags, choose_queries, load_run_model, nearest_images, open_run,
+                    rank_queries, tell_changes)
 from dataset import make_transform
 from engine.errors import UserError, nearest
 from engine.files import are_texts, make_folder, read_json, save_json
 from engine.images import BrokenImage, load_image, load_tile
 from engine.processes import select_device
-from engine.runs import fingerprint_of
+from engine.runs import absent_threshold
 from evaluate import use_amp
-from model import load_model
 from sheets import PICTURE_SIDE, colour_of, draw_rows
 from utils import GREY, Parser, check_between, run_script
 
@@ -84,15 +84,10 @@ def converted_names(root: Path, source: str) -> list[str]:
 
 def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
     """Embed an image file from outside of the data set with the run's model; returns (D,)."""
-    model_file, settings = run.files.model, run.data_base.origin['args']
-    if not model_file.is_file():
-        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {model_file} to embed it '
-                        'with')
-    model, contents = load_model(model_file, device)
-    sources = run.data_base.sources
-    if contents['args'] != settings if sources is None else \
-            fingerprint_of(contents['config'], contents['state_dict']) != sources.fingerprint:
-        raise UserError(f'{model_file} is of another run than the data base; keep the files of a run together')
+    if not run.files.model.is_file():
+        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {run.files.model} to embed '
+                        'it with')
+    model, settings = load_run_model(run, device)
     transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
     try:
         image = transform(load_image(path))
@@ -107,8 +102,9 @@ def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bo
     """Retrieve a number of images for one query: subset and index in the data base, or an image file from elsewhere.
 
     Returns:
-        {'query': file, 'class': name or None, 'note': '', 'retrieved': [{'image', 'file', 'class', 'similarity',
-        'correct'}, ...]}; `correct` is None where a class is not known.
+        {'query': file, 'class': name or None, 'note': ABSENT or '', 'probably_absent': whether the nearest image is not
+        more similar than metrics.absent_thresholds asks, 'retrieved': [{'image', 'file', 'class', 'similarity',
+        'correct'}, ...]}; what is not known is None.
     """
     data_base = run.data_base
     if isinstance(query, Path):
@@ -117,6 +113,7 @@ def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bo
         own = data_base.subsets[query[0]]
         path, label, feature = run.file(*query), int(own.labels[query[1]]), own.features[query[1]]
     found = nearest_images(feature, data_base, query, number, binary)
+    limit = None if binary else absent_threshold(data_base.origin)
     if len(found) < number:
         raise UserError(f'--retrieval_num {number} is larger than the {len(found)} images to retrieve from')
     searched = data_base.subsets[data_base.searched]
@@ -126,7 +123,9 @@ def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bo
         retrieved.append({'image': searched.images[index], 'file': run.file(data_base.searched, index),
                           'class': data_base.class_of(other), 'similarity': similarity,
                           'correct': None if min(label, other) < 0 else other == label})
-    return {'query': path, 'class': data_base.class_of(label), 'note': '', 'retrieved': retrieved}
+    absent = None if limit is None else found[0][1] <= limit
+    return {'query': path, 'class': data_base.class_of(label), 'note': ABSENT if absent else '',
+            'retrieved': retrieved, 'probably_absent': absent}
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
@@ -243,7 +242,7 @@ def main() -> None:
     data_base, results = run.data_base, Path(args.results_dir)
     if args.num_queries is None:
         queries = [find_query(name, run) or Path(name) for name in args.query_img_name]
-        notes = [''] * len(queries)
+        notes = [None] * len(queries)
     else:
         ranked = rank_queries(data_base, args.binary)
         chosen = choose_queries(ranked, args.select, args.num_queries, args.seed or 0)
@@ -251,8 +250,8 @@ def main() -> None:
         # Negatives before it, and one for itself; a tie is drawn in the middle.
         notes = [f'first hit at rank {ranked["rank"][index].item() + 1:g}' for index in chosen]
     device = select_device(args.device)
-    answers = [{**look_up(query, run, args.retrieval_num, args.binary, device), 'note': note}
-               for query, note in zip(queries, notes, strict=True)]
+    answers = [look_up(query, run, args.retrieval_num, args.binary, device) for query in queries]
+    answers = [answer | ({} if note is None else {'note': note}) for answer, note in zip(answers, notes, strict=True)]
     for answer in answers:
         print_answer(answer)
         if args.num_queries is None:

@@ -48,6 +48,7 @@ from engine.processes import (first_process_first, progress, select_device, star
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
 from evaluate import make_data_base, measure, use_amp
+from metrics import measure_absent
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
 from recipes import MOMENTUM
@@ -327,10 +328,9 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         for file in training.start.replaced:
             file.unlink(missing_ok=True)
     if chosen_epoch(rows) is rows[-1]:
-        save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(),
-              'seen_classes': training.seen, **made_by}, files.model)
-        data_base.origin = {**made_by, 'seen_classes': training.seen}
-        data_base.proxies = {'train_class_names': training.loader.dataset.class_names}
+        told = {'seen_classes': training.seen, 'absent': measure_absent(*data_base.tensors()), **made_by}
+        save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(), **told}, files.model)
+        data_base.origin, data_base.proxies = told, {'train_class_names': training.loader.dataset.class_names}
         if proxies is not None:
             data_base.proxies['train_proxies'] = nn.functional.normalize(proxies, dim=-1).cpu()
         data_base.save(files.data_base)

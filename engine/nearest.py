@@ -96,6 +96,40 @@ class Nearest:
         return answers
 
 
+def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torch.Tensor | None = None,
+                      gallery_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each query's largest cosine to an image of its class, and to one of another class: (Q,) float64 each.
+
+    -inf where there is none. Without a gallery the queries are searched in each other, each left out of its own search.
+
+    Args:
+        queries, gallery: features (Q, D), (G, D), float32 or float64, unit rows.
+        labels, gallery_labels: (Q,), (G,) int64.
+    """
+    itself = gallery is None
+    gallery, gallery_labels = (queries, labels) if itself else (gallery, gallery_labels)
+    compare, side = Cosine(queries, gallery), TILE_SIDE['cpu']
+    best = [torch.full((len(queries),), -torch.inf, dtype=torch.float64) for _ in range(2)]
+    tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, len(queries), side)
+             for column in range(0, len(gallery), side)]
+    for rows, columns in progress(tiles, desc='best', unit='tile', delay=2):
+        tile = compare.tile(rows, columns)
+        if itself and rows == columns:
+            tile.fill_diagonal_(-torch.inf)
+        same = labels[rows, None] == gallery_labels[columns]
+        for found, left_out in zip(best, (~same, same), strict=True):
+            part = tile.masked_fill(left_out, -torch.inf)
+            highest = part.amax(1).double()
+            # Only what may be larger than the best of the tile, and than what was found so far, is computed again.
+            lowest = torch.maximum(highest - 2 * compare.error, found[rows] - compare.error).to(compare.dtype)
+            lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+            lowest = lowest.masked_fill(highest == -torch.inf, torch.inf)
+            for row, column, _ in entries_above(part, lowest, False):
+                similarity = compare.pairs(row + rows.start, column + columns.start, torch.float64)
+                found[rows].scatter_reduce_(0, row, similarity, 'amax')
+    return best[0], best[1]
+
+
 def pairs_above(features: torch.Tensor, threshold: float) -> list[tuple[int, int, float]]:
     """Find all pairs of rows of features (N, D), unit rows, whose cosine is at least the threshold.
 

@@ -202,6 +202,21 @@ def check_seen(seen, measured: list[str], allowed: bool) -> list[str]:
     return both
 
 
+ORIGIN = ('args', 'epoch', 'made_with', 'seen_classes', 'absent')  # what models and data bases say of their making
+
+
+def absent_threshold(origin: dict, rate: float = 0.05) -> float | None:
+    """Return the similarity above which this share of queries whose class is absent would still be answered.
+
+    It is what metrics.absent_thresholds found for the run; None where a file does not say it.
+    """
+    rows = origin.get('absent')
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and row.get('rate') == rate and type(row.get('threshold')) is float:
+            return row['threshold']
+    return None
+
+
 # ---------------------------------------------------- data base ----------------------------------------------------
 class Subset(NamedTuple):
     """Embedded images: paths below the data set's folder, labels (n,) int64, features (n, D) unit rows."""
@@ -232,7 +247,7 @@ class DataBase:
     class_names: list[str]  # by label
     test: Subset
     gallery: Subset | None = None  # what queries are searched in; without it, in each other
-    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes
+    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes, absent
     proxies: dict = field(default_factory=dict)  # train_proxies (C, D) and train_class_names
     sizes: dict = field(default_factory=dict)  # subset -> bytes of its image files, by which a changed one is known
     sources: Sources | None = None  # of a collection, which embed.py made
@@ -371,7 +386,7 @@ def load_data_base(path: str | Path) -> DataBase:
         check_paths(path, subset.images)
         subsets[name] = subset
     parts = [{key: contents[key] for key in keys if key in contents} for keys in (
-        ('args', 'epoch', 'made_with', 'seen_classes'), ('train_proxies', 'train_class_names'))]
+        ORIGIN, ('train_proxies', 'train_class_names'))]
     sizes = {name: found for name, subset in subsets.items()
              if isinstance(found := contents.get(f'{name}_sizes'), list) and len(found) == len(subset.images)}
     return DataBase(names, **subsets, origin=parts[0], proxies=parts[1], sizes=sizes,
