@@ -61,3 +61,20 @@ def own_car(raw_sets, tmp_path) -> Path:
     """A data path with a converted CARS196 that a test may spoil; the files keep their times."""
     shutil.copytree(raw_sets / 'car', tmp_path / 'own_car' / 'car')
     return tmp_path / 'own_car'
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """Headless Chromium that keeps its console."""
+    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not chromium or not driver:
+        pytest.skip('needs a browser: the Debian packages chromium and chromium-driver')
+    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1100,900'):
+        options.add_argument(argument)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()
