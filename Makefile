@@ -1,4 +1,5 @@
-# make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
+# make demo: install, make a data set, train, measure, draw. make serve: a page that searches in it. make test: all
+# tests, in the same environment.
 # make sweep: R@1 over the momentum of moving proxies, 21 small runs. make -j2 results: all runs of docs/results.md, on
 # CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
 PYTHON ?= python3
@@ -29,7 +30,7 @@ LONG_RUNS := long/balanced_proxy.1 long/proxy_anchor.1 long/positive_proxy.1
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo sweep results car-cache test lowest lint clean
+.PHONY: demo serve sweep results car-cache test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -39,6 +40,9 @@ demo: .venv/demo
 		--batch_size 50 --num_epochs 7 --warm_up 0 --lr 1e-3 --proxy_lr 1e-2 --lr_schedule cosine --overwrite
 	$(BIN)/python evaluate.py --data_base results/$(DEMO_RUN)_data_base.pth
 	$(BIN)/python test.py --data_path data --data_base $(DEMO_RUN)_data_base.pth --query_img_name $(DEMO_QUERIES)
+
+serve: .venv/serve
+	$(BIN)/python serve.py --data_path data --data_base $(DEMO_RUN)_data_base.pth
 
 # Runs that are there already are kept, so that a sweep that was cut short goes on.
 sweep: .venv/demo
@@ -110,6 +114,10 @@ clean:
 	$(BIN)/pip install -r requirements.txt
 	touch $@
 
-.venv/test: requirements.txt requirements-dev.txt | .venv/python
+.venv/serve: requirements.txt requirements-serve.txt | .venv/python
+	$(BIN)/pip install -r requirements-serve.txt
+	touch $@
+
+.venv/test: requirements.txt requirements-serve.txt requirements-export.txt requirements-dev.txt | .venv/python
 	$(BIN)/pip install -r requirements-dev.txt
 	touch $@

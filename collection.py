@@ -9,7 +9,6 @@
 `FileCollection` is a data base file, as a run's. What is added is saved at once as a part of its own, in FILE.parts/,
 and joined with the rest before anything else is done, so that a process that is killed loses nothing of it.
 """
-import hashlib
 import os
 import random
 import shutil
@@ -153,12 +152,6 @@ class FileCollection:
             return [[] for _ in features]
         self.searched = self.searched or Nearest(self.base.test.features, self.resident)
         return self.searched.search(features, number, binary)
-
-    def version(self) -> str:
-        """Return what changes when a number comes to mean another image."""
-        found = hashlib.sha256('\n'.join(self.base.test.images).encode())
-        found.update(self.base.sources.times.numpy())
-        return found.hexdigest()
 
     # ------------------------------------------------ by name ------------------------------------------------------
     def feature(self, number: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ made with a fixed seed, around class means, 512 numbers. Ends with one line of J
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -45,6 +45,11 @@ def make_data_base(file: Path, count: int) -> None:
              sizes={'test': [0] * count}, sources=sources).save(file)
 
 
+def peak_memory() -> float:
+    """Return the most memory that this process has held, MB; getrusage counts that of its parent too."""
+    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+
+
 def measure_search(file: Path, resident: bool) -> dict:
     """Load a data base and search in it; called in a process of its own."""
     import torch
@@ -52,7 +57,7 @@ def measure_search(file: Path, resident: bool) -> dict:
     from engine.nearest import Nearest
     from engine.runs import load_data_base
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     features = load_data_base(file).test.features
     nearest = Nearest(features, resident)
@@ -68,7 +73,7 @@ def measure_search(file: Path, resident: bool) -> dict:
             whole = torch.cat([part.double() @ query.double() for part in features.split(2**16)])
             assert [row for row, _ in answer] == whole.topk(20).indices.tolist()
         found[f'search_{number}_s'] = median(seconds)
-    found['memory_mb'] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    found['memory_mb'] = peak_memory() - before
     return found
 
 
@@ -109,14 +114,18 @@ def measure_embedding(folder: Path, count: int, trunk: str, repetitions: int) ->
             **{f'{name}_img_s': count / median(values) for name, values in seconds.items()}}
 
 
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--num_images', type=int, default=384, help='photographs to embed [%(default)s]')
     parser.add_argument('--trunk', default='resnet50', help='[%(default)s]')
     parser.add_argument('--repetitions', type=int, default=3, help='of embedding [%(default)s]')
     parser.add_argument('--sizes', type=int, nargs='*', default=[10**5, 10**6], help='images to search in')
     parser.add_argument('--search', nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
     if args.search:
         print(json.dumps(measure_search(Path(args.search[0]), args.search[1] == 'resident')))
         return

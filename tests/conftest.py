@@ -93,3 +93,20 @@ def figures(monkeypatch):
     yield kept
     for figure in kept:
         pyplot.close(figure)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    """Headless Chromium that keeps its console."""
+    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not chromium or not driver:
+        pytest.skip('needs a browser: the Debian packages chromium and chromium-driver')
+    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1100,900'):
+        options.add_argument(argument)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()

@@ -29,10 +29,11 @@ PARSED = [
     ('', 'srun', 'needs a cluster'),
     ('', 'python benchmarks/', 'takes minutes to an hour'),
     ('', 'python toy.py', 'downloads STL10, or takes minutes; tests/test_pictures.py trains a small one'),
+    ('', 'python serve.py', 'runs until it is stopped; tests/test_serve.py serves'),
     ('', 'python report.py', 'takes half a minute where UMAP is installed; tests/test_report.py writes one'),
 ]
 # Targets of make that are not run: they are printed by `make -n`, which parses the Makefile. Those of the demo are run.
-PRINTED_TARGETS = ('test', 'sweep', 'results')
+PRINTED_TARGETS = ('test', 'sweep', 'results', 'serve')
 
 
 def name_of(page: Path) -> str:

@@ -342,23 +342,6 @@ def test_a_report_that_cannot_be_is_one_line(tmp_path, write_report, change, wor
 
 
 # ---------------------------------------------------- in a browser --------------------------------------------------
-@pytest.fixture(scope='module')
-def browser():
-    """Headless Chromium that keeps its console."""
-    chromium, driver = shutil.which('chromium'), shutil.which('chromedriver')
-    if not chromium or not driver:
-        pytest.skip('needs a browser: the Debian packages chromium and chromium-driver')
-    webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--window-size=1100,900'):
-        options.add_argument(argument)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
 def page(shop, browser, write_report):
     """The report, opened from the disk."""
