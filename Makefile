@@ -1,6 +1,7 @@
 # make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
 # make sweep: R@1 over the momentum of moving proxies, 21 small runs. make results: every loss with every rule, and the
 # five recipes, on CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
+# make gpu: what no test without a GPU can see, as a table, results/gpu.md; ends with 2 where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
@@ -23,7 +24,7 @@ GRID_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipe
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo sweep results car-cache test lowest lint clean
+.PHONY: demo sweep results car-cache gpu test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -66,6 +67,9 @@ recipe-%: car-cache
 grid-%: car-cache
 	$(call grid_run,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(word 1,$(subst -, ,$(basename $*))) \
 		--proxy_update $(word 2,$(subst -, ,$(basename $*))),6)
+
+gpu: .venv/demo
+	$(BIN)/python benchmarks/bench_gpu.py
 
 test: .venv/test
 	$(BIN)/python -m pytest
