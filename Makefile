@@ -1,6 +1,6 @@
 # make demo: install, make a data set, train, measure, draw. make test: the same environment, all tests.
-# make sweep: R@1 over the momentum of moving proxies, 21 small runs. make results: every loss with every rule, and the
-# five recipes, on CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
+# make sweep: R@1 over the momentum of moving proxies, 21 small runs. make -j2 results: all runs of docs/results.md, on
+# CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
 # make gpu: what no test without a GPU can see, as a table, results/gpu.md; ends with 2 where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,9 +18,15 @@ GRID_RULES := positive momentum gradient
 GRID_RECIPES := balanced_proxy asymptotic_proxy positive_proxy momentum_proxy proxy_anchor
 GRID_PROTOCOL := --data_path $(DATA) --data_name car --backbone_type timm:tf_efficientnet_lite0 --weights $(WEIGHTS) \
 	--image_size 128 --cache_size 146 --recalls 1,2,4,8 --num_workers 0 --on_collapse warn
-GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_decay_step 3 --lr_decay_gamma 0.5
-GRID_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipe-$(recipe).$(seed)) \
-	$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),grid-$(loss)-$(rule).$(seed))))
+GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_decay_step 3 \
+	--lr_decay_gamma 0.5
+# A run is FOLDER/NAME.SEED.
+RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
+RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
+	rules/$(loss)-$(rule).$(seed))))
+LOGARITHM_RUNS = $(foreach seed,$(GRID_SEEDS),logarithms/balanced_proxy.$(seed) logarithms/balanced_proxy_split.$(seed))
+ARC_RUNS := arc_face/64-0.01.1 arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
+LONG_RUNS := long/balanced_proxy.1 long/proxy_anchor.1 long/positive_proxy.1
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
@@ -48,25 +54,37 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(GRID_RUNS)
+results: $(RECIPE_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
 car-cache: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
 
-# $(call grid_run,FLAGS,EPOCHS): the run in results/grid whose remark and seed are the target, REMARK.SEED. One with a
-# row of statistics for each epoch is finished; one that was cut off has a checkpoint.
-SEED_OF_TARGET = $(patsubst .%,%,$(suffix $@))
-RUN_OF_TARGET = results/grid/*_seed$(SEED_OF_TARGET)_$(basename $@)
-grid_run = @test "$$(cat $(RUN_OF_TARGET)_statistics.csv 2> /dev/null | wc -l)" -gt $(2) || $(SPARE_MALLOC) \
-	$(BIN)/python train.py $(GRID_PROTOCOL) --num_epochs $(2) $(1) --seed $(SEED_OF_TARGET) --remark $(basename $@) \
-		--results_dir results/grid $$(test -f $(RUN_OF_TARGET)_checkpoint.pth && echo --resume || echo --overwrite)
+# $(call grid_run,EPOCHS,FLAGS): one with a row of statistics for each epoch is finished; one that was cut off has a
+# checkpoint.
+NAME_OF_RUN = $(basename $*)
+SEED_OF_RUN = $(patsubst .%,%,$(suffix $*))
+WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
+FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
+grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -gt $(1) || $(SPARE_MALLOC) \
+	$(BIN)/python train.py $(GRID_PROTOCOL) $(2) --num_epochs $(1) --seed $(SEED_OF_RUN) --remark $(NAME_OF_RUN) \
+		--results_dir results/grid/$(@D) $$(test -f $(FILES_OF_RUN)_checkpoint.pth && echo --resume || echo --overwrite)
 
-recipe-%: car-cache
-	$(call grid_run,--recipe $(basename $*) $(GRID_SCHEDULE),6)
+recipes/%: car-cache
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(GRID_SCHEDULE))
 
-grid-%: car-cache
-	$(call grid_run,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(word 1,$(subst -, ,$(basename $*))) \
-		--proxy_update $(word 2,$(subst -, ,$(basename $*))),6)
+rules/%: car-cache
+	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
+		--proxy_update $(call WORD_OF_RUN,2))
+
+logarithms/%: car-cache
+	$(call grid_run,6,--recipe balanced_proxy $(GRID_SCHEDULE) --loss_name $(NAME_OF_RUN))
+
+arc_face/%: car-cache
+	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name arc_face --proxy_update gradient \
+		--scale $(call WORD_OF_RUN,1) --proxy_lr $(call WORD_OF_RUN,2))
+
+long/%: car-cache
+	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
 
 gpu: .venv/demo
 	$(BIN)/python benchmarks/bench_gpu.py

@@ -109,6 +109,8 @@ def restore(checkpoint: dict, file: Path, model, learner, schedule) -> None:
     optimizer = learner.optimizer
     try:
         model.load_state_dict(checkpoint['model'])
+        if learner.average:
+            learner.average.load_state_dict(checkpoint['average'])
         learner.criterion.load_full_state_dict(checkpoint['criterion'])
         learner.criterion.load_full_optimizer_state(optimizer, checkpoint['optimizer'])
         for parameter, state in optimizer.state.items():  # torch does not look at the shapes

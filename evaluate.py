@@ -8,7 +8,8 @@
 model; `--zero_shot` measures the pooled features of a pretrained trunk, from which a training starts. With --save the
 latter two leave a data base and a model, which test.py and report.py search as those of a run:
 {data}_{trunk}_{feature length}_zero_shot_data_base.pth, or {run}_on_{data}_data_base.pth.
-All numbers are per cent; what they mean stands in metrics.py.
+All numbers are per cent; what they mean stands in metrics.py. The last lines say above which similarity queries whose
+class is absent from the searched images would still be answered.
 """
 import json
 import shlex
@@ -25,7 +26,7 @@ from engine.processes import bfloat16_is_fast, gather_rows, progress, select_dev
 from engine.files import make_folder, save
 from engine.images import BrokenImage, to_image
 from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
-from metrics import NUMBERS_OF_QUERIES, retrieval_metrics
+from metrics import NUMBERS_OF_QUERIES, measure_absent, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
 from raw_sets import canonical_data_name
 from recipes import POOLINGS, canonical_backbone, resize_for
@@ -118,6 +119,9 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     for kind in ('dense', 'binary'):
         if kind in results:
             lines.append(f'{kind:<8}' + ''.join(f'{results[kind][column]:{widths[column]}.2f}' for column in columns))
+    for row in results['absent']:
+        lines.append(f'class absent: {100 * row["rate"]:g} % answered above similarity {row["threshold"]:.4f}, which '
+                     f'keeps {row["kept"]:.1f} of {row["right"]:.1f} % right answers')
     dense, on = results['dense'], results['measured_on']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
     lines.append(f'{on["data_name"]}, {on["crop_type"]}: {dense["queries"]:,} queries of {on["classes"]:,} test classes'
@@ -266,6 +270,7 @@ def main() -> None:
     settings = data_base.origin['args']
     both = check_seen(seen_classes(origin), data_base.class_names, args.allow_seen)
     results = measure(data_base, tuple(args.recalls or settings['recalls']), device)
+    results['absent'] = measure_absent(*data_base.tensors())
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
@@ -280,7 +285,7 @@ def main() -> None:
             print(describe_origin(origin))
     if args.save and world_rank() == 0:
         data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},
-                            'args': {**origin['args'], **settings, 'run': name}}
+                            'absent': results['absent'], 'args': {**origin['args'], **settings, 'run': name}}
         save_measured(args, files, data_base, model)
 
 

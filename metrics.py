@@ -13,7 +13,9 @@ import torch
 
 from engine.counting import cosine_similarity, nearer_negatives
 from engine.errors import UserError
+from engine.nearest import best_similarities
 
+ABSENT_RATES = (0.01, 0.05)  # of queries whose class is absent, that may be answered
 NUMBERS_OF_QUERIES = ('queries', 'without_positive')  # among the metrics those that are no per cents
 
 
@@ -179,3 +181,53 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
     if not metrics['queries']:
         raise UserError('no query has another image of its class to find; a test class needs at least two images')
     return {**metrics, 'without_positive': len(query_labels) - metrics['queries']}
+
+
+# ---------------------------------------------------- not in the collection ----------------------------------------
+def absent_thresholds(positive: torch.Tensor, negative: torch.Tensor, rates: tuple[float, ...] = ABSENT_RATES
+                      ) -> list[dict[str, float]]:
+    """Find above which similarity an answer is to be trusted, when a query's class may be absent from what is searched.
+
+    Leave each class out of the searched images in turn: the nearest image of each of its queries q is then of another
+    class, at the similarity n_q of its best negative. An answer counts as given when its similarity is larger than a
+    threshold t. Of Q queries the share #{q: n_q > t} / Q is then answered, wrongly. The threshold of a rate r is the
+    smallest similarity at which that share is at most r:
+
+        t_r = n_(k), k = floor(r Q) + 1, of n_(1) >= n_(2) >= ... >= n_(Q).
+
+    Queries that tie with t_r are not answered, so that the share can be smaller than r, never larger. With all classes
+    there, a query whose best positive has the similarity p_q is answered rightly where p_q > n_q, and that answer is
+    kept where p_q > t_r. Thresholds are of a collection of this size: among more images the best negative is nearer.
+
+    Args:
+        positive, negative: p_q and n_q, (Q,) float64; p_q is -inf where a query has no positive.
+        rates: r in [0, 1).
+
+    Returns:
+        [{'rate': r, 'threshold': t_r, 'answered': that share, 'right': the share of queries with a positive and
+        p_q > n_q, 'kept': and p_q > t_r}, ...], shares in per cent.
+    """
+    descending = negative.sort(descending=True).values
+    found = positive > -torch.inf
+    right = found & (positive > negative)
+    rows = []
+    for rate in rates:
+        threshold = descending[min(int(rate * len(negative)), len(negative) - 1)]
+        shares = {'answered': (negative > threshold).double().mean(), 'right': right[found].double().mean(),
+                  'kept': (right & (positive > threshold))[found].double().mean()}
+        rows.append({'rate': rate, 'threshold': threshold.item(),
+                     **{name: 100 * share.item() for name, share in shares.items()}})
+    return rows
+
+
+def measure_absent(query_features: torch.Tensor, query_labels: torch.Tensor,
+                   gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                   rates: tuple[float, ...] = ABSENT_RATES) -> list[dict[str, float]]:
+    """Return `absent_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for one class alone."""
+    tensors = [tensor if tensor is None else tensor.cpu() for tensor in (query_features, query_labels,
+                                                                       gallery_features, gallery_labels)]
+    positive, negative = best_similarities(*tensors)
+    measured = negative > -torch.inf
+    if not (measured & (positive > -torch.inf)).any():
+        return []
+    return absent_thresholds(positive[measured], negative[measured], rates)

@@ -3,10 +3,13 @@
     python plot.py results/car_resnet50_balanced_proxy_512_statistics.csv                    # one run, four panels
     python plot.py results/*_statistics.csv --metric dense_R@1 loss --output results/runs.png   # a panel per metric
     python plot.py --sweep results/sweep --over momentum --line loss_name --metric dense_R@1
+    python plot.py --table results/grid/rules --over loss_name --line proxy_update
 
 Reads {run}_statistics.csv: a row an epoch, what was measured, then the run's settings as columns `args.NAME`. A sweep
-takes one epoch of each run in a folder (the last one, or the best), and draws mean and standard deviation over the
-seeds. Everything is written as PNG and PDF.
+or a table takes one epoch of each run in a folder (the last one, or the best). A sweep draws mean and standard
+deviation over the seeds along a number; a table prints a line of Markdown for each value of one setting and a column
+for each of another, the mean and half of its 95 % interval, dense beside binary, and draws them too. Everything is
+drawn as PNG and PDF.
 """
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pandas as pd
 from engine.errors import UserError, nearest
 from engine.files import make_folder
 from engine.runs import RunFiles, read_statistics
+from summary import mean_and_half_interval
 from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_script, save_figure, user_path
 
 ENDING = f'_{RunFiles.ENDINGS["statistics"]}'
@@ -140,35 +144,35 @@ def draw_runs(tables: dict[str, pd.DataFrame], metrics: list[str], target: Path)
         return save_figure(figure, target)
 
 
-# ---------------------------------------------------- sweeps --------------------------------------------------------
-def read_sweep(folder: str | Path, over: str, line: str, metric: str, epoch: str) -> pd.DataFrame:
-    """Read one number from each run of a folder.
+# ---------------------------------------------------- sweeps and tables --------------------------------------------
+def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: list[str], epoch: str) -> pd.DataFrame:
+    """Read one epoch of each run of a folder.
 
     Args:
+        flag: the one that names the folder, for errors.
         folder: holds the statistics files.
-        over: the setting that was swept (a number).
-        line: the setting that tells the lines apart.
-        metric: the column to read.
+        settings: flag -> the setting that it names.
+        metrics: columns that every run has to have.
         epoch: `last`, or `best` by dense R@1.
 
     Returns:
-        a table with the columns line, over, seed and metric, a row per run.
+        a row of the statistics per run.
 
     Raises:
-        UserError: if the folder holds no runs, one is not finished, a setting is missing, or runs that would be
-            averaged differ in more than their seed.
+        UserError: if the folder holds no runs, one is not finished, or a setting or metric is missing.
     """
     paths = sorted(Path(folder).glob(f'*{ENDING}'))
     if not paths:
-        raise UserError(f'--sweep {folder} holds no *{ENDING}; train into it with --results_dir {folder}')
+        raise UserError(f'{flag} {folder} holds no *{ENDING}; train into it with --results_dir {folder}')
     rows = []
     for path in paths:
         table = read_statistics(path)
-        check_metric(table, metric, path)
-        settings = [column.removeprefix('args.') for column in table if column.startswith('args.')]
-        for flag, name in (('--over', over), ('--line', line)):
-            if name not in settings:
-                raise UserError(f'{flag} {name} is no setting of the run in {path}{nearest(name, settings)}')
+        for metric in metrics:
+            check_metric(table, metric, path)
+        known = [column.removeprefix('args.') for column in table if column.startswith('args.')]
+        for name_of, name in settings.items():
+            if name not in known:
+                raise UserError(f'{name_of} {name} is no setting of the run in {path}{nearest(name, known)}')
         last = table.iloc[-1]
         if 'args.num_epochs' in table and last['epoch'] < last['args.num_epochs']:
             raise UserError(f'{path}: {last["epoch"]} of {last["args.num_epochs"]} epochs; finish this run with '
@@ -176,16 +180,29 @@ def read_sweep(folder: str | Path, over: str, line: str, metric: str, epoch: str
         if epoch == 'best' and 'dense_R@1' not in table:
             raise UserError(f'--epoch best needs dense_R@1, which {path} does not have; use --epoch last')
         rows.append(last if epoch == 'last' else table.loc[table['dense_R@1'].idxmax()])
-    runs = pd.DataFrame(rows, index=[path.name for path in paths])
-    if not pd.api.types.is_numeric_dtype(runs[f'args.{over}'].infer_objects()) or runs[f'args.{over}'].isna().any():
-        raise UserError(f'--over {over} is no number in every run of {folder}; sweep over a number')
-    free = FREE | {over, SAME.get(over), line}
+    return pd.DataFrame(rows, index=[path.name for path in paths])
+
+
+def check_alike(flag: str, runs: pd.DataFrame, by: list[str], free: set) -> None:
+    """Refuse runs that would be averaged though they differ in more than their seed, and one that is there twice."""
     fixed = [column for column in runs if column.startswith('args.') and column.removeprefix('args.') not in free]
-    for name, group in runs.groupby(f'args.{line}', dropna=False):
+    for name, group in runs.groupby([f'args.{setting}' for setting in by], dropna=False):
         different = [column.removeprefix('args.') for column in fixed if group[column].nunique(dropna=False) > 1]
         if different:
-            raise UserError(f'--sweep {folder}: the runs of {line} {name} differ in {", ".join(different)} too; keep '
-                            'runs that are not of this sweep elsewhere')
+            raise UserError(f'{flag}: the runs of {" ".join(by)} {" ".join(map(str, name))} differ in '
+                            f'{", ".join(different)} too; keep runs that are not of this sweep elsewhere')
+
+
+def read_sweep(folder: str | Path, over: str, line: str, metric: str, epoch: str) -> pd.DataFrame:
+    """Read one number from each run of a folder: a table with the columns line, over, seed and metric.
+
+    Args and errors are those of `read_runs`; besides, what is swept has to be a number, and the runs of a line may
+    differ in nothing but it and their seed.
+    """
+    runs = read_runs('--sweep', folder, {'--over': over, '--line': line}, [metric], epoch)
+    if not pd.api.types.is_numeric_dtype(runs[f'args.{over}'].infer_objects()) or runs[f'args.{over}'].isna().any():
+        raise UserError(f'--over {over} is no number in every run of {folder}; sweep over a number')
+    check_alike(f'--sweep {folder}', runs, [line], FREE | {over, SAME.get(over), line})
     runs = runs.rename(columns={f'args.{line}': 'line', f'args.{over}': 'over', 'args.seed': 'seed'})
     twice = runs.duplicated(['line', 'over', 'seed'])
     if twice.any():
@@ -219,6 +236,79 @@ def draw_sweep(summary: pd.DataFrame, over: str, line: str, metric: str, epoch: 
         return save_figure(figure, target)
 
 
+def tabulate(folder: str | Path, over: str, line: str | None, metrics: list[str], epoch: str) -> pd.DataFrame:
+    """Return mean, half of the 95 % interval (Student's t; NaN for one seed) and number of seeds of each cell.
+
+    Args and errors are those of `read_runs`; besides, the runs of a cell may differ in nothing but their seed.
+
+    Returns:
+        a table with the columns over, line, metric, mean, half, seeds; what is best in the first metric comes first.
+    """
+    settings = {'--over': over} | ({'--line': line} if line else {})
+    runs, names = read_runs('--table', folder, settings, metrics, epoch), list(settings.values())
+    check_alike(f'--table {folder}', runs, names, FREE - {over, line})
+    runs['args.'] = ''  # the one column of a table without --line
+    keys = [f'args.{over}', f'args.{line or ""}']
+    twice = runs.duplicated([*keys, 'args.seed'])
+    if twice.any():
+        raise UserError(f'--table {folder}: {runs.index[twice][0]} has the {", ".join(names)} and seed of another run')
+    cells = []
+    for (row, column), group in runs.groupby(keys, dropna=False):
+        for metric in metrics:
+            mean, half = mean_and_half_interval(group[metric].astype(float))
+            cells.append({'over': str(row), 'line': str(column), 'metric': metric, 'mean': mean, 'half': half,
+                          'seeds': len(group)})
+    table = pd.DataFrame(cells)
+    best = table[table['metric'] == metrics[0]].groupby('over')['mean'].max().sort_values(ascending=False)
+    order = {name: number for number, name in enumerate(best.index)}
+    return table.sort_values(['over', 'line'], key=lambda names: names.map(order).fillna(0) if names.name == 'over'
+                             else names, kind='stable').reset_index(drop=True)
+
+
+def format_cells(table: pd.DataFrame, over: str, metrics: list[str]) -> str:
+    """Return what `tabulate` found as Markdown; the best of each metric is bold."""
+    columns = [(metric, line) for metric in metrics for line in sorted(table['line'].unique())]
+    best = table.groupby('metric')['mean'].max()
+
+    def text(found: pd.DataFrame) -> str:
+        if found.empty:
+            return ''
+        cell = found.iloc[0]
+        value = f'{cell["mean"]:.1f}' + (f' ± {cell["half"]:.1f}' if cell['seeds'] > 1 else '')
+        return f'**{value}**' if cell['mean'] == best[cell['metric']] else value
+
+    titles = [f'{line}: {title_of(metric)}' if line else title_of(metric) for metric, line in columns]
+    lines = [f'| {over} | {" | ".join(titles)} | seeds |', '|---' * (len(columns) + 2) + '|']
+    for name, row in table.groupby('over', sort=False):
+        cells = [text(row[(row['metric'] == metric) & (row['line'] == line)]) for metric, line in columns]
+        low, high = row['seeds'].min(), row['seeds'].max()
+        lines.append(f'| {name} | {" | ".join(cells)} | {low if low == high else f"{low} to {high}"} |')
+    return '\n'.join(lines)
+
+
+def draw_table(table: pd.DataFrame, over: str, metrics: list[str], epoch: str, target: Path) -> Path:
+    """Draw what `tabulate` found: a panel a metric, a row for each value, a colour a line, a bar for the interval."""
+    with plot_style():
+        from matplotlib import pyplot
+
+        names, lines = list(table['over'].unique())[::-1], sorted(table['line'].unique())
+        figure, axes = pyplot.subplots(1, len(metrics), figsize=(3.6 * len(metrics), 1.1 + 0.32 * len(names)),
+                                       squeeze=False, sharey=True, layout='constrained')
+        for axis, metric in zip(axes[0], metrics, strict=True):
+            for number, line in enumerate(lines):
+                part = table[(table['metric'] == metric) & (table['line'] == line)]
+                heights = [names.index(name) + 0.22 * ((len(lines) - 1) / 2 - number) for name in part['over']]
+                axis.errorbar(part['mean'], heights, xerr=part['half'].fillna(0), fmt=MARKERS[number % len(MARKERS)],
+                              color=COLOURS[number % len(COLOURS)], markersize=4, capsize=2, label=line or None)
+            axis.set(xlabel=f'{title_of(metric)}, {epoch} epoch', yticks=range(len(names)), yticklabels=names,
+                     ylim=(-0.6, len(names) - 0.4))
+            axis.grid(axis='x', alpha=0.3)
+        if any(lines):
+            handles, labels = axes[0, 0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc='outside upper center', ncols=len(lines))
+        return save_figure(figure, target)
+
+
 # ---------------------------------------------------- command line --------------------------------------------------
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
@@ -226,24 +316,30 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('statistics', nargs='*', type=user_path, help=f'one or more RUN{ENDING}')
     parser.add_argument('--sweep', type=user_path, metavar='FOLDER', help='draw a sweep from the statistics files of a '
                         'folder')
-    parser.add_argument('--over', help='--sweep: the setting on the horizontal axis [momentum]')
+    parser.add_argument('--table', type=user_path, metavar='FOLDER', help='print a table of the runs of a folder in '
+                        'Markdown, and draw it')
+    parser.add_argument('--over', help='--sweep: the setting on the horizontal axis [momentum]; --table: that of the '
+                        'rows [loss_name]')
     parser.add_argument('--line', help='--sweep: the setting that has a line for each value, as loss_name or '
-                        'backbone_type [loss_name]')
-    parser.add_argument('--epoch', choices=('last', 'best'), help='--sweep: which epoch of a run; the best one is '
-                        'chosen on the test classes [last]')
+                        'backbone_type [loss_name]; --table: that of the columns [none]')
+    parser.add_argument('--epoch', choices=('last', 'best'), help='--sweep, --table: which epoch of a run; the best '
+                        'one is chosen on the test classes [last]')
     parser.add_argument('--metric', nargs='+', help='column of the statistics, as dense_R@1, binary_R@1, loss, '
                         'dense_MAP@R; several make several panels [one run: loss, accuracy, lr and R@1; else '
                         'dense_R@1]')
     parser.add_argument('--output', type=user_path, help='PNG file; a PDF is written beside it [beside the statistics]')
     args = parser.parse_args(argv)
-    if bool(args.statistics) == (args.sweep is not None):
-        raise UserError('name statistics files, or a folder with --sweep, not both' if args.statistics else
-                        'nothing to draw: name statistics files, or a folder with --sweep')
-    for flag, default in (('over', 'momentum'), ('line', 'loss_name'), ('epoch', 'last')):
+    sources = [bool(args.statistics), args.sweep is not None, args.table is not None]
+    if sum(sources) != 1:
+        raise UserError('name statistics files, or a folder with --sweep or --table, one of them' if any(sources) else
+                        'nothing to draw: name statistics files, or a folder with --sweep or --table')
+    defaults = {'over': 'loss_name', 'line': None, 'epoch': 'last'} if args.table is not None else {
+        'over': 'momentum', 'line': 'loss_name', 'epoch': 'last'}
+    for flag, default in defaults.items():
         if getattr(args, flag) is None:
             setattr(args, flag, default)
-        elif args.sweep is None:
-            raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --sweep; leave it out')
+        elif args.statistics:
+            raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --sweep or --table; leave it out')
     if args.over == args.line:
         raise UserError(f'--over and --line are both {args.line}; choose two settings')
     if args.sweep is not None and len(args.metric or ()) > 1:
@@ -263,6 +359,11 @@ def main() -> None:
         print(f'{title_of(metric)}, {args.epoch} epoch')
         print(summary.rename(columns={'line': args.line, 'over': args.over, 'count': 'seeds'}).to_string(
             index=False, float_format=lambda value: f'{value:.4g}'))
+    elif args.table is not None:
+        metrics = args.metric or ['dense_R@1', 'binary_R@1']
+        cells = tabulate(args.table, args.over, args.line, metrics, args.epoch)
+        default = Path(args.table) / f'table_{args.over}.png'
+        print(format_cells(cells, args.over, metrics))
     else:
         paths = [Path(name) for name in args.statistics]
         tables = dict(zip(short_names(paths), map(read_statistics, paths), strict=True))
@@ -279,6 +380,8 @@ def main() -> None:
         check_replaceable(file)
     if args.sweep is not None:
         print(draw_sweep(summary, args.over, args.line, metric, args.epoch, target))
+    elif args.table is not None:
+        print(draw_table(cells, args.over, metrics, args.epoch, target))
     elif single:
         print(draw_curves(next(iter(tables.values())), target, run))
     else:

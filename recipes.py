@@ -5,7 +5,8 @@
 `train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as its
 system's own page prints it; what that changes for a data set or a trunk stands in `overrides`, later entries win.
 
-    proxy_lr_factor the proxies' learning rate is this multiple of lr, unless --proxy_lr says otherwise
+    trunk_lr_factor the trunk's learning rate is this multiple of lr, unless --trunk_lr says otherwise
+    proxy_lr_factor the proxies' likewise, unless --proxy_lr does
     lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
 
 Losses and trunks are registered here, by the names of their class in model.py and their function in trunks.py, so that
@@ -27,6 +28,7 @@ class LossEntry(NamedTuple):
 LOSSES = {
     'proxy_anchor': LossEntry('ProxyAnchor', 32.0, 0.1),
     'balanced_proxy': LossEntry('BalancedProxy', 32.0, 0.1),
+    'balanced_proxy_split': LossEntry('BalancedProxySplit', 32.0, 0.1),
     'normalized_softmax': LossEntry('NormalizedSoftmax', 32.0),
     'proxy_nca': LossEntry('ProxyNCA', 9.0),  # ProxyNCA++: temperature 1/9
     'cos_face': LossEntry('CosFace', 64.0, 0.35),
@@ -41,13 +43,14 @@ PROXY_UPDATES = ('gradient', 'positive', 'momentum')
 MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
 TRUNKS = {'resnet50': 'resnet', 'inception': 'bn_inception', 'googlenet': 'googlenet', 'resnet18': 'resnet',
           'resnet101': 'resnet'}  # the function in trunks.py that builds it
-POOLINGS = ('max', 'avg', 'avg_max', 'cls')
+POOLINGS = ('max', 'avg', 'avg_max', 'gem', 'cls')
 OPTIMIZER_NAMES = ('adamw', 'adam', 'sgd')
 SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')
 
 # What the five systems share; each recipe below says only where it differs.
 COMMON = {
     'lr': 1e-4,
+    'trunk_lr_factor': 1.0,
     'proxy_lr_factor': 100.0,
     'weight_decay': 1e-4,
     'optimizer_type': 'adamw',
@@ -60,6 +63,7 @@ COMMON = {
     'images_per_class': 0,
     'num_epochs': 20,
     'warm_up': 0,
+    'ema': 0.0,
     'clip_value': 0.0,
     'drop_last': False,
     'feature_dim': 512,
@@ -68,6 +72,7 @@ COMMON = {
     'layer_norm': True,
     'linear_bias': False,
     'proxy_init': 'unit',
+    'synthesis': 0.0,
     'freeze_bn': True,
     'recalls': (1, 2, 4, 8),
 }
@@ -118,6 +123,14 @@ RECIPES = {
             ({'data_name': ('sop', 'isc')},
              {'lr': 6e-4, 'lr_decay_step': 20, 'lr_decay_gamma': 0.25, 'freeze_bn': False}),
         ],
+    },
+    'transformer': {
+        'source': 'of no paper: what is usual with pretrained transformers; its accuracy is untested here',
+        'settings': {
+            'loss_name': 'positive_proxy', 'pooling': 'cls', 'trunk_lr_factor': 0.1, 'lr_schedule': 'cosine',
+            'warm_up': 1,
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
 }
 

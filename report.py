@@ -3,9 +3,10 @@
     python report.py --data_base results/car_resnet50_balanced_proxy_512_data_base.pth --data_path /home/data
 
 The file stands alone: it opens from the disk, fetches nothing, and holds thumbnails of the images it shows. In it: the
-run's settings, Recall@K, the curves (from {run}_statistics.csv beside the data base), the hardest and the easiest
-queries, the classes that are confused most, R@1 of each class, a map of the embeddings (PCA, and UMAP where umap-learn
-is installed), and a search box in which one picks an image and sees its nearest neighbours, in the order of test.py.
+run's settings, Recall@K, from which similarity on an answer is to be trusted, the curves (from {run}_statistics.csv
+beside the data base), the hardest and the easiest queries, the classes that are confused most, R@1 of each class, a map
+of the embeddings (PCA, and UMAP where umap-learn is installed), and a search box in which one picks an image and sees
+its nearest neighbours, in the order of test.py.
 """
 import base64
 import io
@@ -17,16 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from browse import add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
+from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
 from engine.errors import UserError
-from engine.files import image_file, make_folder, write_atomically
+from engine.files import make_folder, write_atomically
 from engine.images import load_tile
 from engine.processes import progress
 from engine.runs import DataBase, check_seen, read_statistics, seen_classes
 from evaluate import measure
-from metrics import NUMBERS_OF_QUERIES
+from metrics import ABSENT_RATES, NUMBERS_OF_QUERIES, measure_absent
 from plot import draw_curves
-from utils import MADE_HERE, Parser, check_between, check_replaceable, run_script, user_path
+from utils import (COLOURS, GREY, MADE_HERE, Parser, check_between, check_replaceable, plot_style, run_script,
+                   user_path)
 
 NUM_NEIGHBOURS = 20
 NUM_QUERIES = 8  # hardest, and easiest
@@ -36,6 +38,7 @@ SIDES = (160, 128, 112, 96, 80, 64, 48, 32)  # px of a thumbnail, the largest th
 QUALITY = 60  # of WebP
 THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64: with the rest the file stays below 15 MB
 SAMPLED_THUMBNAILS = 100  # from which the size of all is estimated
+ABSENT_CURVE = tuple(number / 200 for number in range(41))  # rates up to 20 %
 TEMPLATES = Path(__file__).parent / 'templates'
 
 
@@ -47,7 +50,9 @@ class Numbered:
         subsets = list(data_base.subsets.values())
         self.paths = [path for subset in subsets for path in subset.images]
         self.labels = torch.cat([subset.labels for subset in subsets]).tolist()
-        self.features = torch.cat([subset.features for subset in subsets])
+        self.features = torch.cat([subset.features for subset in subsets]).float()
+        self.places = [(name, index) for name, subset in data_base.subsets.items()
+                       for index in range(len(subset.images))]
         self.num_queries = len(data_base.test.images)
         self.searched_from = 0 if data_base.gallery is None else self.num_queries  # number of the first searched image
 
@@ -86,7 +91,7 @@ def confused_pairs(ranked: dict, images: Numbered) -> list[dict]:
     counts, examples = Counter(), {}
     for query, nearest in enumerate(ranked['nearest'].tolist()):
         pair = images.labels[query], images.labels[images.searched_from + nearest]
-        if pair[0] != pair[1] and ranked['rank'][query] >= 1:
+        if pair[0] != pair[1] and min(pair) >= 0 and ranked['rank'][query] >= 1:
             counts[pair] += 1
             examples.setdefault(pair, query)
     both = Counter()
@@ -182,17 +187,65 @@ def draw_curves_inline(statistics: Path, run: str | None) -> str:
 
 
 # ---------------------------------------------------- report --------------------------------------------------------
-def gather(data_base: DataBase, root: Path, args) -> dict:
+def rank_and_measure(data_base: DataBase) -> tuple[dict | None, dict]:
+    """Return metrics, of `measure`, and {'dense', 'binary': ranks, of `rank_queries`}.
+
+    There are no metrics of a collection in which no two images are of a class.
+    """
+    if data_base.sources is not None and (data_base.test.labels < 0).all():
+        unknown = torch.full((len(data_base.test.images),), torch.nan, dtype=torch.float64)
+        return None, dict.fromkeys(('dense', 'binary'), {'rank': unknown, 'margin': unknown, 'nearest': unknown[:0]})
+    ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
+    recalls = tuple(data_base.origin['args']['recalls'])
+    if data_base.sources is not None:
+        if ranked['dense']['rank'].isnan().all():
+            return None, ranked
+        recalls = tuple(k for k in recalls if k < (data_base.test.labels >= 0).sum()) or (1,)
+    return measure(data_base, recalls, torch.device('cpu')), ranked
+
+
+def absent_curve(data_base: DataBase) -> dict | None:
+    """Return what metrics.absent_thresholds says at the rates of ABSENT_CURVE, and of those that are named beside it.
+
+    Returns:
+        {'rows': of the named rates, 'rates', 'kept': lists in per cent}, None where nothing can be measured.
+    """
+    rows = measure_absent(*data_base.tensors(), rates=(*ABSENT_RATES, *ABSENT_CURVE))
+    named, curve = rows[:len(ABSENT_RATES)], rows[len(ABSENT_RATES):]
+    return {'rows': named, 'rates': [100 * row['rate'] for row in curve], 'kept': [row['kept'] for row in curve]} \
+        if rows else None
+
+
+def draw_absent(curve: dict) -> str:
+    """Draw right answers that are kept over absent ones that are answered; returns the PNG as base64."""
+    with plot_style():
+        from matplotlib import pyplot
+
+        figure, axis = pyplot.subplots(figsize=(4.2, 2.8))
+        axis.plot(curve['rates'], curve['kept'], color=COLOURS[0])
+        for row, marker in zip(curve['rows'], 'os', strict=True):
+            axis.plot(100 * row['rate'], row['kept'], marker, color=COLOURS[5],
+                      label=f'{100 * row["rate"]:g} %: similarity {row["threshold"]:.3f}, keeps {row["kept"]:.1f} %')
+        axis.axhline(curve['rows'][0]['right'], color=GREY, linestyle='--', label='all right answers')
+        axis.set(xlabel='absent classes that are answered / %', ylabel='right answers kept / %', ylim=(0, 102))
+        axis.legend(loc='lower right')
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', dpi=200, bbox_inches='tight')
+        pyplot.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def gather(run: OpenRun, args) -> dict:
     """Compute what the template shows.
 
     Returns:
         the template's variables; `data` is what its script reads. Images are numbered by their place among those
         shown.
     """
+    data_base = run.data_base
     images, kind = Numbered(data_base), 'binary' if args.binary else 'dense'
-    results = measure(data_base, tuple(data_base.origin['args']['recalls']), torch.device('cpu'))
-    ranked = {name: rank_queries(data_base, name == 'binary') for name in ('dense', 'binary')}
-    chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']))
+    results, ranked = rank_and_measure(data_base)
+    chosen = {how: choose_queries(ranked[kind], how, min(NUM_QUERIES, results[kind]['queries']) if results else 0)
               for how in ('worst', 'best')}
     pairs = confused_pairs(ranked[kind], images)
     first = [*chosen['worst'], *chosen['best'], *(pair['example'] for pair in pairs)]
@@ -201,12 +254,13 @@ def gather(data_base: DataBase, root: Path, args) -> dict:
         raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
     shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
     number = {image: place for place, image in enumerate(shown)}
-    thumbnails, side = make_thumbnails([image_file(root, images.paths[image]) for image in shown])
+    thumbnails, side = make_thumbnails([run.file(*images.places[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
     maps = map_embeddings(images.features[shown])
+    absent = absent_curve(data_base) if results else None
     return {
-        'kind': kind, 'side': side, 'results': results,
-        'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES],
+        'kind': kind, 'side': side, 'results': results, 'absent': absent and {**absent, 'curve': draw_absent(absent)},
+        'columns': [name for name in results['dense'] if name not in NUMBERS_OF_QUERIES] if results else [],
         'chosen': {how: [{'image': number[query], 'rank': ranks[query] + 1, 'found': [number[image] for image, _ in
                                                                                     neighbours[query][:8]]}
                          for query in queries if query in neighbours] for how, queries in chosen.items()},
@@ -267,7 +321,7 @@ def main() -> None:
     if args.statistics is not None or statistics.is_file():
         curves = draw_curves_inline(statistics, data_base.origin['args'].get('run'))
     tell_changes(run)
-    variables = gather(data_base, run.root, args)
+    variables = gather(run, args)
     html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
                    'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()
     write_atomically(output, lambda target: target.write(html))

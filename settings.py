@@ -10,9 +10,11 @@ from engine.runs import LARGEST, run_name
 from raw_sets import canonical_data_name
 from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
                      SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
-from utils import Parser, add_device_flags, check_between, fraction_list, int_list, seed_list, switch, user_path
+from utils import (Parser, add_device_flags, check_between, fraction_list, int_list, keyword_text, seed_list, switch,
+                   user_path)
 
 SMALL, LARGE = 1e-30, 1e38  # what float32 holds
+PML = 'pml:'  # before the name of a loss of pytorch-metric-learning
 
 
 def get_parser(description: str | None = None) -> Parser:
@@ -22,10 +24,16 @@ def get_parser(description: str | None = None) -> Parser:
     group = parser.add_argument_group('what to train')
     group.add_argument('--recipe', help='paper whose hyper-parameters are the defaults: ' + ', '.join(RECIPES) +
                        ' [the one named like --loss_name, else balanced_proxy]')
-    group.add_argument('--loss_name', '--loss', type=str.lower, help='loss: ' +
+    group.add_argument('--loss_name', '--loss', type=loss_name, help='loss: ' +
                        ', '.join([*LOSSES, *COMBINED_LOSSES]) + ' [the recipe\'s]. asymptotic_proxy is '
                        'normalized_softmax with proxies moved by momentum and temperature 0.03; positive_proxy is '
-                       'normalized_softmax with --proxy_update positive')
+                       'normalized_softmax with --proxy_update positive. pml:NAME is one of pytorch-metric-learning, '
+                       'as pml:MultiSimilarityLoss; those on pairs and triplets want --images_per_class')
+    group.add_argument('--loss_args', type=keyword_text, default='', metavar='A=1,B=2', help='of a pml: loss, as in '
+                       'margin=0.2,alpha=32')
+    group.add_argument('--miner', default='', metavar='NAME', help='of pytorch-metric-learning for a pml: loss, as '
+                       'MultiSimilarityMiner')
+    group.add_argument('--miner_args', type=keyword_text, default='', metavar='A=1,B=2', help='of the miner')
     group.add_argument('--proxy_update', choices=PROXY_UPDATES, help='how the proxies move: by the loss\'s gradient, '
                        'by that of the positive embeddings alone, or by momentum towards their class [the recipe\'s]')
     group.add_argument('--backbone_type', '--model', default='resnet50', help='trunk: ' + ', '.join(TRUNKS) +
@@ -61,8 +69,8 @@ def get_parser(description: str | None = None) -> Parser:
 
     group = parser.add_argument_group('network')
     group.add_argument('--feature_dim', '--embedding-size', type=int, help='length of an embedding; papers: 512')
-    group.add_argument('--pooling', choices=POOLINGS, help='papers: max; Proxy Anchor avg_max, the sum of both; cls is '
-                       'the class token of a transformer')
+    group.add_argument('--pooling', choices=POOLINGS, help='papers: max; Proxy Anchor avg_max, the sum of both; gem, '
+                       'a mean of powers whose power is learned from 3 on; cls, the class token of a transformer')
     group.add_argument('--layer_norm', type=switch, metavar='{0,1}', help='normalise the pooled features before the '
                        'linear layer; papers: 1, Proxy Anchor 0')
     group.add_argument('--linear_bias', type=switch, metavar='{0,1}', help='papers: 0; Proxy Anchor 1')
@@ -82,17 +90,23 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--proxy_init', choices=('unit', 'kaiming'), help='start of the proxies; papers: unit random '
                        'rows, Proxy Anchor kaiming')
 
+    group.add_argument('--synthesis', type=float, help='Proxy Synthesis: so many synthetic classes for each image of a '
+                       'batch, mixed from two of other classes and their proxies, 0 to 1 (its paper); papers: 0')
+
     group = parser.add_argument_group('optimisation')
     group.add_argument('--num_epochs', '--epochs', type=int, help='papers: 20, Asymptotic 30, Proxy Anchor 60')
     group.add_argument('--warm_up', '--warm', type=int, help='first epochs in which the trunk is frozen and only the '
-                       'linear layer and the proxies learn; this is no ramp of the learning rate. Papers: Balanced 2, '
-                       'Proxy Anchor 1 (5 with resnet50), the others 0')
+                       'linear layer and the proxies learn, all epochs for a frozen trunk; this is no ramp of the '
+                       'learning rate. Papers: Balanced 2, Proxy Anchor 1 (5 with resnet50), the others 0')
     group.add_argument('--optimizer_type', '--optimizer', type=str.lower, help='adamw, adam, sgd (momentum 0.9); adam* '
                        'and sgd* add --proxy_update momentum (Momentum Proxy\'s spelling)')
     group.add_argument('--lr', type=float, help='learning rate of the network; papers: 1e-4, Momentum Proxy 1e-3 (its '
                        'author later used 2e-5), Asymptotic 4e-5 and Proxy Anchor 6e-4 on sop and isc')
+    group.add_argument('--trunk_lr', type=float, help='learning rate of the trunk; papers: 1 x lr')
     group.add_argument('--proxy_lr', type=float, help='learning rate of the proxies; papers: 100 x lr, Momentum Proxy '
                        '1 x lr')
+    group.add_argument('--ema', type=float, help='measure and save a running average of the network\'s weights: each '
+                       'step keeps this share of the average, as in 0.98; papers: 0, the weights themselves')
     group.add_argument('--weight_decay', '--weight-decay', type=float, help='papers: 1e-4, Asymptotic and Momentum 0')
     group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy '
                        'Anchor 10')
@@ -147,6 +161,11 @@ def get_parser(description: str | None = None) -> Parser:
     return parser
 
 
+def loss_name(text: str) -> str:
+    """Read the name of a loss: of ours in any case, of pytorch-metric-learning as its class is spelt."""
+    return text if text.startswith(PML) else text.lower()
+
+
 def get_runs(argv: list[str] | None = None, description: str | None = None) -> tuple[str, list[argparse.Namespace]]:
     """Parse the command line and settle every setting: flag, else recipe.
 
@@ -164,8 +183,9 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     starred = bool(args.optimizer_type) and args.optimizer_type.endswith('*')  # Momentum Proxy's adam* and sgd*
     if args.optimizer_type is not None:
         args.optimizer_type = args.optimizer_type.removesuffix('*')
-    if args.loss_name is not None:
-        check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES])
+    borrowed = args.loss_name is not None and args.loss_name.startswith(PML)
+    if args.loss_name is not None and not borrowed:
+        check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES, f'{PML}NAME'])
     if args.momentum is not None and not (args.recipe or args.loss_name or args.proxy_update or args.optimizer_type):
         raise UserError(f'--momentum {args.momentum} belongs to two systems: add --recipe asymptotic_proxy or '
                         '--recipe momentum_proxy')
@@ -178,8 +198,11 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
         raise UserError('--init and --weights contradict each other: both say where the trunk starts; leave one out')
     args.weights = 'none' if args.init is not None else args.weights or 'imagenet'
     settings = recipe_settings(args.recipe, args.data_name, args.backbone_type)
-    settle_rule(args, settings, starred)
-    settle_loss(args, settings)
+    if borrowed:
+        settle_borrowed(args, starred)
+    else:
+        settle_rule(args, settings, starred)
+        settle_loss(args, settings)
     for name, value in settings.items():
         if name != 'temperature' and getattr(args, name, 0) is None:
             setattr(args, name, value)
@@ -191,6 +214,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
         args.proxy_lr = None
     elif args.proxy_lr is None:
         args.proxy_lr = args.lr * settings['proxy_lr_factor']
+    args.trunk_lr = args.trunk_lr or args.lr * settings['trunk_lr_factor']
     args.resize_size = args.resize_size or resize_for(args.image_size)
     args.on_collapse = args.on_collapse or ('stop' if args.proxy_update == 'momentum' else 'warn')
     runs = [argparse.Namespace(**{**vars(args), 'seed': seed, 'run': name_run(args, settings, given, seed)})
@@ -220,6 +244,21 @@ def settle_rule(args: argparse.Namespace, settings: dict, starred: bool) -> None
         args.momentum = MOMENTUM
 
 
+def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
+    """Refuse what a loss of pytorch-metric-learning has no use for; its own weights learn by the gradient."""
+    others = {'scale': 'say it in --loss_args', 'temperature': 'say it in --loss_args', 'margin': 'say it in '
+              '--loss_args', 'momentum': 'its weights learn by the gradient', 'proxy_init': 'it starts its weights '
+              'itself', 'synthesis': 'its weights cannot be mixed', 'shard_proxies': 'each process holds its weights'}
+    for name, reason in others.items():
+        if getattr(args, name):
+            raise UserError(f'--{name} {getattr(args, name)} has no effect on --loss_name {args.loss_name}: {reason}')
+    if starred or args.proxy_update not in (None, 'gradient'):
+        raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '
+                        'its weights are its own, and learn by the gradient of all its terms; leave it out')
+    args.base_loss, args.proxy_update = args.loss_name, 'gradient'
+    args.scale = args.synthesis = None
+
+
 def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     """Settle scale, which can also be said as temperature, and margin."""
     if args.scale is not None and args.temperature is not None:
@@ -241,6 +280,7 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
 
 def check_effect(args: argparse.Namespace, given: set) -> None:
     """Refuse flags that would change nothing."""
+    borrowed = args.loss_name.startswith(PML)
     useless = {
         'proxy_lr': args.proxy_update == 'momentum' and 'proxies that move by momentum have no learning rate',
         'lr_decay_step': args.lr_schedule != 'step' and f'--lr_schedule {args.lr_schedule} has no such step',
@@ -248,6 +288,9 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
         'lr_decay_gamma': args.lr_schedule in ('cosine', 'constant') and f'--lr_schedule {args.lr_schedule} has none',
         'proxy_init': args.proxy_update == 'momentum' and 'proxies that move by momentum start as unit random rows',
         'drop_last': args.images_per_class > 0 and '--images_per_class makes full batches only',
+        'loss_args': args.loss_args and not borrowed and 'it is for the losses pml:NAME',
+        'miner': args.miner and not borrowed and 'it is for the losses pml:NAME',
+        'miner_args': args.miner_args and not args.miner and 'there is no --miner',
     }
     for name, reason in useless.items():
         if name in given and reason:
@@ -263,9 +306,10 @@ def check_ranges(args: argparse.Namespace) -> None:
         'resize_size': (args.image_size, LARGEST['side']), 'cache_size': (0, LARGEST['side']),
         'num_epochs': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
         'batch_size': (1, None), 'images_per_class': (0, None),
-        'lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE), 'scale': (SMALL, LARGE),
-        'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE), 'momentum': (SMALL, 1),
-        'min_crop': (SMALL, 1), 'flip': (0, 1), 'val_ratio': (0, 0.999)})
+        'lr': (SMALL, LARGE), 'trunk_lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE),
+        'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
+        'momentum': (SMALL, 1), 'synthesis': (0, 1), 'ema': (0, 0.999999), 'min_crop': (SMALL, 1), 'flip': (0, 1),
+        'val_ratio': (0, 0.999)})
     if 0 < args.cache_size < args.image_size:
         raise UserError(f'--cache_size {args.cache_size} is smaller than --image_size {args.image_size}: pixels would '
                         f'be enlarged; build and name a cache of at least {args.image_size} pixels')
@@ -290,6 +334,7 @@ def name_run(args: argparse.Namespace, settings: dict, given: set, seed: int) ->
         args.data_name, args.backbone_type, args.loss_name, args.feature_dim,
         args.recipe if args.recipe != loss_recipe else '',
         args.proxy_update if args.proxy_update != recipe_rule else '',
+        args.loss_args, args.miner, args.miner_args,
         f't{1 / args.scale:.4g}' if given & {'scale', 'temperature'} else '',
         f'd{args.margin:g}' if 'margin' in given else '',
         f'm{args.momentum:g}' if 'momentum' in given else '',

@@ -64,6 +64,16 @@ def print_end(rows: list[dict], args: argparse.Namespace, files: RunFiles, query
     print('  ' + shlex.join([*look_up, '--query_img_name', query]))
 
 
+def mean_and_half_interval(values) -> tuple[float, float]:
+    """Return the mean of a pandas series and half of the interval that holds the mean of more with 95 % confidence.
+
+    Student's t distribution; of one value the half is NaN.
+    """
+    from scipy import stats
+
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.sem() if len(values) > 1 else float('nan')
+
+
 def report_seeds(runs: dict[int, list[dict]], name: str, folder: Path) -> None:
     """Save and print the mean of R@1 over runs that differ in their seed alone, and how sure it is.
 
@@ -75,7 +85,6 @@ def report_seeds(runs: dict[int, list[dict]], name: str, folder: Path) -> None:
         folder: where {name}_seeds.csv goes.
     """
     import pandas as pd
-    from scipy import stats
 
     epochs = {'last': lambda rows: rows[-1], 'best on the test classes': lambda rows: max(
         rows, key=lambda row: row['dense_R@1'])}
@@ -84,10 +93,9 @@ def report_seeds(runs: dict[int, list[dict]], name: str, folder: Path) -> None:
     table = []
     for epoch, choose in epochs.items():
         values = pd.Series([choose(rows)['dense_R@1'] for rows in runs.values()])
-        half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
-        table.append({'run': name, 'epoch': epoch, 'seeds': ' '.join(map(str, runs)), 'mean_R@1': values.mean(),
-                      'std_R@1': values.std(), 'low_R@1': max(0.0, values.mean() - half),
-                      'high_R@1': min(100.0, values.mean() + half)})
+        mean, half = mean_and_half_interval(values)
+        table.append({'run': name, 'epoch': epoch, 'seeds': ' '.join(map(str, runs)), 'mean_R@1': mean,
+                      'std_R@1': values.std(), 'low_R@1': max(0.0, mean - half), 'high_R@1': min(100.0, mean + half)})
     write_atomically(folder / f'{name}_seeds.csv', lambda file: pd.DataFrame(table).to_csv(file, index=False))
     print(f'R@1 over {len(runs)} seeds, {folder / f"{name}_seeds.csv"}:')
     print('| run | epoch | R@1, mean and standard deviation | 95 % interval of the mean |\n|---|---|---|---|')

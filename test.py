@@ -13,56 +13,65 @@ write are never replaced. A sheet goes to results/{run}_{select}/. An image that
 tile with its name.
 """
 import hashlib
-import textwrap
 from pathlib import Path
 
 import torch
 from PIL import ImageOps
 
-from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
+from browse import (ABSENT, OpenRun, add_data_base_flags, choose_queries, load_run_model, nearest_images, open_run,
+                    rank_queries, tell_changes)
 from dataset import make_transform
 from engine.errors import UserError, nearest
-from engine.files import are_texts, image_file, make_folder, read_json, save_json
+from engine.files import are_texts, make_folder, read_json, save_json
 from engine.images import BrokenImage, load_image, load_tile
 from engine.processes import select_device
-from engine.runs import DataBase
+from engine.runs import absent_threshold
 from evaluate import use_amp
-from model import load_model
-from utils import GREEN, GREY, RED, Parser, check_between, plot_style, run_script, save_figure
+from sheets import PICTURE_SIDE, colour_of, draw_rows
+from utils import GREY, Parser, check_between, run_script
 
-PICTURE_SIDE = 224  # px, of a written image inside its frame
 FRAME = 8  # px
-PER_ROW = 10  # retrieved images in a row of the figure
 MOST_QUERIES = 200  # rows of a sheet; PNG readers give up at 65,535 px
 
 
-def find_query(name: str, data_base: DataBase, root: Path) -> tuple[str, int] | None:
+def find_query(name: str, run: OpenRun) -> tuple[str, int] | None:
     """Return the subset and index of a query in the data base, or None if it is an image file from elsewhere.
 
     Raises:
         UserError: if a bare file name occurs more than once, or nothing of that name exists.
     """
-    positions = {image: (name, index) for name, subset in reversed(data_base.subsets.items())
-                 for index, image in reversed(list(enumerate(subset.images)))}  # of equals the first counts
     typed, candidates = Path(name), []
-    for path, folder in ((typed.absolute(), root.absolute()), (typed.resolve(), root.resolve())):
-        if path.is_relative_to(folder):
-            candidates.append(path.relative_to(folder).as_posix())
-    candidates += [image for candidate in candidates for image in converted_names(root, candidate)]
-    named = [image for image in positions if name in (image, image.rsplit('/', 1)[-1])]
-    named += [image for image in converted_names(root, name) if image in positions and image not in named]
+    for number, root in enumerate(run.roots):
+        for path, folder in ((typed.absolute(), root.absolute()), (typed.resolve(), root.resolve())):
+            if path.is_relative_to(folder):
+                candidates.append((number, path.relative_to(folder).as_posix()))
+    candidates += [(number, image) for number, candidate in candidates
+                   for image in converted_names(run.roots[number], candidate)]
+    converted = {image for root in run.roots for image in converted_names(root, name)}
+    wanted, tail = {name, *converted, *(image for _, image in candidates)}, f'/{name}'
+    there = {}  # (number of the folder, path): (subset, index); of equals the first counts
+    for subset, own in run.data_base.subsets.items():
+        for index, image in enumerate(own.images):
+            if image in wanted or image.endswith(tail):
+                there.setdefault((run.folder(subset, index), image), (subset, index))
+    named = [place for place in there if place[1] == name or place[1] in converted
+             or '/' not in name and place[1].endswith(tail)]
     if typed.is_file():  # a file that is there is meant, and a name of the data base only if it is the same file
-        named = [image for image in named if (root / image).is_file() and typed.samefile(root / image)]
-    for image in (*candidates, *([name] if name in named else [])):
-        if image in positions:
-            return positions[image]
+        named = [(number, image) for number, image in named if (run.roots[number] / image).is_file()
+                 and typed.samefile(run.roots[number] / image)]
+    exact = [place for place in named if place[1] == name]
+    for place in (*candidates, *(exact if len(exact) == 1 else [])):
+        if place in there:
+            return there[place]
     if len(named) == 1:
-        return positions[named[0]]
+        return there[named[0]]
     if named:
-        raise UserError(f'--query_img_name {name} names {len(named)} images; give the path: {", ".join(named[:5])}')
+        paths = [image if len(run.roots) == 1 else str(run.roots[number] / image) for number, image in named[:5]]
+        raise UserError(f'--query_img_name {name} names {len(named)} images; give the path: {", ".join(paths)}')
     if Path(name).is_file():
         return None
-    known = positions if '/' in name else [image.rsplit('/', 1)[-1] for image in positions]
+    known = [image if '/' in name else image.rsplit('/', 1)[-1] for own in run.data_base.subsets.values()
+             for image in own.images]
     raise UserError(f'--query_img_name {name} is neither an image of the data base nor a file{nearest(name, known)}')
 
 
@@ -75,13 +84,10 @@ def converted_names(root: Path, source: str) -> list[str]:
 
 def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
     """Embed an image file from outside of the data set with the run's model; returns (D,)."""
-    model_file, settings = run.files.model, run.data_base.origin['args']
-    if not model_file.is_file():
-        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {model_file} to embed it '
-                        'with')
-    model, contents = load_model(model_file, device)
-    if contents['args'] != settings:
-        raise UserError(f'{model_file} is of another run than the data base; keep the files of a run together')
+    if not run.files.model.is_file():
+        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {run.files.model} to embed '
+                        'it with')
+    model, settings = load_run_model(run, device)
     transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
     try:
         image = transform(load_image(path))
@@ -96,77 +102,33 @@ def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bo
     """Retrieve a number of images for one query: subset and index in the data base, or an image file from elsewhere.
 
     Returns:
-        {'query': file, 'class': name or None, 'note': '', 'retrieved': [{'image', 'class', 'similarity', 'correct'},
-        ...]}; `correct` is None where the query's class is not known.
+        {'query': file, 'class': name or None, 'note': ABSENT or '', 'probably_absent': whether the nearest image is not
+        more similar than metrics.absent_thresholds asks, 'retrieved': [{'image', 'file', 'class', 'similarity',
+        'correct'}, ...]}; what is not known is None.
     """
     data_base = run.data_base
     if isinstance(query, Path):
-        path, label, query, feature = query, None, None, embed_image(query, run, device)
+        path, label, query, feature = query, -1, None, embed_image(query, run, device)
     else:
         own = data_base.subsets[query[0]]
-        path, label, feature = image_file(run.root, own.images[query[1]]), int(own.labels[query[1]]), \
-            own.features[query[1]]
+        path, label, feature = run.file(*query), int(own.labels[query[1]]), own.features[query[1]]
     found = nearest_images(feature, data_base, query, number, binary)
+    limit = None if binary else absent_threshold(data_base.origin)
     if len(found) < number:
         raise UserError(f'--retrieval_num {number} is larger than the {len(found)} images to retrieve from')
-    searched, names = data_base.subsets[data_base.searched], data_base.class_names
+    searched = data_base.subsets[data_base.searched]
     retrieved = []
     for index, similarity in found:
         other = int(searched.labels[index])
-        retrieved.append({'image': searched.images[index], 'class': names[other], 'similarity': similarity,
-                          'correct': None if label is None else other == label})
-    return {'query': path, 'class': None if label is None else names[label], 'note': '', 'retrieved': retrieved}
+        retrieved.append({'image': searched.images[index], 'file': run.file(data_base.searched, index),
+                          'class': data_base.class_of(other), 'similarity': similarity,
+                          'correct': None if min(label, other) < 0 else other == label})
+    absent = None if limit is None else found[0][1] <= limit
+    return {'query': path, 'class': data_base.class_of(label), 'note': ABSENT if absent else '',
+            'retrieved': retrieved, 'probably_absent': absent}
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
-def colour_of(correct: bool | None) -> str:
-    """Return the colour of a frame: green, red, or grey where the query's class is not known."""
-    return {True: GREEN, False: RED, None: GREY}[correct]
-
-
-def draw_rows(answers: list[dict], root: Path, target: Path) -> None:
-    """Draw one row per query: the query in a dashed frame, then what it retrieves, similarity and class below.
-
-    More than PER_ROW images go on in further rows.
-    """
-    per_row = min(PER_ROW, len(answers[0]['retrieved']))
-    rows_each = -(-len(answers[0]['retrieved']) // per_row)
-    rows, columns = rows_each * len(answers), 1 + per_row
-    with plot_style():
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(rows, columns, figsize=(1.25 * columns, 1.72 * rows), squeeze=False)
-        # In inches: a margin of 0.04 around, and 0.45 below each tile for its text.
-        figure.subplots_adjust(left=0.04 / (1.25 * columns), right=1 - 0.04 / (1.25 * columns),
-                               top=1 - 0.04 / (1.72 * rows), bottom=0.45 / (1.72 * rows), wspace=0.06, hspace=0.4)
-        for axis in axes.flat:
-            axis.set_axis_off()
-        for first, answer in zip(range(0, rows, rows_each), answers, strict=True):
-            show_tile(axes[first, 0], answer['query'], '#000000',
-                      f'{answer["note"] or "query"}\n{wrap(answer["class"] or "class unknown")}', '--')
-            places = axes[first:first + rows_each, 1:].flat
-            for axis, found in zip(places, answer['retrieved'], strict=False):  # the last row may have places left
-                show_tile(axis, image_file(root, found['image']), colour_of(found['correct']),
-                          f'{found["similarity"]:.3f}\n{wrap(found["class"])}', '-')
-        save_figure(figure, target, dpi=160)
-
-
-def show_tile(axis, path: Path, colour: str, text: str, line: str) -> None:
-    """Show an image on an axis in a frame, with text below."""
-    axis.set_axis_on()
-    axis.imshow(load_tile(path, PICTURE_SIDE)[0])
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set(edgecolor=colour, linewidth=2.5, linestyle=line)
-    axis.set_xlabel(text, fontsize=6)
-
-
-def wrap(name: str) -> str:
-    """Break a class name into at most two lines that fit under a tile."""
-    return '\n'.join(textwrap.wrap(name.replace('_', ' '), 20, max_lines=2, placeholder=' ...'))
-
-
 def identity(answers: list[dict]) -> str:
     """Return what tells queries of one name apart: a hash of their paths."""
     return hashlib.sha256('\n'.join(str(answer['query'].resolve()) for answer in answers).encode()).hexdigest()[:16]
@@ -181,7 +143,7 @@ def choose_folder(results: Path, name: str, answers: list[dict]) -> Path:
     return folder
 
 
-def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) -> Path:
+def write_answers(folder: Path, answers: list[dict], singles: bool) -> Path:
     """Write the figure, retrieval.json and, for one query, the single images; returns the figure's path.
 
     The files of an earlier call, which its retrieval.json lists, are removed.
@@ -201,14 +163,16 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
         tiles['query_img.jpg'] = ImageOps.expand(load_tile(answer['query'], PICTURE_SIDE)[0], FRAME, GREY)
         for rank, found in enumerate(answer['retrieved'], start=1):
             name = f'retrieval_img_{rank}_{found["similarity"]:.4f}.jpg'
-            tiles[name] = ImageOps.expand(load_tile(image_file(root, found['image']), PICTURE_SIDE)[0], FRAME,
+            tiles[name] = ImageOps.expand(load_tile(found['file'], PICTURE_SIDE)[0], FRAME,
                                           colour_of(found['correct']))
     figure = folder / f'top{len(answers[0]["retrieved"])}.png'
     ours = {*tiles, figure.name, figure.with_suffix('.pdf').name}
     for name in ours:
         if (folder / name).exists() and name not in written:
             raise UserError(f'{folder / name} was not written by test.py and is not replaced; move it away')
-    lines = [{**answer, 'query': answer['query'].name} for answer in answers]
+    lines = [{**answer, 'query': answer['query'].name, 'retrieved': [
+        {key: value for key, value in found.items() if key != 'file'} for found in answer['retrieved']]}
+        for answer in answers]
 
     # Before anything is written, so that a call cut short leaves nothing that the next one takes for foreign.
     head = {'queries': identity(answers)}
@@ -217,7 +181,7 @@ def write_answers(folder: Path, answers: list[dict], root: Path, singles: bool) 
         (folder / name).unlink(missing_ok=True)
     for name, tile in tiles.items():
         tile.save(folder / name, quality=95)
-    draw_rows(answers, root, figure)
+    draw_rows(answers, figure)
     save_json({**head, 'files': sorted(ours), 'answers': lines}, record_file, indent=1)
     return figure
 
@@ -259,13 +223,13 @@ def print_answer(answer: dict) -> None:
     print(f'{answer["query"].name} ({answer["class"] or "class unknown"}):{answer["note"] and " "}{answer["note"]}')
     for rank, found in enumerate(answer['retrieved'], start=1):
         mark = {True: 'same class', False: 'other class', None: ''}[found['correct']]
-        print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"]}  {mark}'.rstrip())
+        print(f'  {rank:3d}  {found["similarity"]:.4f}  {found["image"]}  {found["class"] or ""}  {mark}'.rstrip())
 
 
-def report_lost(answers: list[dict], root: Path) -> None:
+def report_lost(answers: list[dict]) -> None:
     """Say how many of the images of some answers are no longer there."""
     paths = {path for answer in answers for path in
-             (answer['query'], *(image_file(root, found['image']) for found in answer['retrieved']))}
+             (answer['query'], *(found['file'] for found in answer['retrieved']))}
     lost = sorted(str(path) for path in paths if not load_tile(path, 8)[1])
     if lost:
         print(f'{len(lost)} of {len(paths)} images are missing or broken and drawn grey, the first: {lost[0]}')
@@ -275,10 +239,10 @@ def main() -> None:
     """Look up, print and draw what the command line names."""
     args = get_args()
     run = open_run(args.data_base, args.results_dir, args.data_path)
-    data_base, root, results = run.data_base, run.root, Path(args.results_dir)
+    data_base, results = run.data_base, Path(args.results_dir)
     if args.num_queries is None:
-        queries = [find_query(name, data_base, root) or Path(name) for name in args.query_img_name]
-        notes = [''] * len(queries)
+        queries = [find_query(name, run) or Path(name) for name in args.query_img_name]
+        notes = [None] * len(queries)
     else:
         ranked = rank_queries(data_base, args.binary)
         chosen = choose_queries(ranked, args.select, args.num_queries, args.seed or 0)
@@ -286,18 +250,18 @@ def main() -> None:
         # Negatives before it, and one for itself; a tie is drawn in the middle.
         notes = [f'first hit at rank {ranked["rank"][index].item() + 1:g}' for index in chosen]
     device = select_device(args.device)
-    answers = [{**look_up(query, run, args.retrieval_num, args.binary, device), 'note': note}
-               for query, note in zip(queries, notes, strict=True)]
+    answers = [look_up(query, run, args.retrieval_num, args.binary, device) for query in queries]
+    answers = [answer | ({} if note is None else {'note': note}) for answer, note in zip(answers, notes, strict=True)]
     for answer in answers:
         print_answer(answer)
         if args.num_queries is None:
-            print(write_answers(choose_folder(results, answer['query'].stem, [answer]), [answer], root, singles=True))
+            print(write_answers(choose_folder(results, answer['query'].stem, [answer]), [answer], singles=True))
     if args.num_queries is not None:
-        print(write_answers(results / f'{run.files.name}_{args.select}', answers, root, singles=False))
+        print(write_answers(results / f'{run.files.name}_{args.select}', answers, singles=False))
     elif len(answers) > 1:
         folder = choose_folder(results, f'{answers[0]["query"].stem}_and_{len(answers) - 1}_more', answers)
-        print(write_answers(folder, answers, root, singles=False))
-    report_lost(answers, root)
+        print(write_answers(folder, answers, singles=False))
+    report_lost(answers)
     tell_changes(run)
 
 

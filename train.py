@@ -26,8 +26,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from settings import get_runs
-from utils import run_script
+from settings import PML, get_runs
+from utils import parse_keywords, run_script
 
 if __name__ == '__main__':  # --help and mistakes need not wait for the imports below
     COMMAND = run_script(lambda: get_runs(description=__doc__))
@@ -35,6 +35,7 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from begin import Start, claim_run, fingerprint, load_checkpoint, restore, settings_of, start_from
@@ -47,6 +48,7 @@ from engine.processes import (first_process_first, progress, select_device, star
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
 from evaluate import make_data_base, measure, use_amp
+from metrics import measure_absent
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
 from recipes import MOMENTUM
@@ -64,6 +66,7 @@ class Learner:
     device: torch.device
     amp: bool = False  # compute the network in bfloat16
     clip_value: float = 0.0  # clip each gradient entry to +-value; 0 is off
+    average: AveragedModel | None = None  # of the network's weights, over the steps
 
 
 def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[str, float]:
@@ -98,6 +101,8 @@ def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[st
         if learner.clip_value:
             nn.utils.clip_grad_value_(parameters, learner.clip_value)
         optimizer.step()
+        if learner.average is not None:
+            learner.average.update_parameters(network)
 
         totals[:3] += torch.stack([loss.detach(), criterion.accuracy, totals.new_ones(())]) * criterion.num_samples
         totals[3] += totals[0].isfinite()  # the steps until the loss was not finite
@@ -111,8 +116,7 @@ def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[st
 
 def describe_failure(step: int, loader: DataLoader, optimizer: torch.optim.Optimizer) -> str:
     """Say in which step of an epoch the loss was not finite, with which learning rates and images."""
-    rates = ' and '.join(f'{group["lr"]:g} ({what})' for group, what in zip(
-        optimizer.param_groups, ('network', 'proxies'), strict=False))  # moving proxies have no rate
+    rates = ' and '.join(f'{group["lr"]:g} ({group["role"]})' for group in optimizer.param_groups)
     batch = list(loader.batch_sampler)[step - 1]
     images = ', '.join(loader.dataset.images[index] for index in batch[:4])
     return (f'the loss is not finite in step {step} of this epoch, at a learning rate of {rates}, '
@@ -164,12 +168,21 @@ class Training:
     seen: list  # names of the classes trained on, here or before --init
     floor: float | None  # R@1 of the untouched trunk
 
+    @property
+    def measured(self) -> EmbeddingNet:
+        """The network that is measured and saved: with --ema that of the averaged weights."""
+        return self.learner.average.module if self.learner.average else self.model
+
 
 def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """Build the optimizer of the network and, at a rate of their own, of proxies that learn."""
-    groups = [{'params': list(model.parameters()), 'lr': args.lr}]
+    """Build the optimizer of the network and, at rates of their own, of the trunk and of proxies that learn."""
+    groups = [{'role': 'network', 'params': list(model.parameters()), 'lr': args.lr}]
+    if args.trunk_lr != args.lr:
+        trunk = {id(parameter) for parameter in model.trunk.parameters()}
+        groups[0]['params'] = [parameter for parameter in model.parameters() if id(parameter) not in trunk]
+        groups.append({'role': 'trunk', 'params': list(model.trunk.parameters()), 'lr': args.trunk_lr})
     if list(criterion.parameters()):  # moving proxies are none
-        groups.append({'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
+        groups.append({'role': 'proxies', 'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
     kind, more = {'adamw': (torch.optim.AdamW, {}), 'adam': (torch.optim.Adam, {}),
                   'sgd': (torch.optim.SGD, {'momentum': 0.9})}[args.optimizer_type]
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **more)
@@ -192,11 +205,20 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     with first_process_first():
         model = EmbeddingNet(config, weights)
     model = model.to(device, memory_format=torch.channels_last)
-    criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
-                          proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                          margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies).to(device)
+    if args.base_loss.startswith(PML):
+        from pml_losses import PmlLoss
+
+        criterion = PmlLoss(args.base_loss.removeprefix(PML), parse_keywords(args.loss_args), miner=args.miner,
+                            miner_arguments=parse_keywords(args.miner_args), num_classes=num_classes,
+                            feature_dim=model.feature_dim).to(device)
+    else:
+        criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
+                              proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
+                              margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
+                              synthesis=args.synthesis).to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
-                          args.clip_value)
+                          args.clip_value, average)
 
 
 def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Training:
@@ -271,16 +293,16 @@ def wrap_network(training: Training, frozen: bool) -> None:
 
 def run_epoch(training: Training, epoch: int) -> DataBase:
     """Train an epoch, measure it, add its row to the statistics, and return the data base of its test images."""
-    args, model, learner = training.args, training.model, training.learner
+    args, model, learner = training.args, training.measured, training.learner
     learner.criterion.synchronise()
     training.loader.dataset.set_epoch(epoch)
     training.loader.batch_sampler.set_epoch(epoch)
-    rates = [group['lr'] for group in learner.optimizer.param_groups]
+    rates = {group['role']: group['lr'] for group in learner.optimizer.param_groups}
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
     amp = use_amp(args.amp, learner.device)
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
-    row = {'epoch': epoch, **trained, 'lr': rates[0], 'proxy_lr': rates[-1] if len(rates) > 1 else 0.0,
+    row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),
            **flatten(measure(data_base, args.recalls, learner.device))}
     if training.floor is not None:
         row['epoch0_R@1'] = training.floor
@@ -306,15 +328,16 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         for file in training.start.replaced:
             file.unlink(missing_ok=True)
     if chosen_epoch(rows) is rows[-1]:
-        save({'config': asdict(model.config), 'state_dict': model.state_dict(), 'seen_classes': training.seen,
-              **made_by}, files.model)
-        data_base.origin = {**made_by, 'seen_classes': training.seen}
-        data_base.proxies = {'train_proxies': nn.functional.normalize(proxies, dim=-1).cpu(),
-                             'train_class_names': training.loader.dataset.class_names}
+        told = {'seen_classes': training.seen, 'absent': measure_absent(*data_base.tensors()), **made_by}
+        save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(), **told}, files.model)
+        data_base.origin, data_base.proxies = told, {'train_class_names': training.loader.dataset.class_names}
+        if proxies is not None:
+            data_base.proxies['train_proxies'] = nn.functional.normalize(proxies, dim=-1).cpu()
         data_base.save(files.data_base)
     save_statistics(rows, settings, files.statistics, training.made_with)
     save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
           'schedule': training.schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
+          'average': training.learner.average and training.learner.average.state_dict(),
           'split': fingerprint(training.data.split), 'version': CHECKPOINT_VERSION, **made_by}, files.checkpoint)
 
 
@@ -322,7 +345,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
     """Train one run as the command line says; returns the rows of its statistics."""
     training = prepare(args, start, device)
     rows, num_classes = training.rows, len(training.data.split['train'])
-    print(f'{args.run}: recipe {args.recipe}, {args.base_loss} with proxies moved by {args.proxy_update}; '
+    moved = '' if args.base_loss.startswith(PML) else f' with proxies moved by {args.proxy_update}'
+    print(f'{args.run}: recipe {args.recipe}, {args.base_loss}{moved}; '
           f'{len(training.loader.dataset):,} images of {num_classes:,} classes; {device}, '
           f'{"bfloat16" if training.learner.amp else "float32"}')
     if args.warm_up >= args.num_epochs:
@@ -334,7 +358,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
             wrap_network(training, frozen=epoch <= args.warm_up)
         save_epoch(training, run_epoch(training, epoch))
         log.add(rows)
-        if epoch > args.warm_up + 1:  # from random weights the whole network may start at chance
+        has_proxies = training.learner.criterion.all_proxies() is not None
+        if epoch > args.warm_up + 1 and has_proxies:  # from random weights the whole network may start at chance
             check_collapse(rows[-1], num_classes, args)
     if world_rank() == 0:
         from plot import draw_curves  # half a second, most of it pandas, before the first batch

@@ -1,5 +1,6 @@
 """What the scripts share: how they end, pieces of their command lines, the style of their pictures."""
 import argparse
+import ast
 import os
 import re
 import signal
@@ -116,6 +117,31 @@ seed_list = parser_of_numbers(int, lambda values: len(set(values)) == len(values
 def user_path(text: str) -> str:
     """Parse a path: `~` is the home folder, where a shell has not replaced it already, as in `--output=~/x.png`."""
     return os.path.expanduser(text)
+
+
+def parse_keywords(text: str) -> dict:
+    """Parse `margin=0.2,kind=hard,sizes=[1,2]` to keyword arguments: Python's literals, and bare words as text.
+
+    Raises:
+        ValueError: if it is nothing of the kind.
+    """
+    try:
+        call = ast.parse(f'f({text})', mode='eval').body
+        if call.args or not all(keyword.arg for keyword in call.keywords):
+            raise ValueError
+        return {argument.arg: argument.value.id if isinstance(argument.value, ast.Name) else
+                ast.literal_eval(argument.value) for argument in call.keywords}
+    except (SyntaxError, ValueError, AttributeError, MemoryError, RecursionError):
+        raise ValueError(f'{text!r} must be A=1,B=2, names and values') from None
+
+
+def keyword_text(text: str) -> str:
+    """Parse a flag that holds keyword arguments, and leave it as it is."""
+    try:
+        parse_keywords(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+    return text
 
 
 def switch(text: str) -> bool:

@@ -5,6 +5,7 @@ the one, begin.py goes on from the other. PyTorch and pandas are imported
 where they are used.
 """
 import contextlib
+import hashlib
 import json
 import platform
 import re
@@ -201,6 +202,21 @@ def check_seen(seen, measured: list[str], allowed: bool) -> list[str]:
     return both
 
 
+ORIGIN = ('args', 'epoch', 'made_with', 'seen_classes', 'absent')  # what models and data bases say of their making
+
+
+def absent_threshold(origin: dict, rate: float = 0.05) -> float | None:
+    """Return the similarity above which this share of queries whose class is absent would still be answered.
+
+    It is what metrics.absent_thresholds found for the run; None where a file does not say it.
+    """
+    rows = origin.get('absent')
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and row.get('rate') == rate and type(row.get('threshold')) is float:
+            return row['threshold']
+    return None
+
+
 # ---------------------------------------------------- data base ----------------------------------------------------
 class Subset(NamedTuple):
     """Embedded images: paths below the data set's folder, labels (n,) int64, features (n, D) unit rows."""
@@ -211,15 +227,30 @@ class Subset(NamedTuple):
 
 
 @dataclass
+class Sources:
+    """Where the images of a collection are from, and what their files were when they were embedded."""
+
+    folders: list[str]  # absolute
+    numbers: 'torch.Tensor'  # (n,) int64, the folder of each image
+    times: 'torch.Tensor'  # (n,) int64, of their last change, ns; their sizes are those of the data base
+    fingerprint: str  # of the model
+    broken: dict[str, list[int]]  # files that could not be read, and their size and time
+
+
+@dataclass
 class DataBase:
-    """The embedded test images (queries) and the gallery, where there is one, with the names of their classes."""
+    """The embedded test images (queries) and the gallery, where there is one, with the names of their classes.
+
+    An image of label -1 has no class: in the data base of a run there is none.
+    """
 
     class_names: list[str]  # by label
     test: Subset
     gallery: Subset | None = None  # what queries are searched in; without it, in each other
-    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes
+    origin: dict = field(default_factory=dict)  # the run's args, epoch, made_with, seen_classes, absent
     proxies: dict = field(default_factory=dict)  # train_proxies (C, D) and train_class_names
     sizes: dict = field(default_factory=dict)  # subset -> bytes of its image files, by which a changed one is known
+    sources: Sources | None = None  # of a collection, which embed.py made
 
     @property
     def subsets(self) -> dict[str, Subset]:
@@ -231,18 +262,83 @@ class DataBase:
         """The name of the subset that queries are searched in."""
         return 'test' if self.gallery is None else 'gallery'
 
+    def class_of(self, label: int) -> str | None:
+        """Return the name of a class, None for the label -1."""
+        return self.class_names[label] if label >= 0 else None
+
     def tensors(self, device=None) -> tuple:
-        """Return query features and labels, then those of the gallery or None, as `retrieval_metrics` takes them."""
-        gallery = self.gallery or Subset([], None, None)
-        return tuple(tensor if tensor is None else tensor.to(device) for tensor in (
-            self.test.features, self.test.labels, gallery.features, gallery.labels))
+        """Return query features and labels, then those of the gallery or None, as `retrieval_metrics` takes them.
+
+        Images without a class are left out.
+
+        Raises:
+            UserError: if no image has a class.
+        """
+        found = []
+        for subset in (self.test, self.gallery):
+            if subset is not None and not (subset.labels >= 0).any():
+                raise UserError('no image of this data base has a class, so that there is nothing to measure; embed '
+                                'the images again with --labels')
+            known = slice(None) if subset is None or (subset.labels >= 0).all() else subset.labels >= 0
+            found += [None, None] if subset is None else [subset.features[known], subset.labels[known]]
+        found = [tensor.float() if tensor is not None and tensor.element_size() == 2 else tensor for tensor in found]
+        return tuple(tensor if tensor is None else tensor.to(device) for tensor in found)
 
     def save(self, path: Path) -> None:
         """Save as a plain dict: class_names, test_images, test_labels, test_features, gallery_..., train_..., args."""
         subsets = {f'{name}_{part}': value for name, subset in self.subsets.items()
                    for part, value in subset._asdict().items()}
         sizes = {f'{name}_sizes': value for name, value in self.sizes.items()}
-        save({'class_names': self.class_names, **subsets, **sizes, **self.proxies, **self.origin}, path)
+        known = {} if self.sources is None else {key: getattr(self.sources, name) for name, key in SOURCES.items()}
+        save({'class_names': self.class_names, **subsets, **sizes, **self.proxies, **self.origin, **known}, path)
+
+
+# The names in a file of what Sources holds.
+SOURCES = {'folders': 'folders', 'numbers': 'test_folders', 'times': 'test_times', 'fingerprint': 'model_fingerprint',
+           'broken': 'broken'}
+
+
+def fingerprint_of(config: dict, state_dict: dict) -> str:
+    """Return a hash that two models share where they are built alike and have the same weights, hexadecimal."""
+    import torch
+
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(state_dict.items()):
+        found.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def are_stamps(value) -> bool:
+    """Tell whether a value is {file: [bytes, time in ns]}."""
+    return type(value) is dict and are_texts(list(value)) and all(
+        type(stamp) is list and list(map(type, stamp)) == [int, int] for stamp in value.values())
+
+
+def load_sources(contents: dict, path: Path) -> Sources | None:
+    """Return what the contents of a data base say of where its images are from; None for that of a run.
+
+    Raises:
+        UserError: if that cannot be used.
+    """
+    import torch
+
+    if 'folders' not in contents:
+        return None
+    count = len(contents['test_images'])
+
+    def is_column(value) -> bool:
+        return value.layout == torch.strided and value.dtype == torch.int64 and value.shape == (count,)
+
+    check_fields(contents, {
+        'folders': lambda folders: are_texts(folders) and all(
+            Path(folder).is_absolute() and '\0' not in folder and '..' not in Path(folder).parts for folder in folders),
+        'test_folders': lambda numbers: is_column(numbers) and int(numbers.min()) >= 0
+        and int(numbers.max()) < len(contents['folders']),
+        'test_times': is_column, 'test_sizes': lambda sizes: type(sizes) is list and len(sizes) == count
+        and all(type(size) is int for size in sizes),
+        'model_fingerprint': str, 'broken': are_stamps}, path, 'collection')
+    return Sources(**{name: contents[key] for name, key in SOURCES.items()})
 
 
 def is_features(value, count: int, dim: int) -> bool:
@@ -252,6 +348,14 @@ def is_features(value, count: int, dim: int) -> bool:
     return (torch.is_tensor(value) and value.layout == torch.strided and value.device.type == 'cpu'
             and value.is_contiguous() and not value.requires_grad and value.is_floating_point()
             and value.shape == (count, dim) and dim > 0)
+
+
+def longest_row(features) -> float:
+    """Return the largest norm of the rows of features (n, D), those that are not finite left out."""
+    import torch
+
+    norms = (torch.linalg.vector_norm(part.double(), dim=1) for part in features.split(2**14))  # a part: memory
+    return max(norm.nan_to_num(nan=0.0).amax().item() for norm in norms)
 
 
 def load_data_base(path: str | Path) -> DataBase:
@@ -272,17 +376,18 @@ def load_data_base(path: str | Path) -> DataBase:
         check_fields(contents, {
             f'{name}_images': lambda images, count=count: 0 < count == len(images),
             f'{name}_labels': lambda labels, count=count: labels.layout == torch.strided and labels.is_contiguous()
-            and labels.dtype == torch.int64 and labels.shape == (count,) and int(labels.min()) >= 0
+            and labels.dtype == torch.int64 and labels.shape == (count,) and int(labels.min()) >= -1
             and int(labels.max()) < len(names),
             f'{name}_features': lambda features, count=count: is_features(features, count, dim)}, path, 'data base')
         subset = Subset(*(contents[f'{name}_{part}'] for part in Subset._fields))
-        if (torch.linalg.vector_norm(subset.features.double(), dim=1) > 1.01).any():  # metrics.py counts those of NaN
+        if longest_row(subset.features) > 1.01:  # metrics.py counts those of NaN
             raise UserError(f'{path}: the {name} features are no unit rows, so that their products are no cosines; '
                             'train again')
         check_paths(path, subset.images)
         subsets[name] = subset
     parts = [{key: contents[key] for key in keys if key in contents} for keys in (
-        ('args', 'epoch', 'made_with', 'seen_classes'), ('train_proxies', 'train_class_names'))]
+        ORIGIN, ('train_proxies', 'train_class_names'))]
     sizes = {name: found for name, subset in subsets.items()
              if isinstance(found := contents.get(f'{name}_sizes'), list) and len(found) == len(subset.images)}
-    return DataBase(names, **subsets, origin=parts[0], proxies=parts[1], sizes=sizes)
+    return DataBase(names, **subsets, origin=parts[0], proxies=parts[1], sizes=sizes,
+                    sources=load_sources(contents, path))

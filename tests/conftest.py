@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,3 +62,34 @@ def own_car(raw_sets, tmp_path) -> Path:
     """A data path with a converted CARS196 that a test may spoil; the files keep their times."""
     shutil.copytree(raw_sets / 'car', tmp_path / 'own_car' / 'car')
     return tmp_path / 'own_car'
+
+
+@pytest.fixture
+def call_script(monkeypatch, capsys):
+    """Call a script's main in this process as if these words had been typed; returns what it printed."""
+    def call(script, *words):
+        monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, words)])
+        script.main()
+        return capsys.readouterr().out
+    return call
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Keep the figures that are saved, so that a test can look into them."""
+    from matplotlib import pyplot
+
+    import plot
+    import toy
+
+    kept = []
+
+    def keep(figure, target, dpi=0):
+        kept.append(figure)
+        return target
+
+    monkeypatch.setattr(plot, 'save_figure', keep)
+    monkeypatch.setattr(toy, 'save_figure', keep)
+    yield kept
+    for figure in kept:
+        pyplot.close(figure)

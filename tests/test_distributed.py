@@ -12,6 +12,7 @@ import model
 from engine.errors import UserError
 from engine.processes import check_same, gather_rows, shard, world_rank, world_size
 from model import make_loss
+from pml_losses import PmlLoss
 from recipes import LOSSES, PROXY_UPDATES
 
 C, D, IMAGE = 5, 4, 6
@@ -21,6 +22,9 @@ LABELS = torch.tensor([[3, 0, 3, 1, 3, 0, 1], [0, 0, 0, 4, 4, 1, 0], [1, 1, 1, 1
 OPTIMIZERS = {'sgd': lambda groups: torch.optim.SGD(groups, momentum=0.9), 'adam': torch.optim.AdamW}
 SHARDED = [name for name, entry in LOSSES.items() if getattr(model, entry.class_name).negatives != 'matrix']
 CASES = [*itertools.product(SHARDED, PROXY_UPDATES, ['adam']), ('arc_face', 'gradient', 'sgd')]
+# Losses whose proxies are not shared out: of pytorch-metric-learning, with a miner that draws, and synthetic classes.
+WHOLE = [('pml:ProxyAnchorLoss', 'gradient', 'adam'), ('pml:TripletMarginLoss', 'gradient', 'adam'),
+         ('synthesis', 'positive', 'adam')]
 SECONDS = 90  # until processes that wait for each other are ended
 
 
@@ -29,7 +33,14 @@ def build(name: str, rule: str, optimizer: str, shard_proxies: bool):
     """Build a small network, a loss and an optimizer; the same values in any number of processes."""
     torch.manual_seed(0)
     network = torch.nn.Linear(IMAGE, D).double()
-    criterion = make_loss(name, num_classes=C, feature_dim=D, proxy_update=rule, shard_proxies=shard_proxies).double()
+    sizes = {'num_classes': C, 'feature_dim': D}
+    if name.startswith('pml:'):
+        miner = 'DistanceWeightedMiner' if name == 'pml:TripletMarginLoss' else ''
+        criterion = PmlLoss(name.removeprefix('pml:'), {}, miner=miner, miner_arguments={}, **sizes).double()
+    elif name == 'synthesis':
+        criterion = make_loss('proxy_anchor', **sizes, proxy_update=rule, synthesis=1.0).double()
+    else:
+        criterion = make_loss(name, **sizes, proxy_update=rule, shard_proxies=shard_proxies).double()
     groups = [{'params': list(network.parameters()), 'lr': 0.05}, {'params': list(criterion.parameters()), 'lr': 0.5}]
     return network, criterion, OPTIMIZERS[optimizer]([group for group in groups if group['params']])
 
@@ -60,7 +71,7 @@ def run_case(case: tuple, shard_proxies: bool) -> dict:
 
 
 def run_all(shard_proxies: bool) -> dict:
-    return {case: run_case(case, shard_proxies) for case in CASES}
+    return {case: run_case(case, shard_proxies) for case in (CASES if shard_proxies else CASES + WHOLE)}
 
 
 def resume(shard_proxies: bool) -> dict:
@@ -196,6 +207,6 @@ def test_in_one_process_sharding_changes_nothing(alone):
 
 
 def test_more_processes_than_classes_are_refused(monkeypatch):
-    monkeypatch.setattr('model.world_size', lambda: C + 1)
+    monkeypatch.setattr('proxies.world_size', lambda: C + 1)
     with pytest.raises(UserError, match='--shard_proxies'):
         make_loss('proxy_anchor', num_classes=C, feature_dim=D, shard_proxies=True)

@@ -65,10 +65,11 @@ def test_what_is_exported_embeds_any_number_of_images_as_the_model_does(run, exp
             torch.testing.assert_close(network(images(number)), expected, rtol=0, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize('name', ['timm:test_efficientnet', 'timm:test_vit', 'resnet18'])
-def test_depthwise_convolutions_tokens_and_bgr_come_through(name):
+@pytest.mark.parametrize(('name', 'pooling'), [('timm:test_efficientnet', 'gem'), ('timm:test_vit', 'cls'),
+                                               ('resnet18', 'avg_max')])
+def test_depthwise_convolutions_tokens_and_bgr_come_through(name, pooling):
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig(name, 7, image_size=32), 'none').eval()
+    model = EmbeddingNet(NetConfig(name, 7, pooling, image_size=32), 'none').eval()
     model.bgr = name == 'resnet18'  # as BN-Inception, in a fifth of its time
     with torch.no_grad():
         for layer in model.modules():

@@ -23,7 +23,7 @@ import engine.similarities
 import metrics
 from engine import counting, processes
 from engine.similarities import Pairs, Similarities
-from metrics import plain_metrics, retrieval_metrics
+from metrics import measure_absent, plain_metrics, retrieval_metrics
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import LOSSES, PROXY_UPDATES
 
@@ -44,13 +44,15 @@ def place(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize(('training', 'synthesis'), [(True, 0.0), (True, 0.5), (False, 0.0)])
 @pytest.mark.parametrize('rule', PROXY_UPDATES)
 @pytest.mark.parametrize('loss_name', LOSSES)
-def test_every_loss_with_every_rule_stays_on_its_device(loss_name, rule, training, monkeypatch):
+def test_every_loss_with_every_rule_stays_on_its_device(loss_name, rule, training, synthesis, monkeypatch):
     monkeypatch.setitem(engine.similarities.SIMILARITIES_AT_ONCE, 'cuda', 12)  # in several blocks
+    monkeypatch.setattr(torch.distributions.Distribution, '_validate_args', False)  # it looks at numbers
     mode = FakeTensorMode()
-    criterion = place(make_loss(loss_name, num_classes=7, feature_dim=5, proxy_update=rule), mode).train(training)
+    criterion = make_loss(loss_name, num_classes=7, feature_dim=5, proxy_update=rule, synthesis=synthesis)
+    criterion = place(criterion, mode).train(training)
     with mode:
         embeddings = torch.empty(6, 5, device=GPU, requires_grad=True)
         loss = criterion(embeddings, torch.zeros(6, dtype=torch.int64, device=GPU))
@@ -85,7 +87,7 @@ def test_the_gradient_of_the_similarities_stays_on_its_device(negatives, monkeyp
 
 @pytest.mark.parametrize(('name', 'pooling'), [
     ('resnet18', 'max'), ('googlenet', 'avg_max'), ('inception', 'avg'), ('timm:test_efficientnet', 'max'),
-    ('timm:test_vit', 'cls')])
+    ('timm:test_vit', 'cls'), ('timm:test_resnet', 'gem')])
 def test_every_kind_of_trunk_embeds_on_its_device(name, pooling):
     mode = FakeTensorMode()
     network = place(EmbeddingNet(NetConfig(name, 5, pooling, image_size=64), 'none'), mode).train()
@@ -97,7 +99,7 @@ def test_every_kind_of_trunk_embeds_on_its_device(name, pooling):
 
 
 def test_a_tensor_on_the_wrong_device_is_seen(monkeypatch):
-    monkeypatch.setattr('model.row_of', lambda labels, classes: (torch.zeros(6, dtype=torch.int64), labels >= 0))
+    monkeypatch.setattr('proxies.row_of', lambda labels, classes: (torch.zeros(6, dtype=torch.int64), labels >= 0))
     mode = FakeTensorMode()
     criterion = place(make_loss('proxy_nca', num_classes=7, feature_dim=5, proxy_update='momentum'), mode)
     with mode, pytest.raises(RuntimeError, match='device'):
@@ -184,7 +186,9 @@ def test_metrics_on_a_gpu_are_those_of_the_definition(binary, gallery, monkeypat
         placed = [tensor.to(GPU) for tensor in arguments]
         assert {tensor.device for tensor in placed} == {GPU}
         found = retrieval_metrics(*placed, recalls=(1, 5, 20), binary=binary)
+        absent = measure_absent(*placed)
     assert found == pytest.approx(expected, abs=1e-9)
+    assert absent == measure_absent(*arguments)
 
 
 def test_metrics_with_a_tensor_on_the_wrong_device_are_seen(monkeypatch):

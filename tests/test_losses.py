@@ -7,6 +7,7 @@ from pytorch_metric_learning import losses as reference
 from torch.nn import functional as F
 
 import model
+import proxies as proxies_module
 from engine import similarities
 from engine.errors import UserError
 from model import make_loss
@@ -42,18 +43,28 @@ def proxy_anchor_loop(s, labels, alpha=32.0, delta=0.1):
     positive = sum(torch.log(1 + sum(torch.exp(-alpha * (s[i][c] - delta)) for i, y in enumerate(labels) if y == c))
                    for c in present) / len(present)
     negative = sum(torch.log(1 + sum((torch.exp(alpha * (s[i][c] + delta)) for i, y in enumerate(labels) if y != c),
-                                     start=torch.zeros((), dtype=torch.float64))) for c in range(C)) / C
+                                     start=torch.zeros((), dtype=torch.float64))) for c in range(len(s[0]))) / len(s[0])
     return positive + negative
 
 
 def balanced_proxy_loop(s, labels, alpha=32.0, delta=0.1):
     total = 0
-    for c in range(C):
+    for c in range(len(s[0])):
         positive = [torch.exp(-alpha * (s[i][c] - delta)) for i, y in enumerate(labels) if y == c]
         negative = [torch.exp(alpha * (s[i][c] + delta)) for i, y in enumerate(labels) if y != c]
         mean = sum(sum(terms) / len(terms) for terms in (positive, negative) if terms)
         total = total + torch.log(1 + mean)
-    return total / C
+    return total / len(s[0])
+
+
+def balanced_proxy_split_loop(s, labels, alpha=32.0, delta=0.1):
+    first, second = [], []
+    for c in range(len(s[0])):
+        positive = [torch.exp(-alpha * (s[i][c] - delta)) for i, y in enumerate(labels) if y == c]
+        negative = [torch.exp(alpha * (s[i][c] + delta)) for i, y in enumerate(labels) if y != c]
+        first += [torch.log(1 + sum(positive) / len(positive))] if positive else []
+        second += [torch.log(1 + sum(negative) / len(negative))] if negative else []
+    return sum(first) / len(first) + sum(second) / len(s[0])
 
 
 def normalized_softmax_loop(s, labels):
@@ -78,6 +89,7 @@ def arc_face_loop(s, labels):
 
 
 LOOPS = {'proxy_anchor': proxy_anchor_loop, 'balanced_proxy': balanced_proxy_loop, 'proxy_nca': proxy_nca_loop,
+         'balanced_proxy_split': balanced_proxy_split_loop,
          'normalized_softmax': normalized_softmax_loop, 'cos_face': cos_face_loop, 'arc_face': arc_face_loop}
 
 
@@ -322,7 +334,7 @@ def test_a_shard_starts_with_the_rows_that_all_proxies_would_have(monkeypatch):
     """Across the 65,536 rows that are drawn at a time."""
     torch.manual_seed(0)
     whole = make_loss('proxy_anchor', num_classes=2**16 + 5, feature_dim=3, proxy_init='kaiming').proxies
-    monkeypatch.setattr(model, 'shard', lambda count: range(2**16 - 2, 2**16 + 3))
+    monkeypatch.setattr(proxies_module, 'shard', lambda count: range(2**16 - 2, 2**16 + 3))
     torch.manual_seed(0)
     part = make_loss('proxy_anchor', num_classes=2**16 + 5, feature_dim=3, proxy_init='kaiming', shard_proxies=True)
     torch.testing.assert_close(part.proxies, whole[2**16 - 2:2**16 + 3], rtol=0, atol=0)

@@ -184,7 +184,7 @@ def test_zero_shot_measures_a_bare_trunk(raw_sets, tmp_path):
                           '--recalls', '1,2', '--json')
     assert result.returncode == 0, result.stderr
     metrics = json.loads(result.stdout)
-    assert metrics.keys() == {'dense', 'measured_on'}
+    assert metrics.keys() == {'dense', 'absent', 'measured_on'}
     assert metrics['dense']['queries'] == 6
 
 

@@ -1,0 +1,190 @@
+"""What a training can add to any loss: synthetic classes, averaged weights, learned pooling, rates of their own."""
+import pytest
+import torch
+from test_losses import LOOPS, C, D, N, assert_same, build, loop_similarity, make_batch
+from test_scripts import NAME, TINY, train
+from torch.nn import functional as F
+
+import proxies as proxies_module
+from engine.errors import UserError
+from model import EmbeddingNet, NetConfig
+from proxies import ProxyConfig, ProxyLoss, synthesise
+from recipes import LOSSES, PROXY_UPDATES
+from settings import get_runs
+
+LABELS = torch.tensor([3, 0, 3, 1, 3, 0, 1])
+
+
+# ---------------------------------------------------- synthetic classes ----------------------------------------------
+def test_a_synthetic_class_lies_between_two_samples_and_between_their_proxies_at_one_share_a_step():
+    embeddings, proxies = make_batch(0)
+    unit, partners = F.normalize(proxies, dim=-1), set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        samples, centres = synthesise(embeddings.detach(), proxies, LABELS, 1.0)
+        assert samples.shape == centres.shape == (N, D)
+        torch.manual_seed(seed)
+        torch.rand(2 * N)
+        share = torch.distributions.Beta(0.4, 0.4).sample().double()
+        mixed = {}  # (i, j): normalize(l x_i + (1 - l) x_j)
+        for i in range(N):
+            for j in range(N):
+                mixed[i, j] = F.normalize(share * embeddings[i] + (1 - share) * embeddings[j], dim=0).detach()
+        for sample, centre in zip(samples, centres, strict=True):
+            i, j = min(mixed, key=lambda pair: float((mixed[pair] - sample).norm()) + (LABELS[pair[0]] == LABELS[
+                pair[1]]) * 1e-12)
+            torch.testing.assert_close(mixed[i, j], sample)
+            expected = F.normalize(share * unit[LABELS[i]] + (1 - share) * unit[LABELS[j]], dim=0)
+            if 1e-3 < share < 1 - 1e-3:
+                assert LABELS[i] != LABELS[j]
+                torch.testing.assert_close(expected, centre)
+                partners.add((i, j))
+    every = {(i, j) for i in range(N) for j in range(N) if LABELS[i] != LABELS[j]}
+    assert partners == every  # any sample of any other class is drawn
+
+
+@pytest.mark.parametrize('rule', PROXY_UPDATES)
+@pytest.mark.parametrize('name', LOSSES)
+def test_the_loss_runs_over_real_and_synthetic_classes(name, rule):
+    embeddings, proxies = make_batch(1)
+    criterion = build(name, proxies, proxy_update=rule, momentum=0.3, synthesis=0.6)
+    torch.manual_seed(4)
+    loss = criterion(embeddings, LABELS)
+    ours = loss, *torch.autograd.grad(loss, embeddings)
+    reference = embeddings.detach().requires_grad_()
+    start = F.normalize(proxies, dim=-1)
+    torch.manual_seed(4)
+    samples, centres = synthesise(reference, start, LABELS, 0.6)
+    assert len(samples) == 4  # 0.6 x 7
+    similarity = loop_similarity([*reference, *samples], [*start, *centres])
+    loss = LOOPS[name](similarity, [*LABELS.tolist(), *range(C, C + 4)])
+    assert_same(ours, (loss, *torch.autograd.grad(loss, reference)))
+    assert criterion.num_samples == N  # the accuracy and the mean loss of an epoch count the images
+    nearest = torch.tensor([[s.item() for s in row] for row in similarity])[:N].argmax(1)
+    assert criterion.accuracy == (nearest == LABELS).float().mean()
+
+
+def test_without_training_there_are_no_synthetic_classes():
+    embeddings, proxies = make_batch(2)
+    criterion = build('proxy_anchor', proxies, synthesis=1.0)
+    criterion(embeddings, LABELS)
+    plain = build('proxy_anchor', proxies)(embeddings, LABELS)
+    assert torch.equal(criterion.eval()(embeddings, LABELS), plain)
+    assert not torch.equal(criterion.train()(embeddings, LABELS), plain)
+
+
+def test_under_the_rule_positive_a_synthetic_class_moves_no_proxy():
+    embeddings, proxies = make_batch(3)
+    criterion = build('normalized_softmax', proxies, proxy_update='positive', synthesis=1.0)
+    criterion(embeddings, torch.tensor([0, 0, 0, 1, 1, 1, 1])).backward()
+    assert criterion.proxies.grad[:2].any(1).all()
+    assert not criterion.proxies.grad[2:].any()
+
+
+def test_a_batch_of_one_class_or_one_image_stays_finite():
+    embeddings, proxies = make_batch(4)
+    for labels in (torch.full((N,), 2), torch.tensor([1])):
+        criterion = build('balanced_proxy', proxies, synthesis=1.0)
+        loss = criterion(embeddings[:len(labels)], labels)
+        loss.backward()
+        assert loss.isfinite()
+        assert criterion.proxies.grad.isfinite().all()
+
+
+def test_synthetic_classes_need_all_proxies_in_one_process(monkeypatch):
+    monkeypatch.setattr(proxies_module, 'world_size', lambda: 2)
+    with pytest.raises(UserError, match=r'--synthesis 0\.5 .* --shard_proxies'):
+        ProxyLoss(ProxyConfig(C, D, scale=1.0, shard_proxies=True, synthesis=0.5))
+
+
+# ---------------------------------------------------- pooling, rates -------------------------------------------------
+def test_gem_is_the_mean_of_powers_and_learns_the_power():
+    network = EmbeddingNet(NetConfig('resnet18', 4, pooling='gem', image_size=32), 'none')
+    features = torch.rand(2, 5, 3, 3, dtype=torch.float64)
+    features[0, 0, 0, 0] = -1.0  # cut off at 1e-6
+    slow = [[(sum(max(float(value), 1e-6) ** 3 for value in channel.flatten()) / 9) ** (1 / 3) for channel in image]
+            for image in features]
+    torch.testing.assert_close(network.pool(features, 'gem').detach(), torch.tensor(slow), rtol=1e-5, atol=1e-6)
+    network.pool(features, 'gem').sum().backward()
+    assert network.power.grad.isfinite()
+    assert network.power.grad != 0
+    network.freeze_trunk(True)
+    assert network.power.requires_grad  # it belongs to the head, which learns in the warm-up
+
+
+@pytest.mark.parametrize(('words', 'trunk', 'proxies'), [
+    (('--lr', '0.2'), 0.2, 20.0), (('--lr', '0.2', '--trunk_lr', '0.01'), 0.01, 20.0),
+    (('--lr', '0.2', '--trunk_lr', '0.01', '--proxy_lr', '3'), 0.01, 3.0)])
+def test_trunk_head_and_proxies_have_their_rates(words, trunk, proxies):
+    from train import build_optimizer
+
+    _, [args] = get_runs(['--recipe', 'proxy_anchor', '--data_name', 'cub', *words])
+    network = EmbeddingNet(NetConfig('resnet18', 4, image_size=32), 'none')
+    criterion = build('proxy_anchor', torch.randn(C, 4))
+    rates = {id(parameter): group['lr'] for group in build_optimizer(network, criterion, args).param_groups
+             for parameter in group['params']}
+    assert len(rates) == len([*network.parameters(), *criterion.parameters()])
+    assert {rates[id(parameter)] for parameter in network.trunk.parameters()} == {trunk}
+    assert rates[id(network.refactor.weight)] == 0.2
+    assert rates[id(criterion.proxies)] == proxies
+
+
+def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_sets, tmp_path):
+    words = ('--recipe', 'transformer', '--backbone_type', 'timm:test_vit', *TINY[2:], '--weights', 'none')
+    result = train(raw_sets, tmp_path, *words, '--num_epochs', 2)
+    assert result.returncode == 0, result.stderr
+    [file] = tmp_path.glob('*_checkpoint.pth')
+    contents = torch.load(file, weights_only=True)
+    assert contents['args']['pooling'] == 'cls'
+    assert contents['args']['trunk_lr'] == pytest.approx(contents['args']['lr'] / 10)
+    assert contents['rows'][1]['lr'] == pytest.approx(contents['rows'][0]['lr'] / 2)  # cosine: half way
+    with pytest.raises(UserError, match='class token'):
+        EmbeddingNet(NetConfig('resnet18', 4, pooling=contents['args']['pooling'], image_size=32), 'none')
+
+
+# ---------------------------------------------------- averaged weights ----------------------------------------------
+EXTRAS = ('--ema', '0.6', '--synthesis', '0.5', '--trunk_lr', '1e-4', '--pooling', 'gem')
+
+
+def test_a_run_saves_the_average_of_its_weights_and_goes_on_bit_for_bit(raw_sets, tmp_path):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    words = (*TINY, *EXTRAS, '--lr_schedule', 'constant')
+    assert train(raw_sets, whole, *words, '--num_epochs', 2).returncode == 0
+    assert train(raw_sets, cut, *words, '--num_epochs', 1).returncode == 0
+    assert train(raw_sets, cut, *words, '--num_epochs', 2, '--resume').returncode == 0
+    ends = [torch.load(folder / f'{NAME}_checkpoint.pth', weights_only=True) for folder in (whole, cut)]
+    for part in ('model', 'average', 'criterion'):
+        for name, value in ends[0][part].items():
+            assert torch.equal(value, ends[1][part][name]), (part, name)
+    model = torch.load(whole / f'{NAME}_model.pth', weights_only=True)
+    if model['epoch'] == 2:
+        assert all(torch.equal(value, ends[0]['average'][f'module.{name}'])
+                   for name, value in model['state_dict'].items())
+    weight = ends[0]['model']['refactor.weight']
+    assert not torch.equal(weight, ends[0]['average']['module.refactor.weight'])
+
+
+def test_each_step_keeps_its_share_of_the_average():
+    from torch import nn
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from train import Learner, train_one_epoch
+
+    class Images(list):
+        batch_sampler = None
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, D), nn.LayerNorm(D, elementwise_affine=False))
+    network.append(nn.Module())
+    network[2].forward = lambda rows: F.normalize(rows, dim=-1)
+    criterion = build('normalized_softmax', torch.randn(C, D, dtype=torch.float32))
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
+    optimizer = torch.optim.SGD([*network.parameters(), *criterion.parameters()], lr=0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(network[0].weight.detach().clone()))
+    batches = Images((torch.randn(4, 3), torch.tensor([0, 1, 2, 3])) for _ in range(3))
+    train_one_epoch(Learner(network, criterion, optimizer, torch.device('cpu'), average=average), batches, '')
+    expected = steps[0]
+    for weight in steps[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    torch.testing.assert_close(average.module[0].weight.detach(), expected)

@@ -1,0 +1,89 @@
+"""Tables over seeds: their numbers, their figure, and that the page of results holds what the committed files say."""
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_pictures import write_run
+
+import plot
+from engine.errors import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+RECALLS = {('proxy_nca', 'momentum'): (60.0, 62.0, 61.0), ('proxy_nca', 'positive'): (50.0, 50.5, 50.1),
+           ('arc_face', 'momentum'): (70.0, 40.0, 55.0)}
+
+
+def write_grid(folder, **settings):
+    for (loss, rule), recalls in RECALLS.items():
+        for seed, recall in enumerate(recalls, start=1):
+            write_run(folder, f'{loss}_{rule}_{seed}', [99.0, recall], loss_name=loss, proxy_update=rule, seed=seed,
+                      remark=f'x{seed}', **settings)
+
+
+def half_interval(values):
+    mean = sum(values) / len(values)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return stats.t.ppf(0.975, len(values) - 1) * deviation / math.sqrt(len(values))
+
+
+def test_a_table_holds_mean_and_half_of_the_interval_over_seeds(tmp_path, figures, call_script):
+    write_grid(tmp_path)
+    printed = call_script(plot, '--table', tmp_path, '--line', 'proxy_update', '--metric', 'dense_R@1')
+    halves = {cell: half_interval(recalls) for cell, recalls in RECALLS.items()}
+    nca = halves['proxy_nca', 'momentum'], halves['proxy_nca', 'positive']
+    assert printed.splitlines()[:4] == [
+        '| loss_name | momentum: R@1, dense (%) | positive: R@1, dense (%) | seeds |', '|---|---|---|---|',
+        f'| proxy_nca | **61.0 ± {nca[0]:.1f}** | 50.2 ± {nca[1]:.1f} | 3 |',
+        f'| arc_face | 55.0 ± {halves["arc_face", "momentum"]:.1f} |  | 3 |']
+    axis = figures[0].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ['arc_face', 'proxy_nca']
+    drawn = {line.get_label(): line for line in axis.containers}
+    assert list(drawn['momentum'][0].get_xdata()) == [61.0, 55.0]
+    low, high = drawn['momentum'][2][0].get_segments()[0][:, 0]
+    assert (low, high) == pytest.approx((61 - nca[0], 61 + nca[0]))
+
+
+def test_a_table_without_columns_of_one_seed_claims_no_interval(tmp_path, figures, call_script):
+    for number, loss in enumerate(('proxy_nca', 'arc_face')):
+        write_run(tmp_path, loss, [60.0 + number, 50.0], loss_name=loss, seed=1)
+    printed = call_script(plot, '--table', tmp_path, '--epoch', 'best', '--metric', 'dense_R@1')
+    assert printed.splitlines()[:4] == ['| loss_name | R@1, dense (%) | seeds |', '|---|---|---|',
+                                        '| arc_face | **61.0** | 1 |', '| proxy_nca | 60.0 | 1 |']
+    assert figures[0].axes[0].get_xlabel() == 'R@1, dense (%), best epoch'
+    assert not np.isnan(figures[0].axes[0].containers[0][2][0].get_segments()[0]).any()
+
+
+def test_runs_of_a_cell_that_differ_in_more_than_their_seed_are_not_averaged(tmp_path, call_script):
+    write_grid(tmp_path)
+    write_run(tmp_path, 'other', [1.0, 2.0], loss_name='proxy_nca', proxy_update='positive', seed=4, batch_size=7)
+    with pytest.raises(UserError, match='proxy_nca positive differ in batch_size'):
+        call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (('--over', 'los'), '--over los is no setting'), (('--line', 'rule'), '--line rule is no setting'),
+    (('--over', 'seed', '--line', 'seed'), 'both seed'), (('--metric', 'dense_R@9'), 'dense_R@9')])
+def test_what_cannot_be_tabulated_is_one_line(words, message, tmp_path, call_script):
+    write_grid(tmp_path)
+    with pytest.raises(UserError, match=message):
+        call_script(plot, '--table', tmp_path, *words)
+
+
+def test_the_same_run_twice_is_refused(tmp_path, call_script):
+    for name in ('one', 'two'):
+        write_run(tmp_path, name, [1.0], loss_name='proxy_nca', seed=1)
+    with pytest.raises(UserError, match='two_statistics.csv has the loss_name and seed of another run'):
+        call_script(plot, '--table', tmp_path)
+
+
+def test_the_page_of_results_holds_what_the_committed_files_say(tmp_path, call_script, monkeypatch):
+    page = (REPOSITORY / 'docs/results.md').read_text(encoding='utf-8')
+    commands = re.findall(r'```bash\npython plot\.py (--table [^\n]*)\n```\n\n(\|.*?)\n\n', page, flags=re.S)
+    monkeypatch.chdir(REPOSITORY)
+    for number, (words, table) in enumerate(commands):
+        printed = call_script(plot, *words.split(), '--output', tmp_path / f'{number}.png')
+        assert table == printed.rsplit('\n', 2)[0].strip(), words
+    assert len(commands) == page.count('python plot.py --table')
