@@ -2,6 +2,7 @@
 # tests, in the same environment.
 # make sweep: R@1 over the momentum of moving proxies, 21 small runs. make -j2 results: all runs of docs/results.md, on
 # CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
+# make gpu: what no test without a GPU can see, as a table, results/gpu.md; ends with 2 where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
@@ -30,7 +31,7 @@ LONG_RUNS := long/balanced_proxy.1 long/proxy_anchor.1 long/positive_proxy.1
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo serve sweep results car-cache test lowest lint clean
+.PHONY: demo serve sweep results car-cache gpu test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -88,6 +89,9 @@ arc_face/%: car-cache
 
 long/%: car-cache
 	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
+
+gpu: .venv/demo
+	$(BIN)/python benchmarks/bench_gpu.py
 
 test: .venv/test
 	$(BIN)/python -m pytest

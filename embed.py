@@ -16,12 +16,11 @@ import csv
 import io
 import os
 import shlex
-import shutil
 import time
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import make_folder, write_atomically
+from engine.files import make_folder, save, write_atomically
 from utils import Parser, add_device_flags, check_between, check_replaceable, run_script, user_path
 
 SAVED_EVERY = 4096  # images
@@ -167,8 +166,7 @@ def open_collection(args) -> FileCollection:
         if fingerprint_of(there['config'], there['state_dict']) != collection.fingerprint:
             raise UserError(f'{copy} is there and another model; move it away, or name another --data_base')
     else:
-        with open(args.model, 'rb') as source:
-            write_atomically(copy, lambda target: shutil.copyfileobj(source, target))
+        save(contents, copy)  # of a file, or of a folder of export.py
     return collection
 
 

@@ -94,7 +94,7 @@ from engine.files import make_folder, write_atomically
 from engine.processes import progress
 from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, seen_classes
 from evaluate import describe_origin, format_table, make_data_base, measure
-from metrics import NUMBERS_OF_QUERIES
+from metrics import NUMBERS_OF_QUERIES, measure_absent
 from model import EmbeddingNet, load_model
 
 CPU = torch.device('cpu')
@@ -357,7 +357,8 @@ def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folde
     settings, results, seen = run['args'], None, []
     if data_base is not None:
         seen = check_seen(seen_classes(run), data_base.class_names, allowed=True)
-        results = {**measure(data_base, tuple(settings['recalls']), CPU), 'measured_on': {
+        results = {**measure(data_base, tuple(settings['recalls']), CPU), 'absent': measure_absent(
+            *data_base.tensors()), 'measured_on': {
             'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
             'classes': len(data_base.class_names), 'seen_classes': len(seen)}}
     metrics = [{'type': f'{kind} {name}', 'value': round(value, 2)} for kind in ('dense', 'binary') if results

@@ -57,7 +57,7 @@ def seeds_step(backbone: str, root, split, args, device):
             self.trunk, self.refactor = network.trunk, network.refactor
 
         def forward(self, images):
-            features = self.trunk(images).amax((2, 3))
+            features = network.pool(self.trunk(images), 'max')
             return F.normalize(self.refactor(F.layer_norm(features, features.shape[-1:])), dim=-1)
 
     model = Net().to(device)

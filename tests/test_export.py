@@ -11,8 +11,8 @@ from torch import nn
 
 import export
 from engine.errors import UserError
-from engine.runs import load_model_file
-from evaluate import measure
+from engine.runs import load_data_base, load_model_file
+from evaluate import embed_images, measure
 from export import (CPU, OnnxNetwork, TorchNetwork, check_equal, first_classes, get_args, quantise, to_onnx, trace)
 from model import EmbeddingNet, NetConfig, load_model
 
@@ -65,10 +65,11 @@ def test_what_is_exported_embeds_any_number_of_images_as_the_model_does(run, exp
             torch.testing.assert_close(network(images(number)), expected, rtol=0, atol=2e-6, msg=name)
 
 
-@pytest.mark.parametrize('name', ['timm:test_efficientnet', 'timm:test_vit', 'resnet18'])
-def test_depthwise_convolutions_tokens_and_bgr_come_through(name):
+@pytest.mark.parametrize(('name', 'pooling'), [('timm:test_efficientnet', 'gem'), ('timm:test_vit', 'cls'),
+                                               ('resnet18', 'avg_max')])
+def test_depthwise_convolutions_tokens_and_bgr_come_through(name, pooling):
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig(name, 7, image_size=32), 'none').eval()
+    model = EmbeddingNet(NetConfig(name, 7, pooling, image_size=32), 'none').eval()
     model.bgr = name == 'resnet18'  # as BN-Inception, in a fifth of its time
     with torch.no_grad():
         for layer in model.modules():
@@ -156,13 +157,29 @@ def test_the_folder_is_read_as_a_model_is(run, exported, raw_sets):
     assert printed[0] == printed[1] != ''
 
 
+def test_the_lines_of_the_card_run_and_embed_py_takes_the_folder(run, exported, raw_sets, tmp_path, monkeypatch):
+    card = (exported[0] / 'hub/README.md').read_text()
+    monkeypatch.chdir(exported[0])
+    for name, image in zip('ab', sorted((raw_sets / 'car/uncropped').iterdir()), strict=False):
+        for folder in (tmp_path / 'new', exported[0]):
+            folder.mkdir(exist_ok=True)
+            (folder / f'{name}.jpg').write_bytes(image.read_bytes())
+    left = {}
+    exec(card.split('```python\n')[1].split('```')[0], left)
+    model, contents = load_model(run / f'{NAME}_model.pth', CPU)
+    assert torch.equal(left['embeddings'], embed_images(model, ['a.jpg', 'b.jpg'], contents))
+    result = type_command(REPOSITORY / 'embed.py', '--model', 'hub', '--images', tmp_path / 'new', '--num_workers', 0,
+                          '--data_base', tmp_path / 'new.pth', cwd=exported[0])
+    assert result.returncode == 0, result.stderr
+    torch.testing.assert_close(load_data_base(tmp_path / 'new.pth').test.features, left['embeddings'])
+
+
 def test_the_card_has_recipe_results_protocol_and_provenance(run, exported):
     yaml = pytest.importorskip('yaml')
     _, front, card = (exported[0] / 'hub/README.md').read_text().split('---\n', 2)
     result = yaml.safe_load(front)['model-index'][0]['results'][0]
     model, contents = load_model(run / f'{NAME}_model.pth', CPU)
     metrics = {metric['type']: metric['value'] for metric in result['metrics']}
-    from engine.runs import load_data_base
     found = measure(load_data_base(run / f'{NAME}_data_base.pth'), (1, 2), CPU)
     assert metrics['dense R@1'] == round(found['dense']['R@1'], 2)
     assert metrics['binary R@2'] == round(found['binary']['R@2'], 2)

@@ -33,7 +33,7 @@ PARSED = [
     ('', 'python report.py', 'takes half a minute where UMAP is installed; tests/test_report.py writes one'),
 ]
 # Targets of make that are not run: they are printed by `make -n`, which parses the Makefile. Those of the demo are run.
-PRINTED_TARGETS = ('test', 'sweep', 'results', 'serve')
+PRINTED_TARGETS = ('test', 'sweep', 'results', 'serve', 'gpu')
 
 
 def name_of(page: Path) -> str:
