@@ -98,15 +98,16 @@ class FileCollection:
                     self.base.class_of(int(test.labels[row])) or '', self.base.sizes['test'][row],
                     int(sources.times[row]))
 
-    def items(self) -> Iterator[Item]:
-        """Yield all images, in the order of the file."""
+    def items(self, folder: str | None = None) -> Iterator[Item]:
+        """Yield all images, or those of a folder, in the order of the file."""
         self.join()
         if self.base is not None:
             sources, names = self.base.sources, [*self.base.class_names, '']  # the label -1 is the last one
             for number, path, label, size, time in zip(
                     sources.numbers.tolist(), self.base.test.images, self.base.test.labels.tolist(),
                     self.base.sizes['test'], sources.times.tolist(), strict=True):
-                yield Item(sources.folders[number], path, names[label], size, time)
+                if folder in (None, sources.folders[number]):
+                    yield Item(sources.folders[number], path, names[label], size, time)
 
     def folders(self) -> list[str]:
         """Return the folders that images are from."""
@@ -152,6 +153,9 @@ class FileCollection:
             return [[] for _ in features]
         self.searched = self.searched or Nearest(self.base.test.features, self.resident)
         return self.searched.search(features, number, binary)
+
+    def close(self) -> None:
+        """Part from the file, which is not held open."""
 
     # ------------------------------------------------ by name ------------------------------------------------------
     def feature(self, number: int) -> torch.Tensor:

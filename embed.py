@@ -7,11 +7,13 @@
     python embed.py --data_base museum.pth --list 'birds/*'
     python embed.py --data_base museum.pth --duplicates 0.98           # pairs above a similarity: a CSV and a sheet
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
+    python embed.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth --images FOLDER
 
 The data base keeps paths relative to --images, whose place it remembers, and lies beside a copy of the model,
 museum_model.pth. It is saved every few thousand images: a call that was cut off, however it was, goes on when it is
 typed again. Files that cannot be read are counted, named and left out.
 """
+import contextlib
 import csv
 import io
 import os
@@ -21,7 +23,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import make_folder, save, write_atomically
-from utils import Parser, add_device_flags, check_between, check_replaceable, run_script, user_path
+from utils import (Parser, add_device_flags, check_between, check_place, check_replaceable, refuse_without_effect,
+                   run_script, user_path)
 
 SAVED_EVERY = 4096  # images
 MOST_NAMED = 5  # broken files in a line
@@ -34,7 +37,10 @@ ACTIONS = ('update', 'remove', 'list', 'duplicates', 'csv', 'npy', 'parquet')
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', type=user_path, metavar='FILE', required=True, help='to make or to change, .pth')
+    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='to make or to change, .pth')
+    parser.add_argument('--qdrant', metavar='URL', help='in place of --data_base: a Qdrant server, or a folder for its '
+                        'embedded mode; --images needs --model then')
+    parser.add_argument('--collection', metavar='NAME', help='of --qdrant')
     parser.add_argument('--model', type=user_path, metavar='FILE', help='RUN_model.pth of a training, or of '
                         'evaluate.py --save; needed for a new data base alone')
     parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images below it, with all its '
@@ -60,7 +66,12 @@ def get_args(argv: list[str] | None = None):
     add_device_flags(parser)
     args = parser.parse_args(argv)
     check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'duplicates': (-1, 1)})
-    if not args.data_base.endswith('.pth'):
+    check_place(args)
+    if args.qdrant is not None:
+        refuse_without_effect(args, dict.fromkeys(('duplicates', 'csv', 'npy', 'parquet'), ' with --qdrant'))
+        if args.images is not None and args.model is None:
+            raise UserError('--qdrant keeps no model: name it with --model')
+    elif not args.data_base.endswith('.pth'):
         raise UserError(f'--data_base {args.data_base} must end in .pth')
     if args.images is None and not any(getattr(args, name) not in (None, False) for name in (*ACTIONS, 'dtype')):
         raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTIONS))
@@ -170,23 +181,36 @@ def open_collection(args) -> FileCollection:
     return collection
 
 
-def load_own_model(args, collection: FileCollection, device: torch.device) -> tuple[EmbeddingNet, dict]:
-    """Load the model beside a data base; returns it and the settings of embedding.
+def open_remote(args):
+    """Open the collection of --qdrant, or begin it with the model."""
+    from remote import QdrantCollection
+
+    if args.model is None:
+        return QdrantCollection(args.qdrant, args.collection)
+    contents = load_model_file(args.model)
+    return QdrantCollection(
+        args.qdrant, args.collection, origin={key: contents[key] for key in ORIGIN if key in contents},
+        fingerprint=fingerprint_of(contents['config'], contents['state_dict']),
+        dim=load_model(args.model, torch.device('cpu'))[0].feature_dim, dtype=DTYPES[args.dtype or 'float32'])
+
+
+def load_own_model(args, collection, device: torch.device) -> tuple[EmbeddingNet, dict]:
+    """Load the model of a collection; returns it and the settings of embedding.
 
     Raises:
         UserError: if it is gone, or another one.
     """
-    file = RunFiles.beside(Path(args.data_base)).model
+    file = Path(args.model) if args.qdrant else RunFiles.beside(Path(args.data_base)).model
     if not file.is_file():
         raise UserError(f'the model {file} of this data base is gone; name it with --model')
     model, contents = load_model(file, device)
     if fingerprint_of(contents['config'], contents['state_dict']) != collection.fingerprint:
-        raise UserError(f'{file} is not the model that embedded {args.data_base}; put that one back')
+        raise UserError(f'{file} is not the model that embedded {args.data_base or args.collection}; put that one back')
     given = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
     return model, {**contents['args'], **given}
 
 
-def add_folder(args, collection: FileCollection) -> list[Item]:
+def add_folder(args, collection) -> list[Item]:
     """Return the images of --images that are to be embedded; those that are there get the classes of --labels."""
     folder, below = place_of(Path(args.images), collection.folders())
     found, left_out = find_images(Path(folder, below))
@@ -195,7 +219,7 @@ def add_folder(args, collection: FileCollection) -> list[Item]:
     if not found:
         raise UserError(f'--images {args.images} holds no images{f" (but {others})" if others else ""}')
     labels = read_labels(args.labels, list(found), folder)
-    known = {item.path: item for item in collection.items() if item.folder == folder}
+    known = {item.path: item for item in collection.items(folder)}
     new = [Item(folder, path, (labels or {}).get(path, known[path].label if path in known else ''), *stamp)
            for path, stamp in found.items() if (path not in known or known[path][3:] != stamp)
            and collection.broken.get(f'{folder}/{path}') != list(stamp)]
@@ -209,7 +233,7 @@ def add_folder(args, collection: FileCollection) -> list[Item]:
     return new
 
 
-def update(collection: FileCollection) -> list[Item]:
+def update(collection) -> list[Item]:
     """Remove the images whose files have vanished, and return those that have changed, to be embedded again.
 
     Raises:
@@ -331,7 +355,7 @@ def export(args, collection: FileCollection) -> None:
         print(f'{file}: {len(items):,} images')
 
 
-def change(args, collection: FileCollection) -> None:
+def change(args, collection) -> None:
     """Do to a data base what the command line asks for."""
     new = update(collection) if args.update else []
     if args.remove:
@@ -358,32 +382,44 @@ def change(args, collection: FileCollection) -> None:
 
 def main(args) -> None:
     """Do what the command line names."""
+    if args.qdrant is not None:
+        with contextlib.closing(open_remote(args)) as collection:
+            change_and_show(args, collection, f'{args.collection} in {args.qdrant}')
+        return
     file = Path(args.data_base)
     make_folder('--data_base', file.parent)
     with RunFiles.beside(file).locked(f'--data_base {file}: another process is at work on it; wait for it'):
-        collection = open_collection(args)
-        try:
-            change(args, collection)
-        except KeyboardInterrupt as stop:
-            kept = sum(len(items) for items, _ in collection.parts)
-            raise type(stop)(f'{kept:,} new images are kept; the same call goes on') from None
-        if not len(collection):
-            if args.images is not None:
-                raise UserError(f'--images {args.images}: none of its images can be read')
-            print(f'{file} held no other images, and is removed')
-            return
-        if args.list is not None:
-            for item in matching(list(collection.items()), [args.list]):
-                print(f'{item.path}{f"  {item.label}" if item.label else ""}')
-        if args.duplicates is not None:
-            find_duplicates(args, collection)
-        if args.csv or args.npy or args.parquet:
-            export(args, collection)
-        print(f'{file}: {len(collection):,} images of {len(collection.folders()):,} folders, '
-              f'{file.stat().st_size / 1e6:.1f} MB')
+        change_and_show(args, open_collection(args), str(file))
+
+
+def change_and_show(args, collection, name: str) -> None:
+    """Change a collection and answer what is asked of it.
+
+    Raises:
+        UserError: if it is new and none of its images can be read.
+    """
+    try:
+        change(args, collection)
+    except KeyboardInterrupt as stop:
+        kept = sum(len(items) for items, _ in collection.parts)
+        raise type(stop)(f'{kept:,} new images are kept; the same call goes on' if kept else '') from None
+    if not len(collection):
         if args.images is not None:
-            words = ['python', 'test.py', '--data_base', str(file), '--query_img_name', 'ANY_IMAGE.jpg']
-            print(f'next:\n  {shlex.join(words)}')
+            raise UserError(f'--images {args.images}: none of its images can be read')
+        print(f'{name} holds no images any more')
+        return
+    if args.list is not None:
+        for item in matching(list(collection.items()), [args.list]):
+            print(f'{item.path}{f"  {item.label}" if item.label else ""}')
+    if args.duplicates is not None:
+        find_duplicates(args, collection)
+    if args.csv or args.npy or args.parquet:
+        export(args, collection)
+    print(f'{name}: {len(collection):,} images of {len(collection.folders()):,} folders')
+    if args.images is not None:
+        words = ['--qdrant', args.qdrant, '--collection', args.collection, '--model', args.model] if args.qdrant else \
+            ['--data_base', args.data_base]
+        print(f'next:\n  {shlex.join(["python", "serve.py", *words])}')
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
     python serve.py --data_base museum.pth                        # http://127.0.0.1:8000
     python serve.py --data_base RUN_data_base.pth --data_path /home/data --port 8080
     python serve.py --data_base museum.pth --host 0.0.0.0 --token WORD    # for others too
+    python serve.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth
 
     curl --data-binary @photo.jpg 'http://127.0.0.1:8000/search?k=5'
     curl --json '{"path": "birds/0.jpg", "k": 5}' http://127.0.0.1:8000/search
@@ -16,23 +17,19 @@ import hashlib
 import html
 import io
 import json
-import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from engine.errors import UserError
-from utils import Parser, check_between, run_script, user_path
+from utils import Parser, check_between, check_place, refuse_without_effect, run_script, user_path
 
 MOST_BYTES = 20 * 10**6  # of an upload
 MOST_JSON = 10**4  # bytes
 MOST_FOUND, FOUND = 200, 24  # images in an answer
 MOST_NAMED = 60  # images that a text finds
-BATCH = 16  # requests that are embedded at once
 THUMBNAIL, QUALITY, KEPT = 320, 80, 4096  # px, of JPEG, thumbnails in memory
 TEMPLATE = Path(__file__).parent / 'templates' / 'serve.html'
 HEADERS = {'Content-Security-Policy': "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src "
@@ -44,8 +41,12 @@ HEADERS = {'Content-Security-Policy': "default-src 'none'; img-src 'self' blob: 
 def get_args(argv: list[str] | None = None):
     """Parse the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', type=user_path, required=True, metavar='FILE', help='file, or its name in '
-                        '--results_dir')
+    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='file, or its name in --results_dir')
+    parser.add_argument('--qdrant', metavar='URL', help='in place of --data_base: a Qdrant server, or the folder of '
+                        'its embedded mode')
+    parser.add_argument('--collection', metavar='NAME', help='of --qdrant')
+    parser.add_argument('--model', type=user_path, metavar='FILE', help='of --qdrant: what embedded the collection; '
+                        'without it only images of the collection can be searched for')
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data set of a '
                         'run; what embed.py made knows its own folders [%(default)s]')
     parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases are [%(default)s]')
@@ -57,6 +58,8 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--device', default='auto', help='to embed what is sent [%(default)s]')
     args = parser.parse_args(argv)
     check_between(args, {'port': (0, 65535)})
+    check_place(args)
+    refuse_without_effect(args, {'model': '' if args.qdrant else ' with --data_base, beside which it lies'})
     if args.token is not None and (len(args.token) < 8 or not args.token.isascii() or not args.token.isprintable()):
         raise UserError('--token must be 8 or more ASCII letters, digits or signs')
     return args
@@ -65,111 +68,13 @@ def get_args(argv: list[str] | None = None):
 if __name__ == '__main__':  # --help and mistakes need not wait for the imports below
     ARGS = run_script(get_args)
 
-import torch
-
-from browse import ABSENT, load_run_model, open_run
-from collection import FileCollection
-from dataset import make_transform
+from browse import ABSENT
 from engine.files import image_file
 from engine.images import BrokenImage, load_image
-from engine.processes import select_device
-from engine.runs import absent_threshold
-from evaluate import use_amp
-
-
-# ---------------------------------------------------- searching -----------------------------------------------------
-class Query(NamedTuple):
-    """What is searched for: pixels or features, and how."""
-
-    image: torch.Tensor | None  # uint8 (3, side, side), to be embedded
-    feature: torch.Tensor | None  # (D,)
-    number: int
-    binary: bool
-
-
-class Searcher:
-    """A collection with the model that embeds for it; requests that arrive together share a batch.
-
-    Args:
-        collection: what is searched in.
-        model: the network, or None where it is gone: then only images of the collection can be searched for.
-        settings: of its run: resize_size, amp.
-        threshold: similarity up to which an answer is probably wrong, or None.
-    """
-
-    def __init__(self, collection, model, settings: dict, threshold: float | None, device: torch.device):
-        self.collection, self.model, self.threshold, self.device = collection, model, threshold, device
-        self.amp = use_amp(settings['amp'], device)
-        self.transform = None if model is None else make_transform(
-            False, model.config.image_size, settings['resize_size'], model.interpolation)
-        self.one_by_one = ThreadPoolExecutor(1)  # of batches
-        self.decoders = ThreadPoolExecutor(os.cpu_count() or 1)  # so many unpacked images are in memory at most
-        self.waiting, self.worker = None, None
-
-    @torch.inference_mode()
-    def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Embed uint8 images (3, side, side); returns (N, D) float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model(torch.stack(images).to(self.device)).float().cpu()
-
-    def answer(self, queries: list[Query]) -> list[list[tuple[int, float]]]:
-        """Search for all queries of a batch."""
-        features = [query.feature for query in queries]
-        sent = [place for place, query in enumerate(queries) if query.image is not None]
-        if sent:
-            for place, feature in zip(sent, self.embed([queries[place].image for place in sent]), strict=True):
-                features[place] = feature
-        answers = [None] * len(queries)
-        for binary in {query.binary for query in queries}:
-            places = [place for place, query in enumerate(queries) if query.binary == binary]
-            most = max(queries[place].number for place in places)
-            found = self.collection.search(torch.stack([features[place] for place in places]), most, binary)
-            for place, row in zip(places, found, strict=True):
-                answers[place] = row[:queries[place].number]
-        return answers
-
-    async def work(self) -> None:
-        """Answer what is waiting, a batch at a time, for ever."""
-        while True:
-            batch = [await self.waiting.get()]
-            while len(batch) < BATCH and not self.waiting.empty():
-                batch.append(self.waiting.get_nowait())
-            try:
-                answers = await asyncio.get_running_loop().run_in_executor(
-                    self.one_by_one, self.answer, [query for query, _ in batch])
-            except Exception as error:  # each request reports it; the next ones are to be answered
-                for _, answered in batch:
-                    if not answered.done():
-                        answered.set_exception(RuntimeError(f'the search failed: {error}'))
-                continue
-            for (_, answered), answer in zip(batch, answers, strict=True):
-                if not answered.done():  # a client may have gone
-                    answered.set_result(answer)
-
-    async def search(self, query: Query) -> list[tuple[int, float]]:
-        """Return what a query finds."""
-        if self.worker is None:
-            self.waiting = asyncio.Queue()
-            self.worker = asyncio.create_task(self.work())
-        answered = asyncio.get_running_loop().create_future()
-        self.waiting.put_nowait((query, answered))
-        return await answered
-
-    async def decode(self, data: bytes) -> torch.Tensor:
-        """Read what was sent as the model wants it; raises BrokenImage."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.decoders, lambda: self.transform(load_image(io.BytesIO(data))))
+from searching import Query, Refused, Searcher, open_searcher
 
 
 # ---------------------------------------------------- interface ----------------------------------------------------
-class Refused(Exception):
-    """A request that is answered by a status of 4xx and one line."""
-
-    def __init__(self, status: int, line: str):
-        self.status, self.line = status, line
-        super().__init__(line)
-
-
 def thumbnail_of(item) -> bytes:
     """Return an image as JPEG of THUMBNAIL px at most; raises Refused where it is missing, or leads out of its folder.
     """
@@ -302,23 +207,10 @@ def describe_interface(schema: dict) -> str:
             '<p>The same for programs: <a href="openapi.json">openapi.json</a></html>')
 
 
-def make_app(interface: Interface, hosts: list[str], token: str | None = None):
-    """Build the FastAPI application.
-
-    Args:
-        hosts: names by which the server may be addressed, `*` for any; another site cannot pass itself off as this one.
-        token: asked of every request, None: of none.
-    """
-    from fastapi import FastAPI, Request
-    from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-
-    app = FastAPI(title=f'Search in {interface.title}', docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-
-    @app.exception_handler(Refused)
-    async def refuse(_request: Request, error: Refused) -> Response:
-        return JSONResponse({'error': error.line}, error.status)
+def add_guard(app, token: str | None) -> None:
+    """Let an application ask for the token, where there is one, and say to browsers what its pages may do."""
+    from fastapi import Request
+    from fastapi.responses import JSONResponse, RedirectResponse, Response
 
     @app.middleware('http')
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -335,6 +227,27 @@ def make_app(interface: Interface, hosts: list[str], token: str | None = None):
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
         return response
+
+
+def make_app(interface: Interface, hosts: list[str], token: str | None = None):
+    """Build the FastAPI application.
+
+    Args:
+        hosts: names by which the server may be addressed, `*` for any; another site cannot pass itself off as this one.
+        token: asked of every request, None: of none.
+    """
+    from fastapi import FastAPI, Request
+    from fastapi.responses import HTMLResponse, JSONResponse, Response
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    app = FastAPI(title=f'Search in {interface.title}', docs_url=None, redoc_url=None)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
+
+    @app.exception_handler(Refused)
+    async def refuse(_request: Request, error: Refused) -> Response:
+        return JSONResponse({'error': error.line}, error.status)
+
+    add_guard(app, token)
 
     @app.get('/', response_class=HTMLResponse, include_in_schema=False)
     async def page() -> Response:
@@ -378,17 +291,6 @@ def make_app(interface: Interface, hosts: list[str], token: str | None = None):
     return app
 
 
-def open_searcher(args) -> Searcher:
-    """Open the data base that the command line names, with the model beside it."""
-    run, device = open_run(args.data_base, args.results_dir, args.data_path), select_device(args.device)
-    model, settings = None, run.data_base.origin['args']
-    if run.files.model.is_file():
-        model, settings = load_run_model(run, device)
-    else:
-        print(f'there is no {run.files.model}: only images of the data base can be searched for')
-    return Searcher(FileCollection.of_run(run), model, settings, absent_threshold(run.data_base.origin), device)
-
-
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; raises UserError where the address cannot be had."""
     try:
@@ -414,8 +316,8 @@ def main(args) -> None:
     searcher = open_searcher(args)
     local = listening.getsockname()[0] in ('127.0.0.1', '::1')
     port = listening.getsockname()[1]
-    app = make_app(Interface(searcher, Path(args.data_base).stem), ['127.0.0.1', 'localhost', '::1', args.host] if local
-                   else ['*'], args.token)
+    hosts = ['127.0.0.1', 'localhost', '::1', args.host] if local else ['*']
+    app = make_app(Interface(searcher, args.collection or Path(args.data_base).stem), hosts, args.token)
     name = f'[{args.host}]' if ':' in args.host else args.host
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; Ctrl-C ends it', flush=True)
     if not local:

@@ -185,6 +185,14 @@ def refuse_without_effect(args, reasons: dict[str, str]) -> None:
             raise UserError(f'--{name} {getattr(args, name)} has no effect{reason}; leave it out')
 
 
+def check_place(args) -> None:
+    """Refuse flags that name no place of a collection, or two: --data_base, or --qdrant with --collection."""
+    if (args.data_base is None) == (args.qdrant is None):
+        raise UserError('name one of --data_base FILE and --qdrant URL')
+    if (args.qdrant is None) != (args.collection is None):
+        raise UserError('--qdrant URL and --collection NAME go together')
+
+
 # ---------------------------------------------------- pictures -----------------------------------------------------
 # Okabe & Ito, told apart by the colour-blind too: blue, orange, green, purple, sky blue, vermilion, yellow, black.
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000')

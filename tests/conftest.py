@@ -19,18 +19,24 @@ REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = dict(os.environ)
 
 
-def type_command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
-    """Run `python words...` as a user would, from the repository.
+def start_command(*words: str, out: Path, err: Path, cwd: Path = REPOSITORY):
+    """Start `python words...` as a user would, what it prints going to two files; returns the process.
 
-    The process is forked from one that has imported torch and its kin already, which spares four seconds each time.
+    It is forked from one that has imported torch and its kin already, which spares four seconds each time.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=run_file, args=([str(word) for word in words], str(cwd), dict(ENVIRONMENT),
+                                                     str(out), str(err)))
+    process.start()
+    return process
+
+
+def type_command(*words: str, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    """Run `python words...` as a user would, from the repository."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / 'out', Path(folder) / 'err'
-        process = context.Process(target=run_file, args=([str(word) for word in words], str(cwd), dict(ENVIRONMENT),
-                                                         str(out), str(err)))
-        process.start()
+        process = start_command(*words, out=out, err=err, cwd=cwd)
         process.join(300)
         assert process.exitcode is not None, f'{words} has not ended after five minutes'
         return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())

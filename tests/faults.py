@@ -97,6 +97,54 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
     run_script(lambda: train.main(*get_runs()))
 
 
+def embed_in_child(words: list, log: str, fault: tuple) -> None:
+    """Call embed.py's main, a part each four images, with a fault built in.
+
+    Args:
+        words: of the command line.
+        log: file for what it prints.
+        fault: ('before', n) or ('after', n) dies where it renames its n-th file; ('send', signal) gets a signal once a
+            part is saved.
+    """
+    import embed
+    from utils import run_script
+
+    redirect(log, log)
+    embed.SAVED_EVERY = 4
+    kind, number = fault
+    replace, add = os.replace, embed.FileCollection.add
+
+    def rename(*paths) -> None:
+        nonlocal number
+        number -= 1
+        if number == 0 and kind == 'before':
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def send(*parts) -> None:
+        add(*parts)
+        os.kill(os.getpid(), number)
+
+    if kind == 'send':
+        embed.FileCollection.add = send
+    else:
+        os.replace = rename
+    sys.argv = ['embed.py', *words]
+    run_script(lambda: embed.main(embed.get_args()))
+
+
+def run_embed(words, log: Path, fault: tuple) -> tuple[int, str]:
+    """Embed with a fault; returns exit code (minus the signal that killed it) and what it printed."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=embed_in_child, args=([str(word) for word in words], str(log), fault))
+    process.start()
+    process.join(300)
+    return process.exitcode, Path(log).read_text()
+
+
 def start_train(words, log: Path, fault: tuple | None = None):
     """Start a training in a process whose imports are done already; returns the process."""
     context = multiprocessing.get_context('forkserver')

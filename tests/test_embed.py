@@ -3,8 +3,6 @@ import csv
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_command
-from faults import differences
+from conftest import assert_one_line_error, type_command
+from faults import differences, run_embed, tamper
 from PIL import Image
 from raw_trees import write_image
 
@@ -259,34 +257,14 @@ def test_the_data_base_of_a_run_is_not_added_to(call, museum, model, tmp_path):
 
 
 # ---------------------------------------------------- what is cut off -----------------------------------------------
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {repository!r})
-import embed
-embed.SAVED_EVERY = 4
-saved, count = os.replace, int(sys.argv[1])
-def replace(source, target):
-    global count
-    count -= 1
-    if count == 0 and sys.argv[2] == 'before':
-        os.kill(os.getpid(), signal.SIGKILL)
-    saved(source, target)
-    if count == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replace
-embed.main(embed.get_args(sys.argv[3:]))
-"""
-
-
 def test_a_call_that_is_killed_goes_on_and_ends_as_one_that_was_not(call, museum, model, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
     call('--model', model, '--images', museum, name='whole.pth')
     words = ['--data_base', tmp_path / 'museum.pth', '--num_workers', 0, '--model', model, '--images', museum]
     # Renamed are the model, then three parts, then the data base; a later call begins by joining what parts there are.
     for number, when, rows in ((3, 'before', 0), (2, 'after', 4), (1, 'after', 7)):
-        result = subprocess.run([sys.executable, '-c', KILLED.format(repository=str(REPOSITORY)), str(number), when,
-                                 *map(str, words)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        assert result.returncode == -signal.SIGKILL, result.stderr
+        code, printed = run_embed(words, tmp_path / 'log', (when, number))
+        assert code == -signal.SIGKILL, printed
         base = tmp_path / 'museum.pth'
         assert (len(load_data_base(base).test.images) if base.exists() else 0) == rows, number
     call('--model', model, '--images', museum)
@@ -298,15 +276,10 @@ def test_a_call_that_is_killed_goes_on_and_ends_as_one_that_was_not(call, museum
 
 
 def test_ctrl_c_says_what_is_kept(museum, model, tmp_path):
-    code = (f'import os, signal, sys; sys.path.insert(0, {str(REPOSITORY)!r}); import embed; '
-            'from utils import run_script; embed.SAVED_EVERY = 4; add = embed.FileCollection.add; '
-            'embed.FileCollection.add = lambda *words: (add(*words), os.kill(os.getpid(), signal.SIGINT)); '
-            'run_script(lambda: embed.main(embed.get_args(sys.argv[1:])))')
-    result = subprocess.run([sys.executable, '-c', code, '--data_base', tmp_path / 'm.pth', '--num_workers', '0',
-                             '--model', model, '--images', museum], env=ENVIRONMENT, capture_output=True, text=True,
-                            check=False)
-    assert result.returncode == 130, result.stderr
-    assert 'stopped by Ctrl-C: 4 new images are kept; the same call goes on' in result.stderr
+    code, printed = run_embed(['--data_base', tmp_path / 'm.pth', '--num_workers', 0, '--model', model, '--images',
+                               museum], tmp_path / 'log', ('send', signal.SIGINT))
+    assert code == 130, printed
+    assert 'stopped by Ctrl-C: 4 new images are kept; the same call goes on' in printed
 
 
 def test_two_calls_at_once_are_refused(call, museum, model, tmp_path, monkeypatch):
@@ -427,3 +400,32 @@ def test_damaged_parts_and_those_of_another_model_are_refused(call, museum, mode
             FileCollection(tmp_path / 'museum.pth')
     save(good, part)
     assert [item.path for item in FileCollection(tmp_path / 'museum.pth').items()][-1] == 'y.jpg'
+
+
+def test_no_tampered_collection_or_part_ends_in_anything_but_success_or_one_line(call, museum, model, tmp_path):
+    call('--model', model, '--images', museum, '--labels', 'folder')
+    file, part = tmp_path / 'tampered.pth', tmp_path / 'museum.pth.parts/00000000.pth'
+    base = load(tmp_path / 'museum.pth')
+    query = base['test_features'][:1].clone()
+    FileCollection(tmp_path / 'museum.pth').add([Item('/x', 'y.jpg', 'a', 1, 1)], query, {'b': [1, 1]})
+    good_part = load(part)
+    part.unlink()
+
+    def read(collection) -> None:
+        list(collection.items())
+        for binary in (False, True):
+            collection.search(query, 20, binary)
+        collection.find('ara', 5)
+
+    def of_file(contents) -> None:
+        torch.save(contents, file)
+        read(FileCollection(file))
+
+    def of_part(contents) -> None:
+        shutil.copy(tmp_path / 'museum.pth', file)
+        (tmp_path / 'tampered.pth.parts').mkdir(exist_ok=True)
+        torch.save(contents, tmp_path / 'tampered.pth.parts/00000000.pth')
+        read(FileCollection(file))
+
+    faults = tamper({'collection': (base, of_file), 'part': (good_part, of_part)}, 150, np.random.default_rng(5))
+    assert not faults

@@ -29,6 +29,7 @@ PARSED = [
     ('', 'srun', 'needs a cluster'),
     ('', 'python benchmarks/', 'takes minutes to an hour'),
     ('', 'python toy.py', 'downloads STL10, or takes minutes; tests/test_pictures.py trains a small one'),
+    ('', 'python embed.py --qdrant', 'needs a server; tests/test_collection.py embeds into the embedded mode'),
     ('', 'python serve.py', 'runs until it is stopped; tests/test_serve.py serves'),
     ('', 'python report.py', 'takes half a minute where UMAP is installed; tests/test_report.py writes one'),
 ]

@@ -3,10 +3,10 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_command
+from conftest import assert_one_line_error, start_command, type_command
 from faults import damaged
 from PIL import Image
 from raw_trees import write_image
@@ -28,6 +28,7 @@ from test_hostile import write_bomb
 from test_report import RUN, make_shop
 
 import embed
+import searching
 import serve
 from browse import ABSENT, nearest_images, open_run
 from engine.errors import UserError
@@ -57,7 +58,7 @@ def museum(tmp_path_factory) -> Path:
 
 def open_interface(data_base: Path, data_path: Path = Path('/nowhere')) -> serve.Interface:
     args = serve.get_args(['--data_base', str(data_base), '--data_path', str(data_path)])
-    return serve.Interface(serve.open_searcher(args), data_base.stem)
+    return serve.Interface(searching.open_searcher(args), data_base.stem)
 
 
 class Server:
@@ -238,7 +239,7 @@ def test_a_token_is_asked_of_everything_but_health(museum, server):
 def test_requests_that_arrive_together_share_a_batch_and_one_that_fails_stops_no_other():
     collection = SimpleNamespace(search=lambda features, number, binary: [[(int(row[0]), 1.0)] * number
                                                                           for row in features])
-    searcher = serve.Searcher(collection, None, SETTINGS, None, torch.device('cpu'))
+    searcher = searching.Searcher(collection, None, SETTINGS, None, torch.device('cpu'))
     batches, answer, free = [], searcher.answer, threading.Event()
 
     def slow(queries):
@@ -251,17 +252,17 @@ def test_requests_that_arrive_together_share_a_batch_and_one_that_fails_stops_no
     searcher.answer = slow
 
     async def run() -> list:
-        first = asyncio.create_task(searcher.search(serve.Query(None, torch.tensor([0.0]), 1, False)))
+        first = asyncio.create_task(searcher.search(searching.Query(None, torch.tensor([0.0]), 1, False)))
         while not batches:
             await asyncio.sleep(0.001)
-        others = [asyncio.create_task(searcher.search(serve.Query(None, torch.tensor([float(index)]), index, False)))
-                  for index in range(1, 23)]
+        queries = [searching.Query(None, torch.tensor([float(index)]), index, False) for index in range(1, 23)]
+        others = [asyncio.create_task(searcher.search(query)) for query in queries]
         await asyncio.sleep(0)
         free.set()
         return await asyncio.gather(first, *others, return_exceptions=True)
 
     found = asyncio.run(run())
-    assert batches == [1, serve.BATCH, 22 - serve.BATCH]
+    assert batches == [1, searching.BATCH, 22 - searching.BATCH]
     assert all(isinstance(one, RuntimeError) and 'unlucky' in str(one) for one in found[1:17])
     assert found[0] == [(0, 1.0)]
     assert [len(one) for one in found[17:]] == list(range(17, 23))
@@ -276,37 +277,27 @@ def test_many_clients_get_the_answers_of_one(server, museum):
     assert together == [alone[index % 2] for index in range(64)]
 
 
-@pytest.fixture
-def start():
-    """Start scripts that run until they are stopped, and see to it that they are."""
-    started = []
-
-    def start_script(*words):
-        started.append(subprocess.Popen([sys.executable, *map(str, words)], env=ENVIRONMENT, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        return started[-1]
-
-    yield start_script
-    for process in started:
+def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
+    picture, out, err = (museum / 'outside.jpg').read_bytes(), tmp_path / 'out', tmp_path / 'err'
+    process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
+    try:
+        while not (out.exists() and out.read_text().endswith('\n')):
+            assert process.is_alive(), err.read_text()
+            process.join(0.1)
+        assert re.fullmatch(r'15 images at http://127\.0\.0\.1:\d+; Ctrl-C ends it\n', out.read_text())
+        with socket.create_connection(('127.0.0.1', int(re.search(r':(\d+);', out.read_text())[1]))) as connection:
+            connection.sendall(b'POST /search?k=2 HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\n'
+                               b'Connection: close\r\nContent-Length: %d\r\n\r\n' % len(picture))
+            assert connection.recv(100).startswith(b'HTTP/1.1 100')  # it waits for the picture now
+            os.kill(process.pid, signal.SIGTERM)
+            connection.sendall(picture)
+            answer = b''.join(iter(lambda: connection.recv(2**16), b''))
+        assert answer.startswith(b'HTTP/1.1 200')
+        assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
+        process.join(60)
+        assert process.exitcode == 0, err.read_text()
+    finally:
         process.kill()
-        process.communicate()
-
-
-def test_sigterm_ends_the_server_after_the_request_at_hand(museum, start):
-    picture = (museum / 'outside.jpg').read_bytes()
-    process = start(REPOSITORY / 'serve.py', '--data_base', museum / 'museum.pth', '--port', '0')
-    line = process.stdout.readline()
-    assert re.match(r'15 images at http://127\.0\.0\.1:\d+; Ctrl-C ends it', line)
-    with socket.create_connection(('127.0.0.1', int(re.search(r':(\d+);', line)[1]))) as connection:
-        connection.sendall(b'POST /search?k=2 HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\n'
-                           b'Connection: close\r\nContent-Length: %d\r\n\r\n' % len(picture))
-        assert connection.recv(100).startswith(b'HTTP/1.1 100')  # it waits for the picture now
-        process.send_signal(signal.SIGTERM)
-        connection.sendall(picture)
-        answer = b''.join(iter(lambda: connection.recv(2**16), b''))
-    assert answer.startswith(b'HTTP/1.1 200')
-    assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
-    assert process.wait() == 0
 
 
 # ---------------------------------------------------- command line -------------------------------------------------
