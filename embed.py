@@ -257,7 +257,8 @@ def update(collection) -> list[Item]:
     again = [file for file in collection.broken if os.path.isfile(file)]
     collection.broken = {}
     for file in again:  # they may have been broken for a while only
-        stamp, folder = os.stat(file), next(root for root in collection.folders() if file.startswith(f'{root}/'))
+        stamp = os.stat(file)
+        folder = next((root for root in collection.folders() if file.startswith(f'{root}/')), os.path.dirname(file))
         changed.append(Item(folder, file[len(folder) + 1:], '', stamp.st_size, stamp.st_mtime_ns))
     print(f'{len(gone):,} images have vanished and are removed, {len(changed):,} have changed or were broken')
     return changed

@@ -66,8 +66,13 @@ def make_data_base(model: EmbeddingNet, loaders: dict[str, DataLoader], device: 
 def measure(data_base: DataBase, recalls: tuple[int, ...], device: torch.device, kinds=('dense', 'binary')
             ) -> dict[str, dict[str, float]]:
     """Return {'dense': metrics, 'binary': metrics} of a data base, computed on `device` (the CPU in place of MPS)."""
-    tensors = data_base.tensors(torch.device('cpu') if device.type == 'mps' else device)  # MPS has no float64
+    tensors = tensors_on(data_base, device)
     return {kind: retrieval_metrics(*tensors, recalls=recalls, binary=kind == 'binary') for kind in kinds}
+
+
+def tensors_on(data_base: DataBase, device: torch.device) -> tuple:
+    """Return what is measured of a data base on a device, on the CPU in place of MPS, which has no float64."""
+    return data_base.tensors(torch.device('cpu') if device.type == 'mps' else device)
 
 
 @torch.no_grad()  # unlike inference_mode it leaves embeddings that may be given to a loss
@@ -270,7 +275,7 @@ def main() -> None:
     settings = data_base.origin['args']
     both = check_seen(seen_classes(origin), data_base.class_names, args.allow_seen)
     results = measure(data_base, tuple(args.recalls or settings['recalls']), device)
-    results['absent'] = measure_absent(*data_base.tensors())
+    results['absent'] = measure_absent(*tensors_on(data_base, device))
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],

@@ -224,9 +224,7 @@ def measure_absent(query_features: torch.Tensor, query_labels: torch.Tensor,
                    gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
                    rates: tuple[float, ...] = ABSENT_RATES) -> list[dict[str, float]]:
     """Return `absent_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for one class alone."""
-    tensors = [tensor if tensor is None else tensor.cpu() for tensor in (query_features, query_labels,
-                                                                       gallery_features, gallery_labels)]
-    positive, negative = best_similarities(*tensors)
+    positive, negative = best_similarities(query_features, query_labels, gallery_features, gallery_labels)
     measured = negative > -torch.inf
     if not (measured & (positive > -torch.inf)).any():
         return []

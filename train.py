@@ -47,7 +47,7 @@ from engine.logs import RunLog
 from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
-from evaluate import make_data_base, measure, use_amp
+from evaluate import make_data_base, measure, tensors_on, use_amp
 from metrics import measure_absent
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
@@ -328,7 +328,8 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
         for file in training.start.replaced:
             file.unlink(missing_ok=True)
     if chosen_epoch(rows) is rows[-1]:
-        told = {'seen_classes': training.seen, 'absent': measure_absent(*data_base.tensors()), **made_by}
+        absent = measure_absent(*tensors_on(data_base, training.learner.device))
+        told = {'seen_classes': training.seen, 'absent': absent, **made_by}
         save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(), **told}, files.model)
         data_base.origin, data_base.proxies = told, {'train_class_names': training.loader.dataset.class_names}
         if proxies is not None:

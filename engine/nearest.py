@@ -108,26 +108,30 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
     """
     itself = gallery is None
     gallery, gallery_labels = (queries, labels) if itself else (gallery, gallery_labels)
-    compare, side = Cosine(queries, gallery), TILE_SIDE['cpu']
-    best = [torch.full((len(queries),), -torch.inf, dtype=torch.float64) for _ in range(2)]
+    compare, side = Cosine(queries, gallery), TILE_SIDE[queries.device.type]
+    positive, negative = (torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=queries.device)
+                          for _ in range(2))
+    for label in labels.unique():
+        columns = (gallery_labels == label).nonzero()[:, 0]
+        for rows in (labels == label).nonzero()[:, 0].split(max(1, NUMBERS_AT_ONCE // max(1, len(columns)))):
+            similarity = compare.exact(rows, columns)
+            if itself:
+                similarity[rows[:, None] == columns] = -torch.inf
+            if len(columns):
+                positive[rows] = similarity.amax(1)
     tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, len(queries), side)
              for column in range(0, len(gallery), side)]
-    for rows, columns in progress(tiles, desc='best', unit='tile', delay=2):
-        tile = compare.tile(rows, columns)
-        if itself and rows == columns:
-            tile.fill_diagonal_(-torch.inf)
-        same = labels[rows, None] == gallery_labels[columns]
-        for found, left_out in zip(best, (~same, same), strict=True):
-            part = tile.masked_fill(left_out, -torch.inf)
-            highest = part.amax(1).double()
-            # Only what may be larger than the best of the tile, and than what was found so far, is computed again.
-            lowest = torch.maximum(highest - 2 * compare.error, found[rows] - compare.error).to(compare.dtype)
-            lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
-            lowest = lowest.masked_fill(highest == -torch.inf, torch.inf)
-            for row, column, _ in entries_above(part, lowest, False):
-                similarity = compare.pairs(row + rows.start, column + columns.start, torch.float64)
-                found[rows].scatter_reduce_(0, row, similarity, 'amax')
-    return best[0], best[1]
+    for rows, columns in progress(tiles, desc='best negatives', unit='tile', delay=2):
+        tile = compare.tile(rows, columns).masked_fill_(labels[rows, None] == gallery_labels[columns], -torch.inf)
+        highest = tile.amax(1).double()
+        # Only what may be larger than the best of the tile, and than what was found so far, is computed again.
+        lowest = torch.maximum(highest - 2 * compare.error, negative[rows] - compare.error).to(compare.dtype)
+        lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
+        lowest = lowest.masked_fill(highest == -torch.inf, torch.inf)
+        for row, column, _ in entries_above(tile, lowest, False):
+            similarity = compare.pairs(row + rows.start, column + columns.start, torch.float64)
+            negative[rows].scatter_reduce_(0, row, similarity, 'amax')
+    return positive, negative
 
 
 def pairs_above(features: torch.Tensor, threshold: float) -> list[tuple[int, int, float]]:
