@@ -214,6 +214,7 @@ def workspace(raw_sets, tmp_path_factory) -> Workspace:
               for name, size in (('car', '146'), ('cub', '256'))]
     for words in (*demo, sweep, cars, *caches):
         workspace.run(words)
+    shutil.copytree(REPOSITORY / 'results/grid', workspace.folder / 'results/grid')
     # Of the trunk that the figure was made with: as small as the others, under its name.
     results = workspace.folder / 'results'
     shutil.copy(results / 'car_timm-test_resnet_positive_proxy_512_data_base.pth',
