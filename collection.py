@@ -119,7 +119,8 @@ class FileCollection:
         """Add images with their features (n, D), unit rows; one that is there is replaced. They are saved at once.
 
         Args:
-            broken: {file: [bytes, ns]} of files that could not be read, which are remembered.
+            broken: {file: [bytes, ns]} of files that could not be read, which are remembered; an image that is there
+                and is among them now is removed.
         """
         if not items and not broken:
             return
@@ -206,11 +207,12 @@ class FileCollection:
         kept = list(self.items())
         for number, items in enumerate([kept, *(items for items, _ in parts)]):
             rows |= {(item.folder, item.path): (number, row) for row, item in enumerate(items)}
+        rows = {place: found for place, found in rows.items() if '/'.join(place) not in self.broken}
         sources = [self.base.test.features if kept else None]
         items, features, position = [], None, 0
         for number, (own, file) in enumerate([(kept, None), *parts]):
             source = sources[0] if file is None else load(file, 'part of a data base')['features']
-            chosen = [row for row, item in enumerate(own) if rows[item.folder, item.path] == (number, row)]
+            chosen = [row for row, item in enumerate(own) if rows.get((item.folder, item.path)) == (number, row)]
             if source is None:
                 continue
             if features is None:

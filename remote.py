@@ -27,9 +27,9 @@ EXACT = 20_000  # images that Qdrant compares one by one, as it does by itself b
 MOST_FOLDERS = 1000
 
 
-def number_of_point(folder: str, path: str) -> int:
+def number_of_point(file: str) -> int:
     """Return the number of an image: 63 bits of a hash of its folder and path."""
-    return int.from_bytes(hashlib.sha256(f'{folder}/{path}'.encode()).digest()[:8], 'big') >> 1
+    return int.from_bytes(hashlib.sha256(file.encode()).digest()[:8], 'big') >> 1
 
 
 class QdrantCollection:
@@ -102,23 +102,28 @@ class QdrantCollection:
 
     # ------------------------------------------------ the three methods --------------------------------------------
     def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list[int]] | None = None) -> None:
-        """Add images with their features (n, D), unit rows; one that is there is replaced."""
+        """Add images with their features (n, D), unit rows; one that is there is replaced, or removed if `broken`."""
         self.broken |= broken or {}
+        self.delete(list(broken or {}))
         with self.asking():
             for start in range(0, len(items), AT_ONCE):
                 part = items[start:start + AT_ONCE]
                 self.client.upsert(self.name, wait=True, points=self.models.Batch(
-                    ids=[number_of_point(item.folder, item.path) for item in part],
+                    ids=[number_of_point(f'{item.folder}/{item.path}') for item in part],
                     vectors=features[start:start + AT_ONCE].float().tolist(),
                     payloads=[self.payload(item) for item in part]))
         self.item.cache_clear()
 
     def remove(self, places: list[tuple[str, str]]) -> None:
         """Remove images, named by folder and path."""
+        self.delete(['/'.join(place) for place in places])
+
+    def delete(self, files: list[str]) -> None:
+        """Remove images, named by their files; one that is not there is none."""
         with self.asking():
-            for start in range(0, len(places), AT_ONCE):
+            for start in range(0, len(files), AT_ONCE):
                 self.client.delete(self.name, wait=True, points_selector=self.models.PointIdsList(
-                    points=[number_of_point(*place) for place in places[start:start + AT_ONCE]]))
+                    points=[number_of_point(file) for file in files[start:start + AT_ONCE]]))
         self.item.cache_clear()
 
     def search(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
@@ -193,7 +198,7 @@ class QdrantCollection:
             for start in range(0, len(places), AT_ONCE):
                 self.client.batch_update_points(self.name, [models.SetPayloadOperation(set_payload=models.SetPayload(
                     payload={'label': labels[place], 'text': f'{place[1]} {labels[place]}'.lower()},
-                    points=[number_of_point(*place)])) for place in places[start:start + AT_ONCE]])
+                    points=[number_of_point('/'.join(place))])) for place in places[start:start + AT_ONCE]])
         self.item.cache_clear()
 
     def finish(self) -> None:

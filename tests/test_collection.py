@@ -98,6 +98,23 @@ def test_it_finds_what_is_nearest_after_adding_replacing_removing_and_opening_ag
         assert len(again.search(queries, 200)[0]) == 50
 
 
+def test_an_image_that_cannot_be_read_any_more_is_found_no_more_until_it_can(place):
+    items, features = make_items(9)
+    collection = place.open()
+    collection.add(items, features)
+    collection.finish()
+    collection.add([], features[:0], {'/photos/0/birds/004.jpg': [3, 10**18]})
+    collection.finish()
+    left = [item for item in items if item != items[4]]
+    assert sorted(collection.items()) == sorted(left)
+    assert items[4] not in [item for item, _ in answers(collection, features[4:5], 9)[0]]
+    again = place.open()
+    assert len(again) == 8
+    again.add(items[4:5], features[4:5])
+    again.finish()
+    assert answers(again, features[4:5], 1)[0][0][0] == items[4]
+
+
 def test_it_says_what_is_in_it(place):
     items, features = make_items(21)
     collection = place.open()

@@ -120,6 +120,20 @@ def test_adding_twice_is_adding_once_and_only_what_changed_is_computed_again(cal
         assert same == (path != 'ara/1.jpg')
 
 
+@pytest.mark.parametrize('words', [('--update',), ('--images',)])
+def test_an_image_that_became_unreadable_is_in_the_data_base_no_more(words, call, museum, model, tmp_path):
+    call('--model', model, '--images', museum)
+    (museum / 'ara/1.jpg').write_bytes(b'no image any more')
+    printed = call(*words, *([museum] if words == ('--images',) else []))
+    assert f'2 images cannot be read and are left out: {museum}/' in printed
+    base = load_data_base(tmp_path / 'museum.pth')
+    assert 'ara/1.jpg' not in base.test.images
+    assert len(base.test.images) == len(base.test.features) == 10
+    write_image(museum / 'ara/1.jpg', 5, 9)
+    call('--images', museum)
+    assert 'ara/1.jpg' in load_data_base(tmp_path / 'museum.pth').test.images
+
+
 def test_several_folders_are_told_apart(call, museum, model, tmp_path):
     shutil.copytree(museum / 'ara', tmp_path / 'new/ara')
     call('--model', model, '--images', museum)
