@@ -201,7 +201,7 @@ def load_own_model(args, collection, device: torch.device) -> tuple[EmbeddingNet
         UserError: if it is gone, or another one.
     """
     file = Path(args.model) if args.qdrant else RunFiles.beside(Path(args.data_base)).model
-    if not file.is_file():
+    if not file.exists():  # with --qdrant it may be a folder of export.py
         raise UserError(f'the model {file} of this data base is gone; name it with --model')
     model, contents = load_model(file, device)
     if fingerprint_of(contents['config'], contents['state_dict']) != collection.fingerprint:

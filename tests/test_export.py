@@ -168,9 +168,11 @@ def test_the_lines_of_the_card_run_and_embed_py_takes_the_folder(run, exported, 
     exec(card.split('```python\n')[1].split('```')[0], left)
     model, contents = load_model(run / f'{NAME}_model.pth', CPU)
     assert torch.equal(left['embeddings'], embed_images(model, ['a.jpg', 'b.jpg'], contents))
-    result = type_command(REPOSITORY / 'embed.py', '--model', 'hub', '--images', tmp_path / 'new', '--num_workers', 0,
-                          '--data_base', tmp_path / 'new.pth', cwd=exported[0])
-    assert result.returncode == 0, result.stderr
+    for place in (('--data_base', tmp_path / 'new.pth'), ('--qdrant', tmp_path / 'qdrant', '--collection', 'new')):
+        result = type_command(REPOSITORY / 'embed.py', '--model', 'hub', '--images', tmp_path / 'new', '--num_workers',
+                              0, *place, cwd=exported[0])
+        assert result.returncode == 0, result.stderr
+        assert '2 images of 1 folders' in result.stdout
     torch.testing.assert_close(load_data_base(tmp_path / 'new.pth').test.features, left['embeddings'])
 
 
