@@ -150,6 +150,11 @@ class PmlLoss(nn.Module):
                 return weights
         return None
 
+    @property
+    def has_proxies(self) -> bool:
+        """Whether the loss has weights that are proxies."""
+        return self.all_proxies() is not None
+
     def get_extra_state(self) -> dict[str, torch.Tensor]:
         """Return the tensors that losses keep as plain attributes, as DynamicSoftMarginLoss its histogram."""
         return {f'{path} {name}': value for path, module in self.named_modules() if module is not self

@@ -88,6 +88,7 @@ class ProxyLoss(nn.Module):
     """
 
     negatives = 'of_sample'  # what `formula` reads: see there
+    has_proxies = True
     slope = 1.0  # of the exponents in alpha s; 2 where they hold squared distances, d = 2 - 2 s
 
     def __init__(self, config: ProxyConfig):

@@ -359,8 +359,8 @@ def train(args: argparse.Namespace, start: Start, device: torch.device) -> list[
             wrap_network(training, frozen=epoch <= args.warm_up)
         save_epoch(training, run_epoch(training, epoch))
         log.add(rows)
-        has_proxies = training.learner.criterion.all_proxies() is not None
-        if epoch > args.warm_up + 1 and has_proxies:  # from random weights the whole network may start at chance
+        # From random weights the whole network may start at chance.
+        if epoch > args.warm_up + 1 and training.learner.criterion.has_proxies:
             check_collapse(rows[-1], num_classes, args)
     if world_rank() == 0:
         from plot import draw_curves  # half a second, most of it pandas, before the first batch
