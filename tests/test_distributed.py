@@ -49,6 +49,8 @@ def train(network, criterion, optimizer, steps: range) -> list[torch.Tensor]:
     """Train on this process's share of each batch, as the training loop does; returns loss and accuracy of each."""
     if world_size() > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
+    if world_rank() > 0:  # what a loss draws is drawn by the first process
+        torch.manual_seed(1000 + world_rank())
     start = sum(SHARES[world_size()][:world_rank()])
     mine = slice(start, start + SHARES[world_size()][world_rank()])
     seen = []

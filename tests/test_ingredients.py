@@ -66,6 +66,15 @@ def test_the_loss_runs_over_real_and_synthetic_classes(name, rule):
     assert criterion.accuracy == (nearest == LABELS).float().mean()
 
 
+def test_the_accuracy_of_a_batch_is_that_of_its_images(monkeypatch):
+    embeddings, proxies = make_batch(1)
+    criterion = build('proxy_anchor', proxies, synthesis=1.0)
+    hits = torch.arange(2 * N) < N - 1  # all images but the last, and no synthetic one
+    monkeypatch.setattr(criterion, 'compare', lambda *_: (embeddings.sum(), hits))
+    criterion(embeddings, LABELS)
+    assert criterion.accuracy == pytest.approx((N - 1) / N)
+
+
 def test_without_training_there_are_no_synthetic_classes():
     embeddings, proxies = make_batch(2)
     criterion = build('proxy_anchor', proxies, synthesis=1.0)
@@ -104,9 +113,11 @@ def test_gem_is_the_mean_of_powers_and_learns_the_power():
     network = EmbeddingNet(NetConfig('resnet18', 4, pooling='gem', image_size=32), 'none')
     features = torch.rand(2, 5, 3, 3, dtype=torch.float64)
     features[0, 0, 0, 0] = -1.0  # cut off at 1e-6
-    slow = [[(sum(max(float(value), 1e-6) ** 3 for value in channel.flatten()) / 9) ** (1 / 3) for channel in image]
-            for image in features]
-    torch.testing.assert_close(network.pool(features, 'gem').detach(), torch.tensor(slow), rtol=1e-5, atol=1e-6)
+    for power in (3, 1.7):  # at the start, and as it may be learned
+        network.power.data.fill_(power)
+        slow = [[(sum(max(float(value), 1e-6) ** power for value in channel.flatten()) / 9) ** (1 / power)
+                 for channel in image] for image in features]
+        torch.testing.assert_close(network.pool(features, 'gem').detach(), torch.tensor(slow), rtol=1e-5, atol=1e-6)
     network.pool(features, 'gem').sum().backward()
     assert network.power.grad.isfinite()
     assert network.power.grad != 0
