@@ -20,13 +20,12 @@ from PIL import ImageOps
 
 from browse import (ABSENT, OpenRun, add_data_base_flags, choose_queries, load_run_model, nearest_images, open_run,
                     rank_queries, tell_changes)
-from dataset import make_transform
 from engine.errors import UserError, nearest
 from engine.files import are_texts, make_folder, read_json, save_json
-from engine.images import BrokenImage, load_image, load_tile
+from engine.images import load_tile
 from engine.processes import select_device
 from engine.runs import absent_threshold
-from evaluate import use_amp
+from evaluate import embed_images
 from sheets import PICTURE_SIDE, colour_of, draw_rows
 from utils import GREY, Parser, check_between, run_script
 
@@ -88,14 +87,10 @@ def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
         raise UserError(f'--query_img_name {path} is not in the data base, and there is no {run.files.model} to embed '
                         'it with')
     model, settings = load_run_model(run, device)
-    transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
     try:
-        image = transform(load_image(path))
-    except BrokenImage as error:
-        raise UserError(f'--query_img_name {path} is no image that can be read ({error})') from None
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16,
-                                                enabled=use_amp(settings['amp'], device)):
-        return model(image[None].to(device))[0].cpu()
+        return embed_images(model, [path], {'args': settings})[0]
+    except UserError as error:
+        raise UserError(f'--query_img_name: {error}') from None
 
 
 def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bool, device: torch.device) -> dict:

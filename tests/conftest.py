@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.update({'COLUMNS': '120', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'})
 
 import pytest  # noqa: E402
-from faults import PRELOAD, run_file  # noqa: E402
+from faults import PRELOAD, TINY, run_file, train  # noqa: E402
 from raw_trees import make_car, make_cub, make_isc, make_sop  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
@@ -61,6 +61,16 @@ def raw_sets(tmp_path_factory) -> Path:
     result = type_command('data_utils.py', '--data_path', data_path)
     assert result.returncode == 0, result.stderr
     return data_path
+
+
+@pytest.fixture(scope='module')
+def run(raw_sets, tmp_path_factory):
+    """The folder of a short run with its files: TINY of faults.py."""
+    folder = tmp_path_factory.mktemp('run')
+    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
+                           '--results_dir', folder), folder.with_suffix('.log'))
+    assert code == 0, printed
+    return folder
 
 
 @pytest.fixture

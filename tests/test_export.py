@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import TINY, TRUNK, train
+from faults import TRUNK
 from torch import nn
 
 import export
@@ -25,16 +25,6 @@ NAME = 'car_timm-test_resnet_balanced_proxy_16'
 def images(number: int, size: int = 32) -> torch.Tensor:
     return torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8,
                          generator=torch.Generator().manual_seed(number))
-
-
-@pytest.fixture(scope='module')
-def run(raw_sets, tmp_path_factory):
-    """The files of a short run."""
-    folder = tmp_path_factory.mktemp('run')
-    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                           '--results_dir', folder), folder.with_suffix('.log'))
-    assert code == 0, printed
-    return folder
 
 
 @pytest.fixture(scope='module')

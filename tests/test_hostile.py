@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import TINY, TRUNK, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets, train
+from faults import TRUNK, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,16 +31,6 @@ from raw_sets import RAW_SETS, images_of, read_car
 from utils import int_list, seed_list
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
-
-
-@pytest.fixture(scope='module')
-def run(raw_sets, tmp_path_factory):
-    """The files of a short run."""
-    folder = tmp_path_factory.mktemp('run')
-    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                           '--results_dir', folder), folder.with_suffix('.log'))
-    assert code == 0, printed
-    return folder
 
 
 # ---------------------------------------------------- damage -------------------------------------------------------
