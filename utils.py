@@ -107,11 +107,13 @@ def parser_of_numbers(kind: type, is_sound, what: str):
 
 
 int_list = parser_of_numbers(int, lambda values: values[0] > 0 and list(values) == sorted(set(values)),
-                   'positive, ascending whole numbers with commas between, as in 1,2,4,8')
-fraction_list = parser_of_numbers(float, lambda values: all(0 < value < 1 for value in values)
-                        and list(values) == sorted(set(values)), 'ascending fractions of the epochs, as in 0.5,0.8')
-seed_list = parser_of_numbers(int, lambda values: len(set(values)) == len(values) > 1 and min(values) >= 0
-                    and max(values) < 2**63, 'two or more different seeds, as in 1,2,3')
+                             'positive, ascending whole numbers with commas between, as in 1,2,4,8')
+fraction_list = parser_of_numbers(
+    float, lambda values: all(0 < value < 1 for value in values) and list(values) == sorted(set(values)),
+    'ascending fractions of the epochs, as in 0.5,0.8')
+seed_list = parser_of_numbers(
+    int, lambda values: len(set(values)) == len(values) > 1 and min(values) >= 0 and max(values) < 2**63,
+    'two or more different seeds, as in 1,2,3')
 
 
 def user_path(text: str) -> str:

@@ -1,8 +1,7 @@
 """All that a run leaves: its name, lock, model, data base, checkpoint and statistics, and how each was made.
 
 Named, described and read here, and nowhere else; train.py saves a model and a checkpoint, model.py makes a network of
-the one, begin.py goes on from the other. PyTorch and pandas are imported
-where they are used.
+the one, begin.py goes on from the other. PyTorch and pandas are imported where they are used.
 """
 import contextlib
 import hashlib
