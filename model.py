@@ -111,7 +111,31 @@ class EmbeddingNet(nn.Module):
 
     def untouched(self) -> nn.Module:
         """Return the bare trunk: average pooling, no layer norm, no linear layer; the weights are shared."""
-        return BareTrunk(self)
+        return BareTrunk(self, 'avg', layer_norm=False)
+
+    def headless(self) -> nn.Module:
+        """Return the network up to its linear layer; the weights are shared."""
+        return BareTrunk(self, self.config.pooling, self.config.layer_norm)
+
+    @torch.no_grad()
+    def whiten(self, features: torch.Tensor) -> None:
+        """Start the linear layer as the whitening of pooled features (N, width) of images.
+
+        Its rows are their D first principal components, each divided by sqrt(l + 0.3 mean l), l the eigenvalues of
+        the second moment: without the second term, directions in which a few images hardly vary would weigh the most.
+        The moment is about 0, so that the layer needs no bias, and its weights get the length that they had before, so
+        that a learning rate keeps its meaning.
+
+        Source: Jegou & Chum, Negative Evidences and Co-occurrences in Image Retrieval, ECCV 2012.
+        """
+        if self.feature_dim > self.width:
+            raise UserError(f'--linear_init whiten: the trunk has {self.width} features, from which --feature_dim '
+                            f'{self.feature_dim} cannot be whitened; make it smaller, or leave --linear_init out')
+        weight, features = self.refactor.weight, features.double()
+        values, vectors = torch.linalg.eigh(features.T @ features / len(features))  # ascending
+        values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
+        rows = (vectors / (values + 0.3 * values.mean()).sqrt())[:, :len(weight)].T
+        weight.copy_(rows * (weight.norm().item() / rows.norm()))
 
     def pool(self, features: torch.Tensor, pooling: str) -> torch.Tensor:
         """Pool a feature map (N, C, H, W) or tokens (N, L, C) to (N, C).
@@ -141,15 +165,16 @@ class EmbeddingNet(nn.Module):
 
 
 class BareTrunk(nn.Module):
-    """The average pooled features of a network's trunk as embeddings: from where a training starts."""
+    """The pooled features of a network's trunk as embeddings (N, width), unit rows: from where a training starts."""
 
-    def __init__(self, model: EmbeddingNet):
+    def __init__(self, model: EmbeddingNet, pooling: str, layer_norm: bool):
         super().__init__()
-        self.model, self.feature_dim = model, model.width
+        self.model, self.feature_dim, self.pooling, self.layer_norm = model, model.width, pooling, layer_norm
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.model.pool(self.model.trunk(self.model.preprocess(images)), 'avg')
-        return F.normalize(features.float(), dim=-1)
+        features = self.model.pool(self.model.trunk(self.model.preprocess(images)), self.pooling).float()
+        features = F.layer_norm(features, features.shape[-1:]) if self.layer_norm else features
+        return F.normalize(features, dim=-1)
 
 
 def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet, dict]:

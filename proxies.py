@@ -182,6 +182,15 @@ class ProxyLoss(nn.Module):
         return positive - positive.detach()
 
     @torch.no_grad()
+    def start_at_means(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
+        """Put each proxy at the mean direction of the embeddings (N, D) of its class; labels (N,) hold every class.
+
+        Source: Qi, Brown, Lowe, Low-Shot Learning with Imprinted Weights, CVPR 2018, arXiv 1712.07136.
+        """
+        sums = embeddings.new_zeros(self.num_classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
+        self.proxies.copy_(F.normalize(sums[self.classes.start:self.classes.stop], dim=-1))
+
+    @torch.no_grad()
     def move_proxies(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:
         """Move the proxies of the classes in the batch towards their embeddings; the others stay as they are."""
         row, here = row_of(labels, self.classes)

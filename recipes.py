@@ -44,6 +44,8 @@ MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
 TRUNKS = {'resnet50': 'resnet', 'inception': 'bn_inception', 'googlenet': 'googlenet', 'resnet18': 'resnet',
           'resnet101': 'resnet'}  # the function in trunks.py that builds it
 POOLINGS = ('max', 'avg', 'avg_max', 'gem', 'cls')
+LINEAR_INITS = ('random', 'whiten')
+PROXY_INITS = ('unit', 'kaiming', 'mean')
 OPTIMIZER_NAMES = ('adamw', 'adam', 'sgd')
 SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')
 
@@ -71,6 +73,7 @@ COMMON = {
     'pooling': 'max',
     'layer_norm': True,
     'linear_bias': False,
+    'linear_init': 'random',
     'proxy_init': 'unit',
     'synthesis': 0.0,
     'freeze_bn': True,

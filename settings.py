@@ -8,8 +8,8 @@ from engine.errors import UserError, check_choice
 from engine.logs import service_list
 from engine.runs import LARGEST, run_name
 from raw_sets import canonical_data_name
-from recipes import (COMBINED_LOSSES, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_UPDATES, RECIPES,
-                     SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
+from recipes import (COMBINED_LOSSES, LINEAR_INITS, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS, PROXY_INITS,
+                     PROXY_UPDATES, RECIPES, SCHEDULE_NAMES, TRUNKS, canonical_backbone, recipe_settings, resize_for)
 from utils import (Parser, add_device_flags, check_between, fraction_list, int_list, keyword_text, seed_list, switch,
                    user_path)
 
@@ -74,6 +74,8 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--layer_norm', type=switch, metavar='{0,1}', help='normalise the pooled features before the '
                        'linear layer; papers: 1, Proxy Anchor 0')
     group.add_argument('--linear_bias', type=switch, metavar='{0,1}', help='papers: 0; Proxy Anchor 1')
+    group.add_argument('--linear_init', choices=LINEAR_INITS, help='start of the linear layer: random, or whiten, the '
+                       'whitening of the trunk\'s features of the training images; papers: random')
     group.add_argument('--max_pool', type=switch, default=True, metavar='{0,1}', help='the max-pool in the stem of a '
                        'ResNet; 0 for images below about 100 px [1]')
     group.add_argument('--freeze_bn', '--bn-freeze', type=switch, metavar='{0,1}', help='keep the BatchNorm statistics '
@@ -87,9 +89,8 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--margin', '--mrg', type=float, help='delta; papers: 0.1, cos_face 0.35, arc_face 0.5 rad')
     group.add_argument('--momentum', type=float, help='m of moving proxies (not of the optimizer), in (0, 1]; papers: '
                        '0.5. Asymptotic Proxy saw runs collapse at 0.05 to 0.1')
-    group.add_argument('--proxy_init', choices=('unit', 'kaiming'), help='start of the proxies; papers: unit random '
-                       'rows, Proxy Anchor kaiming')
-
+    group.add_argument('--proxy_init', choices=PROXY_INITS, help='start of the proxies: random (unit, kaiming), or at '
+                       'the mean embedding of their class before the training; papers: unit, Proxy Anchor kaiming')
     group.add_argument('--synthesis', type=float, help='Proxy Synthesis: so many synthetic classes for each image of a '
                        'batch, mixed from two of other classes and their proxies, 0 to 1 (its paper); papers: 0')
 
@@ -206,6 +207,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     for name, value in settings.items():
         if name != 'temperature' and getattr(args, name, 0) is None:
             setattr(args, name, value)
+    settle_start(args, given, borrowed)
     check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
     check_effect(args, given)
     check_ranges(args)
@@ -278,6 +280,17 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     args.margin = loss.margin if args.margin is None else args.margin
 
 
+def settle_start(args: argparse.Namespace, given: set, borrowed: bool) -> None:
+    """Settle where linear layer and proxies start, of which a recipe may say what another flag rules out."""
+    if args.init is not None:
+        if 'linear_init' in given and args.linear_init != 'random':
+            raise UserError(f'--linear_init {args.linear_init} and --init contradict each other: both say where the '
+                            'linear layer starts; leave one of them out')
+        args.linear_init = 'random'
+    if borrowed:
+        args.proxy_init, args.synthesis = 'unit', 0.0
+
+
 def check_effect(args: argparse.Namespace, given: set) -> None:
     """Refuse flags that would change nothing."""
     borrowed = args.loss_name.startswith(PML)
@@ -286,7 +299,8 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
         'lr_decay_step': args.lr_schedule != 'step' and f'--lr_schedule {args.lr_schedule} has no such step',
         'lr_milestones': args.lr_schedule != 'multistep' and f'--lr_schedule {args.lr_schedule} has no milestones',
         'lr_decay_gamma': args.lr_schedule in ('cosine', 'constant') and f'--lr_schedule {args.lr_schedule} has none',
-        'proxy_init': args.proxy_update == 'momentum' and 'proxies that move by momentum start as unit random rows',
+        'proxy_init': args.proxy_update == 'momentum' and args.proxy_init != 'mean' and
+        'proxies that move by momentum start as unit random rows or at the mean',
         'drop_last': args.images_per_class > 0 and '--images_per_class makes full batches only',
         'loss_args': args.loss_args and not borrowed and 'it is for the losses pml:NAME',
         'miner': args.miner and not borrowed and 'it is for the losses pml:NAME',

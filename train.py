@@ -39,15 +39,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from begin import Start, claim_run, fingerprint, load_checkpoint, restore, settings_of, start_from
-from dataset import (BatchSampler, ImageData, RetrievalDataset, hold_out, make_loader, make_test_loaders,
-                     make_transform, open_data)
+from dataset import (BatchSampler, ImageData, RetrievalDataset, batches_in_order, hold_out, make_loader,
+                     make_test_loaders, make_transform, open_data)
 from engine.errors import UserError
 from engine.files import save
 from engine.logs import RunLog
 from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
-from evaluate import make_data_base, measure, tensors_on, use_amp
+from evaluate import extract_embeddings, make_data_base, measure, tensors_on, use_amp
 from metrics import measure_absent
 from model import EmbeddingNet, NetConfig, ProxyLoss, make_loss
 from raw_sets import count_images
@@ -214,8 +214,8 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     else:
         criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                               proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                              margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
-                              synthesis=args.synthesis).to(device)
+                              margin=args.margin, proxy_init='unit' if args.proxy_init == 'mean' else args.proxy_init,
+                              shard_proxies=args.shard_proxies, synthesis=args.synthesis).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
                           args.clip_value, average)
@@ -256,11 +256,28 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
     if checkpoint:
         restore(checkpoint, start.files.checkpoint, model, learner, schedule)
         floor = rows[-1].get('epoch0_R@1')
-    elif args.epoch0 and args.weights != 'none':
-        floor = measure_floor(model, loaders[0], args, device)
+    else:
+        if args.epoch0 and args.weights != 'none':
+            floor = measure_floor(model, loaders[0], args, device)
+        start_from_images(learner, RetrievalDataset(data, 'train', plain), args)
     return Training(args=args, start=start, data=data, model=model, learner=learner, schedule=schedule, loader=loader,
                     test_loaders=loaders[0], val_loaders=loaders[1] if args.val_ratio else None, rows=rows,
                     made_with=made_with, seen=[*names, *(name for name in seen if name not in names)], floor=floor)
+
+
+def start_from_images(learner: Learner, images: RetrievalDataset, args: argparse.Namespace) -> None:
+    """Start linear layer and proxies from the training images, without augmentation, where that is asked for."""
+    if args.linear_init == 'random' and args.proxy_init != 'mean':
+        return
+    model, criterion, device = learner.network, learner.criterion, learner.device
+    loader = make_loader(images, batches_in_order(len(images), args.batch_size), args.num_workers, device)
+    features = extract_embeddings(model.headless(), loader, device, learner.amp)
+    if args.linear_init == 'whiten':
+        model.whiten(features)
+    if args.proxy_init == 'mean':
+        with torch.no_grad():
+            embeddings = nn.functional.normalize(model.refactor(features.to(device)), dim=-1)
+        criterion.start_at_means(embeddings, torch.tensor(images.labels, device=device))
 
 
 def measure_floor(model: EmbeddingNet, test_loaders: dict, args: argparse.Namespace, device: torch.device) -> float:

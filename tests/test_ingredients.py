@@ -1,4 +1,4 @@
-"""What a training can add to any loss: synthetic classes, averaged weights, learned pooling, rates of their own."""
+"""What a training can add to any loss: a start from its images, synthetic classes, averaged weights, and more."""
 import pytest
 import torch
 from test_losses import LOOPS, C, D, N, assert_same, build, loop_similarity, make_batch
@@ -6,6 +6,8 @@ from test_scripts import NAME, TINY, train
 from torch.nn import functional as F
 
 import proxies as proxies_module
+import recipes
+from dataset import open_data
 from engine.errors import UserError
 from engine.runs import load_data_base
 from evaluate import embed_images
@@ -209,3 +211,84 @@ def test_each_step_keeps_its_share_of_the_average():
     for weight in steps[1:]:
         expected = 0.75 * expected + 0.25 * weight
     torch.testing.assert_close(average.module[0].weight.detach(), expected)
+
+
+# ---------------------------------------------------- a start from the images ---------------------------------------
+def test_the_linear_layer_starts_as_the_whitening_of_the_features():
+    torch.manual_seed(0)
+    model = EmbeddingNet(NetConfig('resnet18', 20, image_size=32), 'none')
+    length = model.refactor.weight.detach().norm()
+    features = torch.randn(700, 512) * torch.linspace(0.2, 3, 512) + 0.5
+    model.whiten(features)
+    # The reference takes components from the singular values of the features, not from their moments.
+    _, values, rows = torch.linalg.svd(features.double(), full_matrices=False)
+    eigenvalues = values**2 / 700
+    outputs = features.double() @ model.refactor.weight.detach().double().T
+    moment = outputs.T @ outputs / 700
+    shares = eigenvalues[:20] / (eigenvalues[:20] + 0.3 * eigenvalues.mean())
+    torch.testing.assert_close(moment / moment[0, 0], torch.diag(shares / shares[0]), rtol=1e-3, atol=1e-4)
+    weight = model.refactor.weight.detach()
+    torch.testing.assert_close(weight.norm(), length)
+    torch.testing.assert_close((weight[0].double() @ rows[0]).abs().float(), weight[0].norm())
+
+
+def test_fewer_images_than_features_still_give_a_layer_of_full_rank():
+    model = EmbeddingNet(NetConfig('resnet18', 40, image_size=32), 'none')
+    model.whiten(F.normalize(torch.randn(9, 512), dim=-1))
+    assert torch.linalg.matrix_rank(model.refactor.weight) == 40
+    with pytest.raises(UserError, match='has 512 features, from which --feature_dim 513 cannot be whitened'):
+        EmbeddingNet(NetConfig('resnet18', 513, image_size=32), 'none').whiten(torch.randn(9, 512))
+
+
+@pytest.mark.parametrize('rule', PROXY_UPDATES)
+def test_proxies_start_at_the_means_of_their_classes(rule):
+    embeddings, proxies = make_batch(2)
+    criterion = build('normalized_softmax', proxies, proxy_update=rule)
+    labels = torch.arange(N) % C
+    criterion.start_at_means(embeddings.detach(), labels)
+    expected = []
+    for number in range(C):
+        total = sum(embeddings[i].detach() for i in range(N) if labels[i] == number)
+        expected.append(total / total.square().sum().sqrt())
+    torch.testing.assert_close(criterion.proxies.detach(), torch.stack(expected))
+    criterion.classes = range(1, 3)  # the share of one of several processes
+    criterion.proxies = torch.nn.Parameter(torch.zeros(2, D, dtype=torch.float64)) if rule != 'momentum' else (
+        torch.zeros(2, D, dtype=torch.float64))
+    criterion.start_at_means(embeddings.detach(), labels)
+    torch.testing.assert_close(criterion.proxies.detach(), torch.stack(expected[1:3]))
+
+
+def test_a_run_starts_from_its_training_images(raw_sets, tmp_path):
+    words = ('--linear_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off')
+    assert train(raw_sets, tmp_path, *TINY, *words, '--num_epochs', 1, '--warm_up', 0).returncode == 0
+    model, contents = load_model(tmp_path / f'{NAME}_model.pth')
+    paths = open_data(raw_sets, 'car').split['train'].values()
+    images = [raw_sets / 'car' / path for of_class in paths for path in of_class]
+    seen = []
+    hook = model.refactor.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    embeddings, first = embed_images(model, images, contents), 0
+    hook.remove()
+    features = torch.cat(seen)
+    reference = EmbeddingNet(model.config, 'none')
+    reference.whiten(features)
+    outputs, expected = features @ model.refactor.weight.detach().T, features @ reference.refactor.weight.detach().T
+    grams = [rows @ rows.T / rows.norm()**2 for rows in (outputs, expected)]  # free of signs and rotations
+    torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-5)
+    proxies = load_data_base(tmp_path / f'{NAME}_data_base.pth').proxies['train_proxies']
+    for proxy, of_class in zip(proxies, paths, strict=True):
+        mean = F.normalize(embeddings[first:first + len(of_class)].sum(0), dim=0)
+        torch.testing.assert_close(proxy, mean, rtol=1e-4, atol=1e-4)
+        first += len(of_class)
+
+
+def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with_weights_of_their_own(monkeypatch):
+    monkeypatch.setitem(recipes.RECIPES['proxy_anchor'], 'settings', recipes.RECIPES['proxy_anchor']['settings'] | {
+        'linear_init': 'whiten', 'proxy_init': 'mean', 'synthesis': 1.0})
+    words = ['--recipe', 'proxy_anchor']
+    assert get_runs(words)[1][0].linear_init == 'whiten'
+    tuned = get_runs([*words, '--init', 'a_model.pth'])[1][0]
+    assert (tuned.linear_init, tuned.proxy_init) == ('random', 'mean')
+    borrowed = get_runs([*words, '--loss_name', 'pml:SupConLoss'])[1][0]
+    assert (borrowed.linear_init, borrowed.proxy_init, borrowed.synthesis) == ('whiten', 'unit', 0.0)
+    with pytest.raises(UserError, match='--linear_init whiten and --init contradict each other'):
+        get_runs([*words, '--init', 'a_model.pth', '--linear_init', 'whiten'])
