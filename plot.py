@@ -18,6 +18,7 @@ import pandas as pd
 from engine.errors import UserError, nearest
 from engine.files import make_folder
 from engine.runs import RunFiles, read_statistics
+from recipes import COMMON
 from summary import mean_and_half_interval
 from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_script, save_figure, user_path
 
@@ -164,7 +165,7 @@ def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: 
     paths = sorted(Path(folder).glob(f'*{ENDING}'))
     if not paths:
         raise UserError(f'{flag} {folder} holds no *{ENDING}; train into it with --results_dir {folder}')
-    rows = []
+    rows, older = [], {f'args.{name}': value for name, value in COMMON.items()}  # of runs before there was a setting
     for path in paths:
         table = read_statistics(path)
         for metric in metrics:
@@ -179,7 +180,7 @@ def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: 
                             '--resume, or move it away')
         if epoch == 'best' and 'dense_R@1' not in table:
             raise UserError(f'--epoch best needs dense_R@1, which {path} does not have; use --epoch last')
-        rows.append(last if epoch == 'last' else table.loc[table['dense_R@1'].idxmax()])
+        rows.append(older | (last if epoch == 'last' else table.loc[table['dense_R@1'].idxmax()]).to_dict())
     return pd.DataFrame(rows, index=[path.name for path in paths])
 
 

@@ -63,6 +63,18 @@ def test_runs_of_a_cell_that_differ_in_more_than_their_seed_are_not_averaged(tmp
         call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
 
 
+def test_a_run_from_before_there_was_a_setting_did_as_without_it(tmp_path, call_script):
+    write_grid(tmp_path)
+    write_run(tmp_path, 'later', [1.0, 50.5], loss_name='arc_face', proxy_update='momentum', seed=4,
+              linear_init='random')
+    half = half_interval([*RECALLS['arc_face', 'momentum'], 50.5])
+    assert f'| arc_face | 53.9 ± {half:.1f} |' in call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
+    write_run(tmp_path, 'other', [1.0, 50.5], loss_name='arc_face', proxy_update='momentum', seed=5,
+              linear_init='whiten')
+    with pytest.raises(UserError, match='arc_face momentum differ in linear_init'):
+        call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
+
+
 @pytest.mark.parametrize(('words', 'message'), [
     (('--over', 'los'), '--over los is no setting'), (('--line', 'rule'), '--line rule is no setting'),
     (('--over', 'seed', '--line', 'seed'), 'both seed'), (('--metric', 'dense_R@9'), 'dense_R@9')])
