@@ -131,7 +131,7 @@ def start_from(file: str, model, results_dir: str) -> list[str]:
     """
     contents = load_model_file(find_result('--init', RunFiles.ENDINGS['model'], file, results_dir))
     differ = [f'--{name} {value} (there {contents["config"].get(name)})' for name, value in asdict(model.config).items()
-              if name not in ('image_size', 'freeze_bn') and contents['config'].get(name) != value]
+              if name not in ('image_size', 'freeze_bn', 'mirror') and contents['config'].get(name) != value]
     if differ:
         raise UserError(f'--init {file} is another network: {", ".join(differ)}; give the same')
     try:

@@ -38,6 +38,7 @@ class NetConfig:
         freeze_bn: keep the trunk's BatchNorm statistics as they are, in training too.
         image_size: side of the square images in pixels.
         max_pool: keep the max-pool in the stem of a ResNet; leave it out for images below about 100 px.
+        mirror: outside the training an embedding is the mean of those of an image and its mirror image.
     """
 
     backbone_type: str
@@ -48,6 +49,7 @@ class NetConfig:
     freeze_bn: bool = True
     image_size: int = 224
     max_pool: bool = True
+    mirror: bool = False
 
 
 class EmbeddingNet(nn.Module):
@@ -157,6 +159,13 @@ class EmbeddingNet(nn.Module):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.shape[0]:
             raise UserError(f'images are {tuple(images.shape)} of {images.dtype}; expected are (N, 3, H, W) of '
                             'torch.uint8, RGB from 0 to 255, N at least 1')
+        embeddings = self.embed(images)
+        if self.config.mirror and not self.training:
+            embeddings = F.normalize(embeddings + self.embed(images.flip(3)), dim=-1)
+        return embeddings
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of images as they are."""
         features = self.pool(self.trunk(self.preprocess(images)), self.config.pooling)
         if self.config.layer_norm:
             features = F.layer_norm(features, features.shape[-1:])

@@ -77,6 +77,7 @@ COMMON = {
     'proxy_init': 'unit',
     'synthesis': 0.0,
     'freeze_bn': True,
+    'mirror': False,
     'recalls': (1, 2, 4, 8),
 }
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})

@@ -82,6 +82,10 @@ def get_parser(description: str | None = None) -> Parser:
                        'of the pretrained trunk; papers: 1, Proxy Anchor on sop and isc 0. Set 0 with --weights none: '
                        'the statistics of an untrained trunk say nothing')
 
+    group.add_argument('--mirror', type=switch, metavar='{0,1}', help='the embedding of a test image, and of any that '
+                       'is searched later, is the mean of its own and that of its mirror image: better, and twice the '
+                       'time of an embedding; papers: 0')
+
     group = parser.add_argument_group('loss')
     group.add_argument('--scale', '--alpha', type=float, help='alpha; papers: 32, proxy_nca 9, cos_face, arc_face 64')
     group.add_argument('--temperature', type=float, help='1 / scale, the Asymptotic Proxy spelling; paper: 0.03, '

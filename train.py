@@ -201,7 +201,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
 def build_learner(args: argparse.Namespace, num_classes: int, device: torch.device, weights: str):
     """Build the network, and the learner that trains it."""
     config = NetConfig(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
-                       args.freeze_bn, image_size=args.image_size, max_pool=args.max_pool)
+                       args.freeze_bn, image_size=args.image_size, max_pool=args.max_pool, mirror=args.mirror)
     with first_process_first():
         model = EmbeddingNet(config, weights)
     model = model.to(device, memory_format=torch.channels_last)

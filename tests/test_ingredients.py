@@ -1,13 +1,15 @@
 """What a training can add to any loss: a start from its images, synthetic classes, averaged weights, and more."""
 import pytest
 import torch
+from conftest import type_command
+from PIL import Image
 from test_losses import LOOPS, C, D, N, assert_same, build, loop_similarity, make_batch
 from test_scripts import NAME, TINY, train
 from torch.nn import functional as F
 
 import proxies as proxies_module
 import recipes
-from dataset import open_data
+from dataset import make_transform, open_data
 from engine.errors import UserError
 from engine.runs import load_data_base
 from evaluate import embed_images
@@ -292,3 +294,33 @@ def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with
     assert (borrowed.linear_init, borrowed.proxy_init, borrowed.synthesis) == ('whiten', 'unit', 0.0)
     with pytest.raises(UserError, match='--linear_init whiten and --init contradict each other'):
         get_runs([*words, '--init', 'a_model.pth', '--linear_init', 'whiten'])
+
+
+# ---------------------------------------------------- the mirror image ----------------------------------------------
+def test_outside_the_training_an_embedding_is_the_mean_with_that_of_the_mirror_image():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 32, 40), dtype=torch.uint8)
+    model = EmbeddingNet(NetConfig('resnet18', 8, image_size=32, mirror=True), 'none').eval()
+    plain = EmbeddingNet(NetConfig('resnet18', 8, image_size=32), 'none').eval()
+    plain.load_state_dict(model.state_dict())
+    mirrored = torch.stack([torch.stack([image[:, :, 39 - column] for column in range(40)], dim=2) for image in images])
+    both = plain(images) + plain(mirrored)
+    torch.testing.assert_close(model(images), both / both.square().sum(1, keepdim=True).sqrt())
+    assert not torch.allclose(model(images), plain(images), atol=1e-3)
+    torch.testing.assert_close(model.train()(images), plain.train()(images))
+
+
+def test_a_run_with_the_mirror_image_is_searched_and_exported_as_it_was_measured(raw_sets, tmp_path):
+    words = ('--mirror', 1, '--num_epochs', 1, '--warm_up', 0, '--amp', 'off')
+    assert train(raw_sets, tmp_path, *TINY, *words).returncode == 0
+    (tmp_path / 'car').symlink_to(raw_sets / 'car')
+    data_base, file = load_data_base(tmp_path / f'{NAME}_data_base.pth'), tmp_path / f'{NAME}_model.pth'
+    images = [tmp_path / 'car' / image for image in data_base.test.images]
+    model, contents = load_model(file)
+    torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
+    result = type_command('export.py', '--model', file, '--data_path', tmp_path, '--torch', tmp_path / 'model.pt2')
+    assert result.returncode == 0, result.stderr
+    transform = make_transform(False, 32, contents['args']['resize_size'], model.interpolation)
+    pixels = torch.stack([transform(Image.open(image).convert('RGB')) for image in images])
+    program = torch.export.load(tmp_path / 'model.pt2').module()
+    torch.testing.assert_close(program(pixels), data_base.test.features, rtol=1e-4, atol=1e-4)
