@@ -22,12 +22,23 @@ GRID_PROTOCOL := --data_path $(DATA) --data_name car --backbone_type timm:tf_eff
 GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_decay_step 3 \
 	--lr_decay_gamma 0.5
 # A run is FOLDER/NAME.SEED.
-RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
+RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed))) \
+	$(foreach seed,1 2 3 4 5,recipes/whitened_start.$(seed))
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))))
 LOGARITHM_RUNS = $(foreach seed,$(GRID_SEEDS),logarithms/balanced_proxy.$(seed) logarithms/balanced_proxy_split.$(seed))
 ARC_RUNS := arc_face/64-0.01.1 arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
-LONG_RUNS := long/balanced_proxy.1 long/proxy_anchor.1 long/positive_proxy.1
+LONG_RUNS := long/whitened_start.1 long/positive_proxy.1 long/balanced_proxy.1 long/proxy_anchor.1
+# Measured on held out training classes.
+ABLATION_positive_proxy = --recipe positive_proxy $(GRID_SCHEDULE)
+ABLATION_whitened_start = --recipe whitened_start
+ABLATION_without-whitening = $(ABLATION_whitened_start) --linear_init random
+ABLATION_without-means = $(ABLATION_whitened_start) --proxy_init unit
+ABLATION_without-the-rate = $(ABLATION_whitened_start) --lr 1e-4 --proxy_lr 1e-2 --lr_schedule step --lr_decay_step 3
+ABLATION_without-small-batches = $(ABLATION_whitened_start) --batch_size 120
+ABLATION_with-mirror = $(ABLATION_whitened_start) --mirror 1
+ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
+	without-means without-the-rate without-small-batches with-mirror,ablation/$(row).$(seed)))
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
@@ -58,7 +69,7 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(RECIPE_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+results: $(RECIPE_RUNS) $(ABLATION_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
 car-cache: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
@@ -74,7 +85,10 @@ grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -
 		--results_dir results/grid/$(@D) $$(test -f $(FILES_OF_RUN)_checkpoint.pth && echo --resume || echo --overwrite)
 
 recipes/%: car-cache
-	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(GRID_SCHEDULE))
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(if $(filter $(GRID_RECIPES),$(NAME_OF_RUN)),$(GRID_SCHEDULE)))
+
+ablation/%: car-cache
+	$(call grid_run,6,$(ABLATION_$(NAME_OF_RUN)) --val_ratio 0.4 --epoch0 0)
 
 rules/%: car-cache
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \

@@ -137,7 +137,7 @@ class EmbeddingNet(nn.Module):
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))  # ascending
         values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
         rows = (vectors / (values + 0.3 * values.mean()).sqrt())[:, :len(weight)].T
-        weight.copy_(rows * (weight.norm().item() / rows.norm()))
+        weight.copy_(rows * (weight.norm().to(rows) / rows.norm()))
 
     def pool(self, features: torch.Tensor, pooling: str) -> torch.Tensor:
         """Pool a feature map (N, C, H, W) or tokens (N, L, C) to (N, C).

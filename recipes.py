@@ -128,6 +128,14 @@ RECIPES = {
              {'lr': 6e-4, 'lr_decay_step': 20, 'lr_decay_gamma': 0.25, 'freeze_bn': False}),
         ],
     },
+    'whitened_start': {
+        'source': 'of no paper: Positive Proxy with a start from the images; docs/results.md',
+        'settings': {
+            'loss_name': 'positive_proxy', 'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1,
+            'linear_init': 'whiten', 'proxy_init': 'mean',
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
     'transformer': {
         'source': 'of no paper: what is usual with pretrained transformers; its accuracy is untested here',
         'settings': {

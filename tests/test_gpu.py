@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 import engine.similarities
 import metrics
+import train
 from engine import counting, processes
 from engine.similarities import Pairs, Similarities
 from metrics import measure_absent, plain_metrics, retrieval_metrics
@@ -96,6 +97,21 @@ def test_every_kind_of_trunk_embeds_on_its_device(name, pooling):
         embeddings, floor = network(images), network.untouched()(images)
     assert embeddings.device == floor.device == GPU
     assert embeddings.dtype == floor.dtype == torch.float32
+
+
+def test_a_start_from_images_reaches_network_and_proxies_on_their_device(monkeypatch):
+    class Images(list):
+        labels = [0, 0, 1, 1, 2, 2]
+
+    monkeypatch.setattr(train, 'make_loader', lambda *_: None)
+    monkeypatch.setattr(train, 'extract_embeddings', lambda *_: torch.empty(6, 512))  # on the CPU, as it returns them
+    mode = FakeTensorMode()
+    network = place(EmbeddingNet(NetConfig('resnet18', 5, image_size=64), 'none'), mode)
+    criterion = place(make_loss('proxy_nca', num_classes=3, feature_dim=5), mode)
+    args = SimpleNamespace(linear_init='whiten', proxy_init='mean', batch_size=2, num_workers=0)
+    with mode:
+        train.start_from_images(train.Learner(network, criterion, None, GPU), Images(range(6)), args)
+    assert network.refactor.weight.device == criterion.proxies.device == GPU
 
 
 def test_a_tensor_on_the_wrong_device_is_seen(monkeypatch):
