@@ -46,6 +46,8 @@ def check_metric(table: pd.DataFrame, metric: str, path: str | Path) -> None:
 
 def title_of(metric: str) -> str:
     """Return the label of an axis: `dense_R@1` -> `R@1, dense (%)`."""
+    if metric.startswith('val_'):
+        return title_of(metric.removeprefix('val_')).replace(' (%)', ', held out classes (%)')
     kind, _, name = metric.partition('_')
     return TITLES.get(metric, f'{name}, {kind} (%)' if kind in ('dense', 'binary') else metric)
 

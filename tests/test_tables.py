@@ -75,6 +75,11 @@ def test_a_run_from_before_there_was_a_setting_did_as_without_it(tmp_path, call_
         call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
 
 
+def test_numbers_of_held_out_classes_are_named_so():
+    assert plot.title_of('val_binary_R@1') == 'R@1, binary, held out classes (%)'
+    assert plot.title_of('dense_R@2') == 'R@2, dense (%)'
+
+
 @pytest.mark.parametrize(('words', 'message'), [
     (('--over', 'los'), '--over los is no setting'), (('--line', 'rule'), '--line rule is no setting'),
     (('--over', 'seed', '--line', 'seed'), 'both seed'), (('--metric', 'dense_R@9'), 'dense_R@9')])
