@@ -160,7 +160,8 @@ def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_se
 
 
 # ---------------------------------------------------- averaged weights ----------------------------------------------
-EXTRAS = ('--ema', '0.6', '--synthesis', '0.5', '--trunk_lr', '1e-4', '--pooling', 'gem')
+EXTRAS = ('--ema', '0.6', '--synthesis', '0.5', '--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten',
+          '--proxy_init', 'mean', '--mirror', '1')
 
 
 def check_average(folder):
