@@ -1,7 +1,7 @@
 # make demo: install, make a data set, train, measure, draw. make serve: a page that searches in it. make test: all
 # tests, in the same environment.
 # make sweep: R@1 over the momentum of moving proxies, 21 small runs. make -j2 results: all runs of docs/results.md, on
-# CARS196 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
+# CARS196 and CUB200 in DATA with the trunk in WEIGHTS; what is finished is kept, what was cut off goes on.
 # make gpu: what no test without a GPU can see, as a table, results/gpu.md; ends with 2 where there is none.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,7 +42,7 @@ ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whiten
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo serve sweep results car-cache gpu test lowest lint clean
+.PHONY: demo serve sweep results caches gpu test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -69,39 +69,46 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(RECIPE_RUNS) $(ABLATION_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+# On data that no setting was chosen on.
+CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),check/whitened_start.$(seed) check/positive_proxy.$(seed))
 
-car-cache: .venv/demo
-	$(BIN)/python data_utils.py --data_path $(DATA) --data_name car --cache_size 146
+results: $(RECIPE_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+
+caches: .venv/demo
+	set -e; for name in car cub; do $(BIN)/python data_utils.py --data_path $(DATA) --data_name $$name --cache_size 146; done
 
 # $(call grid_run,EPOCHS,FLAGS): one with a row of statistics for each epoch is finished; one that was cut off has a
 # checkpoint.
 NAME_OF_RUN = $(basename $*)
 SEED_OF_RUN = $(patsubst .%,%,$(suffix $*))
+SCHEDULE_OF_RUN = $(if $(filter $(GRID_RECIPES),$(NAME_OF_RUN)),$(GRID_SCHEDULE))
 WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
 FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
 grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -gt $(1) || $(SPARE_MALLOC) \
 	$(BIN)/python train.py $(GRID_PROTOCOL) $(2) --num_epochs $(1) --seed $(SEED_OF_RUN) --remark $(NAME_OF_RUN) \
 		--results_dir results/grid/$(@D) $$(test -f $(FILES_OF_RUN)_checkpoint.pth && echo --resume || echo --overwrite)
 
-recipes/%: car-cache
-	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(if $(filter $(GRID_RECIPES),$(NAME_OF_RUN)),$(GRID_SCHEDULE)))
+recipes/%: caches
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
 
-ablation/%: car-cache
+ablation/%: caches
 	$(call grid_run,6,$(ABLATION_$(NAME_OF_RUN)) --val_ratio 0.4 --epoch0 0)
 
-rules/%: car-cache
+check/%: caches
+	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
+
+rules/%: caches
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
 		--proxy_update $(call WORD_OF_RUN,2))
 
-logarithms/%: car-cache
+logarithms/%: caches
 	$(call grid_run,6,--recipe balanced_proxy $(GRID_SCHEDULE) --loss_name $(NAME_OF_RUN))
 
-arc_face/%: car-cache
+arc_face/%: caches
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name arc_face --proxy_update gradient \
 		--scale $(call WORD_OF_RUN,1) --proxy_lr $(call WORD_OF_RUN,2))
 
-long/%: car-cache
+long/%: caches
 	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
 
 gpu: .venv/demo
