@@ -14,6 +14,7 @@ from engine.errors import UserError, reason_of
 from engine.files import check_fields, make_folder, remove_torn
 from engine.processes import world_rank
 from engine.runs import RunFiles, load_checkpoint_file, load_model_file, seen_classes
+from recipes import LATER
 
 # Where a run stands, how fast it goes and what it says: free to change between a run and its --resume, and left out of
 # its files.
@@ -86,7 +87,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     if checkpoint['split'] != fingerprint(split):
         raise UserError(f'--resume: the data set {args.data_name} was converted anew since the run {args.run} began; '
                         'convert it as it was, or name a new run with --remark')
-    now, before = settings_of(args), dict(checkpoint['args'])
+    now, before = settings_of(args), LATER | checkpoint['args']
     if type(before.get('num_epochs')) is int and args.num_epochs > before['num_epochs']:
         if args.lr_schedule not in ('step', 'constant'):
             raise UserError(f'--num_epochs {args.num_epochs}: the schedule {args.lr_schedule} of this run was laid out '

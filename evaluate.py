@@ -13,7 +13,7 @@ class is absent from the searched images would still be answered.
 """
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,10 +30,11 @@ from metrics import NUMBERS_OF_QUERIES, measure_absent, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
 from raw_sets import canonical_data_name
 from recipes import POOLINGS, canonical_backbone, resize_for
-from utils import Parser, add_device_flags, check_between, int_list, refuse_without_effect, run_script, user_path
+from utils import (Parser, add_device_flags, check_between, int_list, refuse_without_effect, run_script, switch,
+                   user_path)
 
 # Flags of the command line: of embedding images, and of the trunk, which --resume takes from the model.
-EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size')
+EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size', 'mirror')
 TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')
 
 
@@ -166,6 +167,8 @@ def get_args(argv: list[str] | None = None):
                         'agree with the model of --resume')
     parser.add_argument('--resize_size', type=int,
                         help='short side before the crop [that of the model; image_size x 256/224]')
+    parser.add_argument('--mirror', type=switch, metavar='{0,1}', help='embed an image as the mean with its mirror '
+                        'image, or not [as the model was trained to; 0]')
     parser.add_argument('--batch_size', '--batch-size', type=int, help="images embedded at once [the model's; 64]")
     parser.add_argument('--num_workers', '--workers', type=int, help='processes that decode images [2]')
     parser.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model; auto]')
@@ -267,6 +270,8 @@ def main() -> None:
         origin = {**data_base.proxies, **data_base.origin}
     else:
         model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
+        if args.mirror is not None:
+            model.config = replace(model.config, mirror=args.mirror)
         name = origin['args'].get('run', 'run')
         if args.resume is not None:
             name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))

@@ -22,6 +22,8 @@ from proxies import ProxyConfig, ProxyLoss
 from recipes import LOSSES, POOLINGS, TRUNKS, canonical_backbone
 from trunks import build_trunk
 
+SHRINKAGE = 0.3  # of the eigenvalues towards their mean, in whiten
+
 
 # ---------------------------------------------------- embedding network ----------------------------------------------
 @dataclass(frozen=True)
@@ -113,30 +115,27 @@ class EmbeddingNet(nn.Module):
 
     def untouched(self) -> nn.Module:
         """Return the bare trunk: average pooling, no layer norm, no linear layer; the weights are shared."""
-        return BareTrunk(self, 'avg', layer_norm=False)
+        return BareTrunk(self)
 
     def headless(self) -> nn.Module:
-        """Return the network up to its linear layer; the weights are shared."""
-        return BareTrunk(self, self.config.pooling, self.config.layer_norm)
+        """Return the network up to its linear layer, which maps images to `features`; the weights are shared."""
+        return Headless(self)
 
     @torch.no_grad()
     def whiten(self, features: torch.Tensor) -> None:
-        """Start the linear layer as the whitening of pooled features (N, width) of images.
+        """Start the linear layer as the whitening of the directions of features (N, width) of images.
 
-        Its rows are their D first principal components, each divided by sqrt(l + 0.3 mean l), l the eigenvalues of
-        the second moment: without the second term, directions in which a few images hardly vary would weigh the most.
-        The moment is about 0, so that the layer needs no bias, and its weights get the length that they had before, so
-        that a learning rate keeps its meaning.
+        Its rows are their D first principal components, D at most the width, each divided by sqrt(l + s mean l), l the
+        eigenvalues of the second moment, s SHRINKAGE: without the second term, directions in which a few images hardly
+        vary would weigh the most. The moment is about 0, so that the layer needs no bias, and its weights get the
+        length that they had before, so that a learning rate keeps its meaning.
 
         Source: Jegou & Chum, Negative Evidences and Co-occurrences in Image Retrieval, ECCV 2012.
         """
-        if self.feature_dim > self.width:
-            raise UserError(f'--linear_init whiten: the trunk has {self.width} features, from which --feature_dim '
-                            f'{self.feature_dim} cannot be whitened; make it smaller, or leave --linear_init out')
-        weight, features = self.refactor.weight, features.double()
+        weight, features = self.refactor.weight, F.normalize(features.double(), dim=-1)
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))  # ascending
         values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
-        rows = (vectors / (values + 0.3 * values.mean()).sqrt())[:, :len(weight)].T
+        rows = (vectors / (values + SHRINKAGE * values.mean()).sqrt())[:, :len(weight)].T
         weight.copy_(rows * (weight.norm().to(rows) / rows.norm()))
 
     def pool(self, features: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -164,26 +163,38 @@ class EmbeddingNet(nn.Module):
             embeddings = F.normalize(embeddings + self.embed(images.flip(3)), dim=-1)
         return embeddings
 
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the features (N, width) of images that the linear layer sees."""
+        features = self.pool(self.trunk(self.preprocess(images)), self.config.pooling)
+        return F.layer_norm(features, features.shape[-1:]) if self.config.layer_norm else features
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings of images as they are."""
-        features = self.pool(self.trunk(self.preprocess(images)), self.config.pooling)
-        if self.config.layer_norm:
-            features = F.layer_norm(features, features.shape[-1:])
-        features = self.refactor(features)
+        features = self.refactor(self.features(images))
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 class BareTrunk(nn.Module):
-    """The pooled features of a network's trunk as embeddings (N, width), unit rows: from where a training starts."""
+    """The average pooled features of a network's trunk as embeddings: from where a training starts."""
 
-    def __init__(self, model: EmbeddingNet, pooling: str, layer_norm: bool):
+    def __init__(self, model: EmbeddingNet):
         super().__init__()
-        self.model, self.feature_dim, self.pooling, self.layer_norm = model, model.width, pooling, layer_norm
+        self.model, self.feature_dim = model, model.width
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.model.pool(self.model.trunk(self.model.preprocess(images)), self.pooling).float()
-        features = F.layer_norm(features, features.shape[-1:]) if self.layer_norm else features
-        return F.normalize(features, dim=-1)
+        features = self.model.pool(self.model.trunk(self.model.preprocess(images)), 'avg')
+        return F.normalize(features.float(), dim=-1)
+
+
+class Headless(nn.Module):
+    """A network without its linear layer."""
+
+    def __init__(self, model: EmbeddingNet):
+        super().__init__()
+        self.model, self.feature_dim = model, model.width
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.features(images).float()
 
 
 def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet, dict]:

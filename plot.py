@@ -18,7 +18,7 @@ import pandas as pd
 from engine.errors import UserError, nearest
 from engine.files import make_folder
 from engine.runs import RunFiles, read_statistics
-from recipes import COMMON
+from recipes import LATER
 from summary import mean_and_half_interval
 from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_script, save_figure, user_path
 
@@ -167,9 +167,10 @@ def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: 
     paths = sorted(Path(folder).glob(f'*{ENDING}'))
     if not paths:
         raise UserError(f'{flag} {folder} holds no *{ENDING}; train into it with --results_dir {folder}')
-    rows, older = [], {f'args.{name}': value for name, value in COMMON.items()}  # of runs before there was a setting
+    rows = []
     for path in paths:
         table = read_statistics(path)
+        table = table.assign(**{f'args.{name}': value for name, value in LATER.items() if f'args.{name}' not in table})
         for metric in metrics:
             check_metric(table, metric, path)
         known = [column.removeprefix('args.') for column in table if column.startswith('args.')]
@@ -182,7 +183,7 @@ def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: 
                             '--resume, or move it away')
         if epoch == 'best' and 'dense_R@1' not in table:
             raise UserError(f'--epoch best needs dense_R@1, which {path} does not have; use --epoch last')
-        rows.append(older | (last if epoch == 'last' else table.loc[table['dense_R@1'].idxmax()]).to_dict())
+        rows.append(last if epoch == 'last' else table.loc[table['dense_R@1'].idxmax()])
     return pd.DataFrame(rows, index=[path.name for path in paths])
 
 

@@ -23,7 +23,8 @@ class ProxyConfig:
         momentum: m in (0, 1], for `momentum` only.
         scale: alpha = 1 / temperature.
         margin: delta; None where the formula has no margin.
-        proxy_init: `unit` (unit random rows) or `kaiming` (normal, fan_out; Proxy Anchor).
+        proxy_init: `unit` (unit random rows), `kaiming` (normal, fan_out; Proxy Anchor), or `mean` (as `unit`, until
+            `start_at_means` is called).
         shard_proxies: hold C / W of the proxies in each of W processes.
         synthesis: synthetic classes for each sample of a batch (`synthesise`), 0 to 1; 0 is off.
     """
@@ -187,8 +188,9 @@ class ProxyLoss(nn.Module):
 
         Source: Qi, Brown, Lowe, Low-Shot Learning with Imprinted Weights, CVPR 2018, arXiv 1712.07136.
         """
-        sums = embeddings.new_zeros(self.num_classes, embeddings.shape[1]).index_add_(0, labels, embeddings)
-        self.proxies.copy_(F.normalize(sums[self.classes.start:self.classes.stop], dim=-1))
+        row, here = row_of(labels, self.classes)
+        sums = torch.zeros_like(self.proxies).index_add_(0, row, torch.where(here[:, None], embeddings, 0))
+        self.proxies.copy_(F.normalize(sums, dim=-1))
 
     @torch.no_grad()
     def move_proxies(self, embeddings: torch.Tensor, labels: torch.Tensor) -> None:

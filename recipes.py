@@ -80,6 +80,8 @@ COMMON = {
     'mirror': False,
     'recalls': (1, 2, 4, 8),
 }
+# Settings that came after the first runs, and what a run from before did.
+LATER = {'linear_init': 'random', 'mirror': False}
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
 ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
 

@@ -82,9 +82,9 @@ def get_parser(description: str | None = None) -> Parser:
                        'of the pretrained trunk; papers: 1, Proxy Anchor on sop and isc 0. Set 0 with --weights none: '
                        'the statistics of an untrained trunk say nothing')
 
-    group.add_argument('--mirror', type=switch, metavar='{0,1}', help='the embedding of a test image, and of any that '
-                       'is searched later, is the mean of its own and that of its mirror image: better, and twice the '
-                       'time of an embedding; papers: 0')
+    group.add_argument('--mirror', type=switch, metavar='{0,1}', help='embed a test image, and any that is searched '
+                       'later, as the mean with its mirror image, for twice the time; not where left and right matter. '
+                       'evaluate.py --mirror tries it on a finished run. Papers: 0')
 
     group = parser.add_argument_group('loss')
     group.add_argument('--scale', '--alpha', type=float, help='alpha; papers: 32, proxy_nca 9, cos_face, arc_face 64')
@@ -211,9 +211,9 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     for name, value in settings.items():
         if name != 'temperature' and getattr(args, name, 0) is None:
             setattr(args, name, value)
-    settle_start(args, given, borrowed)
+    settle_start(args, given)
     check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
-    check_effect(args, given)
+    check_effect(args, settings, given)
     check_ranges(args)
     check_warm_up(args, given)
     if args.proxy_update == 'momentum':
@@ -262,7 +262,7 @@ def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
         raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '
                         'its weights are its own, and learn by the gradient of all its terms; leave it out')
     args.base_loss, args.proxy_update = args.loss_name, 'gradient'
-    args.scale = args.synthesis = None
+    args.scale, args.proxy_init, args.synthesis = None, 'unit', 0.0
 
 
 def settle_loss(args: argparse.Namespace, settings: dict) -> None:
@@ -284,18 +284,17 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     args.margin = loss.margin if args.margin is None else args.margin
 
 
-def settle_start(args: argparse.Namespace, given: set, borrowed: bool) -> None:
-    """Settle where linear layer and proxies start, of which a recipe may say what another flag rules out."""
-    if args.init is not None:
-        if 'linear_init' in given and args.linear_init != 'random':
-            raise UserError(f'--linear_init {args.linear_init} and --init contradict each other: both say where the '
-                            'linear layer starts; leave one of them out')
-        args.linear_init = 'random'
-    if borrowed:
-        args.proxy_init, args.synthesis = 'unit', 0.0
+def settle_start(args: argparse.Namespace, given: set) -> None:
+    """Leave the linear layer of --init as it is, whatever the recipe says of its start."""
+    if args.init is None:
+        return
+    if 'linear_init' in given and args.linear_init != 'random':
+        raise UserError(f'--linear_init {args.linear_init} and --init contradict each other: both say where the linear '
+                        'layer starts; leave one of them out')
+    args.linear_init = 'random'
 
 
-def check_effect(args: argparse.Namespace, given: set) -> None:
+def check_effect(args: argparse.Namespace, settings: dict, given: set) -> None:
     """Refuse flags that would change nothing."""
     borrowed = args.loss_name.startswith(PML)
     useless = {
@@ -303,8 +302,8 @@ def check_effect(args: argparse.Namespace, given: set) -> None:
         'lr_decay_step': args.lr_schedule != 'step' and f'--lr_schedule {args.lr_schedule} has no such step',
         'lr_milestones': args.lr_schedule != 'multistep' and f'--lr_schedule {args.lr_schedule} has no milestones',
         'lr_decay_gamma': args.lr_schedule in ('cosine', 'constant') and f'--lr_schedule {args.lr_schedule} has none',
-        'proxy_init': args.proxy_update == 'momentum' and args.proxy_init != 'mean' and
-        'proxies that move by momentum start as unit random rows or at the mean',
+        'proxy_init': args.proxy_update == 'momentum' and 'mean' not in (args.proxy_init, settings['proxy_init']) and
+        'proxies that move by momentum start as unit random rows',
         'drop_last': args.images_per_class > 0 and '--images_per_class makes full batches only',
         'loss_args': args.loss_args and not borrowed and 'it is for the losses pml:NAME',
         'miner': args.miner and not borrowed and 'it is for the losses pml:NAME',

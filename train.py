@@ -44,7 +44,8 @@ from dataset import (BatchSampler, ImageData, RetrievalDataset, batches_in_order
 from engine.errors import UserError
 from engine.files import save
 from engine.logs import RunLog
-from engine.processes import (first_process_first, progress, select_device, start_processes, world_rank, world_size)
+from engine.processes import (broadcast, first_process_first, progress, select_device, start_processes, world_rank,
+                              world_size)
 from engine.runs import (CHECKPOINT_VERSION, DataBase, RunFiles, check_seen, load_model_file, provenance,
                          read_statistics, save_statistics, seen_classes)
 from evaluate import extract_embeddings, make_data_base, measure, tensors_on, use_amp
@@ -204,6 +205,9 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
                        args.freeze_bn, image_size=args.image_size, max_pool=args.max_pool, mirror=args.mirror)
     with first_process_first():
         model = EmbeddingNet(config, weights)
+    if args.linear_init == 'whiten' and model.feature_dim > model.width:
+        raise UserError(f'--linear_init whiten cannot make {model.feature_dim} numbers of the {model.width} of '
+                        f'{args.backbone_type}; set --feature_dim {model.width} or less, or --linear_init random')
     model = model.to(device, memory_format=torch.channels_last)
     if args.base_loss.startswith(PML):
         from pml_losses import PmlLoss
@@ -214,8 +218,8 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     else:
         criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                               proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                              margin=args.margin, proxy_init='unit' if args.proxy_init == 'mean' else args.proxy_init,
-                              shard_proxies=args.shard_proxies, synthesis=args.synthesis).to(device)
+                              margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
+                              synthesis=args.synthesis).to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
                           args.clip_value, average)
@@ -274,6 +278,7 @@ def start_from_images(learner: Learner, images: RetrievalDataset, args: argparse
     features = extract_embeddings(model.headless(), loader, device, learner.amp)
     if args.linear_init == 'whiten':
         model.whiten(features)
+        broadcast(model.refactor.weight.data)  # eigenvectors need not be the same on another machine
     if args.proxy_init == 'mean':
         with torch.no_grad():
             embeddings = nn.functional.normalize(model.refactor(features.to(device)), dim=-1)

@@ -1,7 +1,9 @@
 """What a training can add to any loss: a start from its images, synthetic classes, averaged weights, and more."""
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import type_command
+from conftest import assert_one_line_error, type_command
 from PIL import Image
 from test_losses import LOOPS, C, D, N, assert_same, build, loop_similarity, make_batch
 from test_scripts import NAME, TINY, train
@@ -9,11 +11,12 @@ from torch.nn import functional as F
 
 import proxies as proxies_module
 import recipes
+import train as train_module
 from dataset import make_transform, open_data
 from engine.errors import UserError
 from engine.runs import load_data_base
 from evaluate import embed_images
-from model import EmbeddingNet, NetConfig, load_model
+from model import EmbeddingNet, NetConfig, load_model, make_loss
 from proxies import ProxyConfig, ProxyLoss, synthesise
 from recipes import LOSSES, PROXY_UPDATES
 from settings import get_runs
@@ -222,7 +225,8 @@ def test_the_linear_layer_starts_as_the_whitening_of_the_features():
     model = EmbeddingNet(NetConfig('resnet18', 20, image_size=32), 'none')
     length = model.refactor.weight.detach().norm()
     features = torch.randn(700, 512) * torch.linspace(0.2, 3, 512) + 0.5
-    model.whiten(features)
+    model.whiten(features * torch.rand(700, 1))  # their lengths do not matter
+    features = features / features.square().sum(1, keepdim=True).sqrt()
     # The reference takes components from the singular values of the features, not from their moments.
     _, values, rows = torch.linalg.svd(features.double(), full_matrices=False)
     eigenvalues = values**2 / 700
@@ -239,8 +243,12 @@ def test_fewer_images_than_features_still_give_a_layer_of_full_rank():
     model = EmbeddingNet(NetConfig('resnet18', 40, image_size=32), 'none')
     model.whiten(F.normalize(torch.randn(9, 512), dim=-1))
     assert torch.linalg.matrix_rank(model.refactor.weight) == 40
-    with pytest.raises(UserError, match='has 512 features, from which --feature_dim 513 cannot be whitened'):
-        EmbeddingNet(NetConfig('resnet18', 513, image_size=32), 'none').whiten(torch.randn(9, 512))
+
+
+def test_more_numbers_than_the_trunk_has_are_refused_before_anything_is_measured(raw_sets, tmp_path):
+    result = train(raw_sets, tmp_path, *TINY, '--recipe', 'whitened_start', '--feature_dim', 513)
+    assert_one_line_error(result, '513 numbers of the 512 of resnet18', '--feature_dim 512 or less', '--linear_init')
+    assert result.stdout == ''
 
 
 @pytest.mark.parametrize('rule', PROXY_UPDATES)
@@ -261,8 +269,10 @@ def test_proxies_start_at_the_means_of_their_classes(rule):
     torch.testing.assert_close(criterion.proxies.detach(), torch.stack(expected[1:3]))
 
 
-def test_a_run_starts_from_its_training_images(raw_sets, tmp_path):
-    words = ('--linear_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off')
+@pytest.mark.parametrize('layer_norm', [0, 1])
+def test_a_run_starts_from_its_training_images(raw_sets, tmp_path, layer_norm):
+    words = ('--linear_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off',
+             '--layer_norm', layer_norm)
     assert train(raw_sets, tmp_path, *TINY, *words, '--num_epochs', 1, '--warm_up', 0).returncode == 0
     model, contents = load_model(tmp_path / f'{NAME}_model.pth')
     paths = open_data(raw_sets, 'car').split['train'].values()
@@ -284,6 +294,22 @@ def test_a_run_starts_from_its_training_images(raw_sets, tmp_path):
         first += len(of_class)
 
 
+@pytest.mark.parametrize('layer_norm', [False, True])
+def test_means_are_those_of_the_embeddings_where_the_linear_layer_has_a_bias(monkeypatch, layer_norm):
+    torch.manual_seed(0)
+    model = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=layer_norm, linear_bias=True, image_size=32), 'none')
+    torch.nn.init.normal_(model.refactor.bias)
+    criterion = make_loss('proxy_anchor', num_classes=2, feature_dim=6)
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), [0, 1, 1, 0]
+    monkeypatch.setattr(train_module, 'make_loader', lambda *_: [(images, None)])
+    args = SimpleNamespace(linear_init='random', proxy_init='mean', batch_size=4, num_workers=0)
+    data = type('Images', (list,), {'labels': labels})(range(4))
+    train_module.start_from_images(train_module.Learner(model, criterion, None, torch.device('cpu')), data, args)
+    embeddings = model.eval()(images).detach()
+    expected = F.normalize(torch.stack([embeddings[0] + embeddings[3], embeddings[1] + embeddings[2]]), dim=-1)
+    torch.testing.assert_close(criterion.proxies.detach(), expected)
+
+
 def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with_weights_of_their_own(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES['proxy_anchor'], 'settings', recipes.RECIPES['proxy_anchor']['settings'] | {
         'linear_init': 'whiten', 'proxy_init': 'mean', 'synthesis': 1.0})
@@ -293,6 +319,8 @@ def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with
     assert (tuned.linear_init, tuned.proxy_init) == ('random', 'mean')
     borrowed = get_runs([*words, '--loss_name', 'pml:SupConLoss'])[1][0]
     assert (borrowed.linear_init, borrowed.proxy_init, borrowed.synthesis) == ('whiten', 'unit', 0.0)
+    still = get_runs([*words, '--proxy_update', 'momentum', '--proxy_init', 'unit'])[1][0]
+    assert (still.proxy_update, still.proxy_init) == ('momentum', 'unit')
     with pytest.raises(UserError, match='--linear_init whiten and --init contradict each other'):
         get_runs([*words, '--init', 'a_model.pth', '--linear_init', 'whiten'])
 
@@ -325,3 +353,36 @@ def test_a_run_with_the_mirror_image_is_searched_and_exported_as_it_was_measured
     pixels = torch.stack([transform(Image.open(image).convert('RGB')) for image in images])
     program = torch.export.load(tmp_path / 'model.pt2').module()
     torch.testing.assert_close(program(pixels), data_base.test.features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def finished(raw_sets, tmp_path):
+    """The folder of a run of one epoch."""
+    assert train(raw_sets, tmp_path / 'r', *TINY, '--num_epochs', 1, '--warm_up', 0).returncode == 0
+    return tmp_path / 'r'
+
+
+def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets, finished):
+    words = ('evaluate.py', '--resume', finished / f'{NAME}_model.pth', '--data_path', raw_sets, '--results_dir',
+             finished, '--save')
+    for mirror in (0, 1):
+        result = type_command(*words, '--mirror', mirror, *(['--overwrite'] if mirror else []))
+        assert result.returncode == 0, result.stderr
+        model, contents = load_model(finished / f'{NAME}_on_car_model.pth')
+        data_base = load_data_base(finished / f'{NAME}_on_car_data_base.pth')
+        assert model.config.mirror == bool(mirror)
+        images = [raw_sets / 'car' / image for image in data_base.test.images]
+        torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
+
+
+# ---------------------------------------------------- runs from before --------------------------------------------
+def test_a_run_from_before_there_was_a_setting_goes_on_and_is_started_from(raw_sets, finished):
+    checkpoint, model = (finished / f'{NAME}_{kind}.pth' for kind in ('checkpoint', 'model'))
+    for file, part, names in ((checkpoint, 'args', recipes.LATER), (model, 'config', ('mirror',))):
+        contents = torch.load(file, weights_only=True)
+        for name in names:
+            del contents[part][name]
+        torch.save(contents, file)
+    for words in (('--num_epochs', 2, '--resume'), ('--num_epochs', 1, '--init', model, '--remark', 'b')):
+        result = train(raw_sets, finished, *TINY, '--warm_up', 0, *words)
+        assert result.returncode == 0, result.stderr

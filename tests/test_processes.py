@@ -104,7 +104,7 @@ def runs(raw_sets, tmp_path_factory):
     """The same training in one process and in two, and what the two printed."""
     folder = tmp_path_factory.mktemp('processes')
     words = ('train.py', *TINY, '--data_path', raw_sets, '--batch_size', 5, '--num_epochs', 2, '--warm_up', 1,
-             '--proxy_init', 'mean')
+             '--linear_init', 'whiten', '--proxy_init', 'mean')
     one = type_command(*words, '--results_dir', folder / '1')
     two = torchrun(2, *words, '--results_dir', folder / '2')
     assert one.returncode == 0, one.stderr

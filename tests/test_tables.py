@@ -1,6 +1,8 @@
 """Tables over seeds: their numbers, their figure, and that the page of results holds what the committed files say."""
 import math
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from test_pictures import write_run
 
 import plot
 from engine.errors import UserError
+from settings import get_runs
 
 REPOSITORY = Path(__file__).parent.parent
 RECALLS = {('proxy_nca', 'momentum'): (60.0, 62.0, 61.0), ('proxy_nca', 'positive'): (50.0, 50.5, 50.1),
@@ -69,10 +72,21 @@ def test_a_run_from_before_there_was_a_setting_did_as_without_it(tmp_path, call_
               linear_init='random')
     half = half_interval([*RECALLS['arc_face', 'momentum'], 50.5])
     assert f'| arc_face | 53.9 ± {half:.1f} |' in call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
+    (tmp_path / 'two').mkdir()
+    write_run(tmp_path / 'two', 'old', [50.5], loss_name='arc_face', seed=1)
+    write_run(tmp_path / 'two', 'new', [60.5], loss_name='arc_face', seed=1, linear_init='whiten')
+    assert '| random | 50.5 |' in call_script(plot, '--table', tmp_path / 'two', '--over', 'linear_init')
     write_run(tmp_path, 'other', [1.0, 50.5], loss_name='arc_face', proxy_update='momentum', seed=5,
               linear_init='whiten')
     with pytest.raises(UserError, match='arc_face momentum differ in linear_init'):
         call_script(plot, '--table', tmp_path, '--line', 'proxy_update')
+
+
+def test_a_setting_that_is_missing_for_another_reason_is_not_made_up(tmp_path, call_script):
+    write_run(tmp_path, 'one', [1.0], loss_name='arc_face', seed=1, batch_size=64)
+    write_run(tmp_path, 'two', [1.0], loss_name='arc_face', seed=2)
+    with pytest.raises(UserError, match='arc_face differ in batch_size'):
+        call_script(plot, '--table', tmp_path)
 
 
 def test_numbers_of_held_out_classes_are_named_so():
@@ -104,3 +118,26 @@ def test_the_page_of_results_holds_what_the_committed_files_say(tmp_path, call_s
         printed = call_script(plot, *words.split(), '--output', tmp_path / f'{number}.png')
         assert table == printed.rsplit('\n', 2)[0].strip(), words
     assert len(commands) == page.count('python plot.py --table')
+
+
+def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_name():
+    printed = subprocess.run(['make', '-n', 'results'], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    lines = [line.split('train.py ')[1].split(' $(test')[0] for line in printed.splitlines() if 'train.py' in line]
+    runs = {(args.results_dir, args.remark, args.seed): args for args in (
+        get_runs(shlex.split(line))[1][0] for line in lines)}
+    assert len(runs) == len(lines) == 5 * 3 + 5 + 6 * 3 * 3 + 6 + 5 + 4 + 6 * 3 + 2 * 3
+    base = vars(runs['results/grid/ablation', 'whitened_start', 1])
+    assert base['recipe'] == 'whitened_start'
+    assert base['val_ratio'] == 0.4
+    changed = {'without-whitening': {'linear_init'}, 'without-means': {'proxy_init'},
+               'without-small-batches': {'batch_size'},
+               'without-rate-and-schedule': {'lr', 'trunk_lr', 'proxy_lr', 'lr_schedule', 'lr_decay_step'}}
+    for row, names in changed.items():
+        other = vars(runs['results/grid/ablation', row, 1])
+        assert {name for name in base if base[name] != other[name]} - {'run', 'remark'} == names
+    for (folder, name, _), args in runs.items():
+        if folder.endswith('rules'):
+            assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
+        elif folder.endswith(('recipes', 'long', 'check')):
+            assert args.recipe == name
+        assert args.data_name == ('cub' if folder.endswith('check') else 'car')
