@@ -121,8 +121,9 @@ def test_the_page_of_results_holds_what_the_committed_files_say(tmp_path, call_s
 
 
 def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_name():
-    printed = subprocess.run(['make', '-n', 'results'], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
-    lines = [line.split('train.py ')[1].split(' $(test')[0] for line in printed.splitlines() if 'train.py' in line]
+    result = subprocess.run(['make', '-n', 'results'], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line.split('train.py ')[1].split(' $(test')[0] for line in result.stdout.splitlines()
+             if 'train.py' in line]
     runs = {(args.results_dir, args.remark, args.seed): args for args in (
         get_runs(shlex.split(line))[1][0] for line in lines)}
     assert len(runs) == len(lines) == 5 * 3 + 5 + 6 * 3 * 3 + 6 + 5 + 4 + 6 * 3 + 2 * 3
