@@ -34,12 +34,13 @@ ABLATION_positive_proxy = --recipe positive_proxy $(GRID_SCHEDULE)
 ABLATION_whitened_start = --recipe whitened_start
 ABLATION_without-whitening = $(ABLATION_whitened_start) --linear_init random
 ABLATION_without-means = $(ABLATION_whitened_start) --proxy_init unit
+ABLATION_without-both = $(ABLATION_without-whitening) --proxy_init unit
 ABLATION_without-rate-and-schedule = $(ABLATION_whitened_start) --lr 1e-4 --proxy_lr 1e-2 --lr_schedule step --lr_decay_step 3
 ABLATION_without-small-batches = $(ABLATION_whitened_start) --batch_size 120
 # CUB200: no setting was chosen on it.
 CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),check/whitened_start.$(seed) check/positive_proxy.$(seed))
 ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
-	without-means without-rate-and-schedule without-small-batches,ablation/$(row).$(seed)))
+	without-means without-both without-rate-and-schedule without-small-batches,ablation/$(row).$(seed)))
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
