@@ -44,7 +44,7 @@ ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whiten
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo serve sweep results gpu test lowest lint clean
+.PHONY: demo serve sweep results cache-car cache-cub gpu test lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -74,7 +74,7 @@ sweep: .venv/demo
 
 results: $(RECIPE_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
-cache-%: .venv/demo
+cache-car cache-cub: cache-%: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name $* --cache_size 146
 
 # $(call grid_run,EPOCHS,FLAGS): one with a row of statistics for each epoch is finished; one that was cut off has a
@@ -92,7 +92,7 @@ recipes/%: cache-car
 	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
 
 ablation/%: cache-car
-	$(call grid_run,6,$(ABLATION_$(NAME_OF_RUN)) --val_ratio 0.4 --epoch0 0)
+	$(call grid_run,6,$(or $(ABLATION_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))) --val_ratio 0.4 --epoch0 0)
 
 check/%: cache-cub
 	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
