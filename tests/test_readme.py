@@ -31,6 +31,7 @@ PARSED = [
     ('', 'python toy.py', 'downloads STL10, or takes minutes; tests/test_pictures.py trains a small one'),
     ('', 'python embed.py --qdrant', 'needs a server; tests/test_collection.py embeds into the embedded mode'),
     ('', 'python serve.py', 'runs until it is stopped; tests/test_serve.py serves'),
+    ('', 'python evaluate.py --resume results/grid/', 'models are not committed; tests/test_ingredients.py does it'),
     ('', 'python report.py', 'takes half a minute where UMAP is installed; tests/test_report.py writes one'),
 ]
 # Targets of make that are not run: they are printed by `make -n`, which parses the Makefile. Those of the demo are run.
@@ -183,7 +184,8 @@ class Workspace:
         """Return the flags that make a command small."""
         if script == 'train.py':
             seeds = ('--seeds', '1,2') if '--seeds' in words else ()
-            return [*TRAIN, *seeds, *(('--backbone_type', TRUNK) if 'resnet18' not in words else ())]
+            narrow = ('--feature_dim', '64') if 'whitened_start' in words else ()  # than TRUNK
+            return [*TRAIN, *seeds, *narrow, *(('--backbone_type', TRUNK) if 'resnet18' not in words else ())]
         if script == 'data_utils.py' and 'glyph' in words:
             return ['--glyph_classes', '9', '--glyph_images', '4']
         if script == 'evaluate.py' and '--zero_shot' in words:
