@@ -135,8 +135,8 @@ class EmbeddingNet(nn.Module):
         weight, features = self.refactor.weight, F.normalize(features.double(), dim=-1)
         values, vectors = torch.linalg.eigh(features.T @ features / len(features))  # ascending
         values, vectors = values.clamp(min=0).flip(0), vectors.flip(1)
-        rows = (vectors / (values + SHRINKAGE * values.mean()).sqrt())[:, :len(weight)].T
-        weight.copy_(rows * (weight.norm().to(rows) / rows.norm()))
+        rows = (vectors / (values + SHRINKAGE * values.mean()).sqrt())[:, :len(weight)].T.to(weight.dtype)
+        weight.copy_(rows * (weight.norm().to(rows.device) / rows.norm()))
 
     def pool(self, features: torch.Tensor, pooling: str) -> torch.Tensor:
         """Pool a feature map (N, C, H, W) or tokens (N, L, C) to (N, C).
