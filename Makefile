@@ -24,6 +24,7 @@ GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_
 # A run is FOLDER/NAME.SEED.
 RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed))) \
 	$(foreach seed,$(GRID_SEEDS) 4 5,recipes/whitened_start.$(seed))
+OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),own/$(recipe).$(seed)))
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))))
 LOGARITHM_RUNS = $(foreach seed,$(GRID_SEEDS),logarithms/balanced_proxy.$(seed) logarithms/balanced_proxy_split.$(seed))
@@ -35,7 +36,8 @@ ABLATION_whitened_start = --recipe whitened_start
 ABLATION_without-whitening = $(ABLATION_whitened_start) --linear_init random
 ABLATION_without-means = $(ABLATION_whitened_start) --proxy_init unit
 ABLATION_without-both = $(ABLATION_without-whitening) --proxy_init unit
-ABLATION_without-rate-and-schedule = $(ABLATION_whitened_start) --lr 1e-4 --proxy_lr 1e-2 --lr_schedule step --lr_decay_step 3
+ABLATION_without-rate-and-schedule = $(ABLATION_whitened_start) --lr 1e-4 --proxy_lr 1e-2 --lr_schedule step \
+	--lr_decay_step 3
 ABLATION_without-small-batches = $(ABLATION_whitened_start) --batch_size 120
 # CUB200: no setting was chosen on it.
 CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),check/whitened_start.$(seed) check/positive_proxy.$(seed))
@@ -71,8 +73,7 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-
-results: $(RECIPE_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
 cache-car cache-cub: cache-%: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name $* --cache_size 146
@@ -90,6 +91,9 @@ grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -
 
 recipes/%: cache-car
 	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
+
+own/%: cache-car
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) --batch_size 64)
 
 ablation/%: cache-car
 	$(call grid_run,6,$(or $(ABLATION_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))) --val_ratio 0.4 --epoch0 0)
