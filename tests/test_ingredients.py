@@ -272,7 +272,7 @@ def test_proxies_start_at_the_means_of_their_classes(rule):
 @pytest.mark.parametrize('layer_norm', [0, 1])
 def test_a_run_starts_from_its_training_images(raw_sets, tmp_path, layer_norm):
     words = ('--linear_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off',
-             '--layer_norm', layer_norm)
+             '--layer_norm', layer_norm, '--epoch0', 0)
     assert train(raw_sets, tmp_path, *TINY, *words, '--num_epochs', 1, '--warm_up', 0).returncode == 0
     model, contents = load_model(tmp_path / f'{NAME}_model.pth')
     paths = open_data(raw_sets, 'car').split['train'].values()
@@ -308,6 +308,19 @@ def test_means_are_those_of_the_embeddings_where_the_linear_layer_has_a_bias(mon
     embeddings = model.eval()(images).detach()
     expected = F.normalize(torch.stack([embeddings[0] + embeddings[3], embeddings[1] + embeddings[2]]), dim=-1)
     torch.testing.assert_close(criterion.proxies.detach(), expected)
+
+
+def test_all_processes_start_from_the_whitening_of_the_first(monkeypatch):
+    model = EmbeddingNet(NetConfig('resnet18', 6, image_size=32), 'none')
+    criterion, of_first = make_loss('proxy_anchor', num_classes=2, feature_dim=6), torch.randn(6, 512)
+    monkeypatch.setattr(train_module, 'make_loader', lambda *_: None)
+    monkeypatch.setattr(train_module, 'extract_embeddings', lambda *_: torch.eye(2, 512))
+    monkeypatch.setattr(train_module, 'broadcast', lambda tensor: tensor.copy_(of_first))
+    args = SimpleNamespace(linear_init='whiten', proxy_init='mean', batch_size=4, num_workers=0)
+    data = type('Images', (list,), {'labels': [1, 0]})(range(2))
+    train_module.start_from_images(train_module.Learner(model, criterion, None, torch.device('cpu')), data, args)
+    assert torch.equal(model.refactor.weight, of_first)
+    torch.testing.assert_close(criterion.proxies.detach(), F.normalize(of_first[:, [1, 0]].T, dim=-1))
 
 
 def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with_weights_of_their_own(monkeypatch):
@@ -346,6 +359,7 @@ def test_a_run_with_the_mirror_image_is_searched_and_exported_as_it_was_measured
     data_base, file = load_data_base(tmp_path / f'{NAME}_data_base.pth'), tmp_path / f'{NAME}_model.pth'
     images = [tmp_path / 'car' / image for image in data_base.test.images]
     model, contents = load_model(file)
+    assert model.config.mirror
     torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
     result = type_command('export.py', '--model', file, '--data_path', tmp_path, '--torch', tmp_path / 'model.pt2')
     assert result.returncode == 0, result.stderr
