@@ -22,16 +22,17 @@ GRID_PROTOCOL := --data_path $(DATA) --data_name car --backbone_type timm:tf_eff
 GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_decay_step 3 \
 	--lr_decay_gamma 0.5
 # A run is FOLDER/NAME.SEED.
-RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed))) \
-	$(foreach seed,$(GRID_SEEDS) 4 5,recipes/whitened_start.$(seed))
-OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),own/$(recipe).$(seed)))
+RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
+# With the warm-up, rates and schedule of the recipe.
+OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_start $(GRID_RECIPES),own/$(recipe).$(seed))) \
+	own/whitened_start.4 own/whitened_start.5
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))))
 LOGARITHM_RUNS = $(foreach seed,$(GRID_SEEDS),logarithms/balanced_proxy.$(seed) logarithms/balanced_proxy_split.$(seed))
 ARC_RUNS := arc_face/64-0.01.1 arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
 LONG_RUNS := long/whitened_start.1 long/positive_proxy.1 long/balanced_proxy.1 long/proxy_anchor.1
 # Measured on held out training classes.
-ABLATION_positive_proxy = --recipe positive_proxy $(GRID_SCHEDULE)
+ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
 ABLATION_whitened_start = --recipe whitened_start
 ABLATION_without-whitening = $(ABLATION_whitened_start) --linear_init random
 ABLATION_without-means = $(ABLATION_whitened_start) --proxy_init unit
@@ -82,7 +83,6 @@ cache-car cache-cub: cache-%: .venv/demo
 # checkpoint.
 NAME_OF_RUN = $(basename $*)
 SEED_OF_RUN = $(patsubst .%,%,$(suffix $*))
-SCHEDULE_OF_RUN = $(if $(filter $(GRID_RECIPES),$(NAME_OF_RUN)),$(GRID_SCHEDULE))
 WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
 FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
 grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -gt $(1) || $(SPARE_MALLOC) \
@@ -90,7 +90,7 @@ grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -
 		--results_dir results/grid/$(@D) $$(test -f $(FILES_OF_RUN)_checkpoint.pth && echo --resume || echo --overwrite)
 
 recipes/%: cache-car
-	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(GRID_SCHEDULE))
 
 own/%: cache-car
 	$(call grid_run,6,--recipe $(NAME_OF_RUN) --batch_size 64)
@@ -99,7 +99,7 @@ ablation/%: cache-car
 	$(call grid_run,6,$(or $(ABLATION_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))) --val_ratio 0.4 --epoch0 0)
 
 check/%: cache-cub
-	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) $(SCHEDULE_OF_RUN))
+	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) --batch_size 64)
 
 rules/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
