@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from test_pictures import write_run
@@ -144,3 +145,30 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
         assert args.data_name == ('cub' if folder.endswith('check') else 'car')
+
+
+def last_epochs(folder: str, metric: str) -> dict:
+    """Return {(remark, seed): metric in the last epoch} of the committed runs of a folder of the grid."""
+    rows = [pd.read_csv(path).iloc[-1] for path in (REPOSITORY / 'results/grid' / folder).glob('*_statistics.csv')]
+    return {(row['args.remark'], row['args.seed']): row[metric] for row in rows}
+
+
+def test_the_readme_says_of_the_recipes_what_the_committed_files_say():
+    text = re.search(r'\*\*Which to take:.*?\n\n', (REPOSITORY / 'README.md').read_text(), flags=re.S)[0]
+    six, twenty = last_epochs('own', 'dense_R@1'), last_epochs('long', 'dense_R@1')
+    expected = []
+    for recipe in ('whitened_start', 'positive_proxy'):
+        recalls = [value for (name, _), value in six.items() if name == recipe]
+        expected += [f'{sum(recalls) / len(recalls):.1f}', f'{twenty[recipe, 1]:.1f}']
+    assert re.findall(r'\d\d\.\d', text) == expected
+
+
+def test_the_page_says_of_the_parts_of_whitened_start_what_the_committed_files_say():
+    page = ' '.join((REPOSITORY / 'docs/results.md').read_text(encoding='utf-8').split())
+    recalls = last_epochs('ablation', 'val_dense_R@1')
+    for row, words in (('without-whitening', 'above itself without whitening'), ('without-means', 'without the means'),
+                       ('without-both', 'without both'), ('without-small-batches', 'in batches of 120'),
+                       ('without-rate-and-schedule', 'at a rate of 1e-4 halved every 3 epochs'),
+                       ('positive_proxy', 'above `positive_proxy`')):
+        gains = sorted(round(recalls['whitened_start', seed] - recalls[row, seed], 1) for seed in (1, 2, 3))
+        assert re.search(rf'{gains[0]} to {gains[-1]} (points of dense R@1 )?{re.escape(words)}', page), (row, gains)
