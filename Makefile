@@ -27,9 +27,9 @@ RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),reci
 OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_start $(GRID_RECIPES),own/$(recipe).$(seed))) \
 	own/whitened_start.4 own/whitened_start.5
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
-	rules/$(loss)-$(rule).$(seed))))
-LOGARITHM_RUNS = $(foreach seed,$(GRID_SEEDS),logarithms/balanced_proxy.$(seed) logarithms/balanced_proxy_split.$(seed))
-ARC_RUNS := arc_face/64-0.01.1 arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
+	rules/$(loss)-$(rule).$(seed))) rules/balanced_proxy_split-gradient.$(seed))
+# At other scales and rates of the proxies than rules/arc_face-gradient.1.
+ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
 LONG_RUNS := long/whitened_start.1 long/positive_proxy.1 long/balanced_proxy.1 long/proxy_anchor.1
 # Measured on held out training classes.
 ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
@@ -74,7 +74,7 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(LOGARITHM_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
 cache-car cache-cub: cache-%: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name $* --cache_size 146
@@ -104,9 +104,6 @@ check/%: cache-cub
 rules/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
 		--proxy_update $(call WORD_OF_RUN,2))
-
-logarithms/%: cache-car
-	$(call grid_run,6,--recipe balanced_proxy $(GRID_SCHEDULE) --loss_name $(NAME_OF_RUN))
 
 arc_face/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name arc_face --proxy_update gradient \
