@@ -94,6 +94,18 @@ def test_the_ranges_of_8_bit_integers_are_those_of_the_calibration_images():
     assert ranges[0] != ranges[1]
 
 
+def test_the_mirror_image_comes_through_in_floats_and_in_8_bit_integers():
+    torch.manual_seed(0)
+    model = EmbeddingNet(NetConfig(TRUNK, 7, image_size=32, mirror=True), 'none').eval()
+    with torch.no_grad():
+        expected, alone = model(images(6)), model.embed(images(6))
+    assert (expected * alone).sum(1).min() < 0.98
+    whole = to_onnx(trace(model), {}, TRUNK)
+    torch.testing.assert_close(OnnxNetwork(whole, 7)(images(6)), expected, rtol=0, atol=5e-6)
+    small = OnnxNetwork(quantise(whole, images(6), {}, TRUNK), 7)
+    assert (small(images(6)) * expected).sum(1).min() > 0.99
+
+
 # ---------------------------------------------------- the table -----------------------------------------------------
 def test_the_table_has_recall_before_and_after(run, exported, raw_sets):
     rows = {cells[0]: cells[1:] for cells in (line.strip('| ').split(' | ') for line in exported[1].splitlines()
