@@ -82,12 +82,13 @@ cache-car cache-cub: cache-%: .venv/demo
 # $(call grid_run,EPOCHS,FLAGS): one with a row of statistics for each epoch is finished; one that was cut off has a
 # checkpoint.
 NAME_OF_RUN = $(basename $*)
-SEED_OF_RUN = $(patsubst .%,%,$(suffix $*))
+SEED_OF_RUN = $(or $(filter-out 0,$(patsubst .%,%,$(suffix $*))),$(error $@: names of runs say no seed 0; begin with 1))
 WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
 FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
-grid_run = @test "$$(cat $(FILES_OF_RUN)_statistics.csv 2> /dev/null | wc -l)" -gt $(1) || $(SPARE_MALLOC) \
-	$(BIN)/python train.py $(GRID_PROTOCOL) $(2) --num_epochs $(1) --seed $(SEED_OF_RUN) --remark $(NAME_OF_RUN) \
-		--results_dir results/grid/$(@D) $$(test -f $(FILES_OF_RUN)_checkpoint.pth && echo --resume || echo --overwrite)
+grid_run = @awk 'FNR > $(1) {whole = 1} END {exit !whole}' $(FILES_OF_RUN)_statistics.csv 2> /dev/null || \
+	$(SPARE_MALLOC) $(BIN)/python train.py $(GRID_PROTOCOL) $(2) --num_epochs $(1) --seed $(SEED_OF_RUN) \
+		--remark $(NAME_OF_RUN) --results_dir results/grid/$(@D) \
+		$$(ls $(FILES_OF_RUN)_checkpoint.pth > /dev/null 2>&1 && echo --resume || echo --overwrite)
 
 recipes/%: cache-car
 	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(GRID_SCHEDULE))

@@ -130,8 +130,9 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
                      f'keeps {row["kept"]:.1f} of {row["right"]:.1f} % right answers')
     dense, on = results['dense'], results['measured_on']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
-    lines.append(f'{on["data_name"]}, {on["crop_type"]}: {dense["queries"]:,} queries of {on["classes"]:,} test classes'
-                 f'{left_out}')
+    mirrored = ', each image with its mirror image' if on['mirror'] else ''
+    lines.append(f'{on["data_name"]}, {on["crop_type"]}{mirrored}: {dense["queries"]:,} queries of {on["classes"]:,} '
+                 f'test classes{left_out}')
     if on['seen_classes']:
         lines.append(f'NOT of unseen classes: {on["seen_classes"]:,} of them were trained on')
     return '\n'.join(lines)
@@ -204,7 +205,7 @@ def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBas
     settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto',
                 'resize_size': resize_for(image_size), 'recalls': (1, 2, 4, 8), **run}
     settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
-    settings['data_name'] = canonical_data_name(settings['data_name'])
+    settings |= {'data_name': canonical_data_name(settings['data_name']), 'mirror': model.config.mirror}
     if settings['resize_size'] < image_size:
         raise UserError(f'--resize_size {settings["resize_size"]} must be at least the image size, {image_size}')
     data = open_data(args.data_path or '/home/data', settings['data_name'], settings['crop_type'])
@@ -284,6 +285,7 @@ def main() -> None:
     if args.zero_shot:
         del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
+                              'mirror': settings.get('mirror', False),
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
         if not args.zero_shot:

@@ -25,6 +25,7 @@ from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_scri
 ENDING = f'_{RunFiles.ENDINGS["statistics"]}'
 TITLES = {'loss': 'loss', 'accuracy': 'training accuracy (%)', 'lr': 'learning rate', 'img_s': 'images per second',
           'proxy_lr': 'learning rate of the proxies', 'angle_to_proxy': 'class mean to proxy (degrees)'}
+LESS_IS_BETTER = {'loss', 'angle_to_proxy'}
 LINES = ('-', '--', ':', '-.')
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')  # 8 colours and 7 markers: 56 runs look different
 # Settings that may differ between runs of one line in a sweep: repetitions and names.
@@ -246,7 +247,8 @@ def tabulate(folder: str | Path, over: str, line: str | None, metrics: list[str]
     Args and errors are those of `read_runs`; besides, the runs of a cell may differ in nothing but their seed.
 
     Returns:
-        a table with the columns over, line, metric, mean, half, seeds; what is best in the first metric comes first.
+        a table with the columns over, line, metric, mean, half, seeds, best (of its metric, a loss where it is
+        least); what is best in the first metric comes first.
     """
     settings = {'--over': over} | ({'--line': line} if line else {})
     runs, names = read_runs('--table', folder, settings, metrics, epoch), list(settings.values())
@@ -263,8 +265,11 @@ def tabulate(folder: str | Path, over: str, line: str | None, metrics: list[str]
             cells.append({'over': str(row), 'line': str(column), 'metric': metric, 'mean': mean, 'half': half,
                           'seeds': len(group)})
     table = pd.DataFrame(cells)
-    best = table[table['metric'] == metrics[0]].groupby('over')['mean'].max().sort_values(ascending=False)
-    order = {name: number for number, name in enumerate(best.index)}
+    goodness = table['mean'].where(~table['metric'].isin(LESS_IS_BETTER), -table['mean'])
+    table['best'] = goodness == goodness.groupby(table['metric']).transform('max')
+    first = table['metric'] == metrics[0]
+    ranked = goodness[first].groupby(table['over'][first]).max().sort_values(ascending=False)
+    order = {name: number for number, name in enumerate(ranked.index)}
     return table.sort_values(['over', 'line'], key=lambda names: names.map(order).fillna(0) if names.name == 'over'
                              else names, kind='stable').reset_index(drop=True)
 
@@ -272,14 +277,13 @@ def tabulate(folder: str | Path, over: str, line: str | None, metrics: list[str]
 def format_cells(table: pd.DataFrame, over: str, metrics: list[str]) -> str:
     """Return what `tabulate` found as Markdown; the best of each metric is bold."""
     columns = [(metric, line) for metric in metrics for line in sorted(table['line'].unique())]
-    best = table.groupby('metric')['mean'].max()
 
     def text(found: pd.DataFrame) -> str:
         if found.empty:
             return ''
         cell = found.iloc[0]
         value = f'{cell["mean"]:.1f}' + (f' ± {cell["half"]:.1f}' if cell['seeds'] > 1 else '')
-        return f'**{value}**' if cell['mean'] == best[cell['metric']] else value
+        return f'**{value}**' if cell['best'] else value
 
     titles = [f'{line}: {title_of(metric)}' if line else title_of(metric) for metric, line in columns]
     lines = [f'| {over} | {" | ".join(titles)} | seeds |', '|---' * (len(columns) + 2) + '|']

@@ -35,7 +35,7 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.data import DataLoader
 
 from begin import Start, claim_run, fingerprint, load_checkpoint, restore, settings_of, start_from
@@ -257,6 +257,8 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
                for split in splits]
     rows, names = checkpoint['rows'] if checkpoint else [], loader.dataset.class_names
     check_seen({*seen, *names}, loaders[0]['test'].dataset.class_names, args.allow_seen)
+    if args.val_ratio:
+        check_seen(seen, loaders[1]['test'].dataset.class_names, args.allow_seen, 'classes that --val_ratio holds out')
     if checkpoint:
         restore(checkpoint, start.files.checkpoint, model, learner, schedule)
         floor = rows[-1].get('epoch0_R@1')
@@ -274,6 +276,10 @@ def start_from_images(learner: Learner, images: RetrievalDataset, args: argparse
     if args.linear_init == 'random' and args.proxy_init != 'mean':
         return
     model, criterion, device = learner.network, learner.criterion, learner.device
+    if not model.config.freeze_bn:  # a training by the statistics of its batches starts by theirs, not by the trunk's
+        sampler = BatchSampler(images.labels, args.batch_size, args.images_per_class, args.drop_last, args.seed)
+        update_bn(make_loader(images, sampler, args.num_workers, device), model.headless(), device)
+        share_buffers(model)
     loader = make_loader(images, batches_in_order(len(images), args.batch_size), args.num_workers, device)
     features = extract_embeddings(model.headless(), loader, device, learner.amp)
     if args.linear_init == 'whiten':
@@ -283,6 +289,12 @@ def start_from_images(learner: Learner, images: RetrievalDataset, args: argparse
         with torch.no_grad():
             embeddings = nn.functional.normalize(model.refactor(features.to(device)), dim=-1)
         criterion.start_at_means(embeddings, torch.tensor(images.labels, device=device))
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the BatchNorm statistics of the first, where each has those of its own images."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def measure_floor(model: EmbeddingNet, test_loaders: dict, args: argparse.Namespace, device: torch.device) -> float:
@@ -322,6 +334,8 @@ def run_epoch(training: Training, epoch: int) -> DataBase:
     rates = {group['role']: group['lr'] for group in learner.optimizer.param_groups}
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
+    for network in (training.model, model):  # what is measured on all processes is what the first one saves
+        share_buffers(network)
     amp = use_amp(args.amp, learner.device)
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
     row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),

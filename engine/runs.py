@@ -188,15 +188,15 @@ def seen_classes(contents: dict) -> list[str]:
     return seen if are_texts(seen) else []
 
 
-def check_seen(seen, measured: list[str], allowed: bool) -> list[str]:
-    """Return which of the classes to be measured were trained on.
+def check_seen(seen, measured: list[str], allowed: bool, kind: str = 'test classes') -> list[str]:
+    """Return which of the classes to be measured, of which an error speaks as `kind`, were trained on.
 
     Raises:
         UserError: if there are some, unless that is allowed.
     """
     both = [name for name in measured if name in set(seen)]
     if both and not allowed:
-        raise UserError(f'{len(both)} of {len(measured)} test classes were trained on, the first: {both[0]}; numbers '
+        raise UserError(f'{len(both)} of {len(measured)} {kind} were trained on, the first: {both[0]}; numbers '
                         'on them say nothing of unseen classes: measure others, or add --allow_seen')
     return both
 

@@ -144,8 +144,15 @@ def test_a_model_is_not_measured_on_classes_that_it_was_trained_on(own):
     result = type_command(*words, '--allow_seen')
     assert f'NOT of unseen classes: {len(seen)} of them were trained on' in result.stdout
     found = json.loads(type_command(*words, '--allow_seen', '--json').stdout)
-    assert found['measured_on'] == {'data_name': 'mine', 'crop_type': 'uncropped', 'classes': 3,
+    assert found['measured_on'] == {'data_name': 'mine', 'crop_type': 'uncropped', 'mirror': False, 'classes': 3,
                                     'seen_classes': len(seen)}
+
+
+def test_classes_that_an_earlier_model_has_seen_do_not_choose_the_epoch_of_a_later_one(own):
+    words = ('--init', own / 'r' / f'{NAME}_model.pth', '--val_ratio', 0.3, '--remark', 'tuned')
+    assert_one_line_error(train(own, *words), '1 of 1 classes that --val_ratio holds out were trained on',
+                          '--allow_seen')
+    assert train(own, *words, '--allow_seen').returncode == 0
 
 
 def test_training_on_test_classes_says_so_in_table_and_report(tmp_path):

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 import proxies as proxies_module
 import recipes
 import train as train_module
-from dataset import make_transform, open_data
+from begin import Start
+from dataset import RetrievalDataset, make_transform, open_data
 from engine.errors import UserError
-from engine.runs import load_data_base
+from engine.runs import RunFiles, load_data_base
 from evaluate import embed_images
 from model import EmbeddingNet, NetConfig, load_model, make_loss
 from proxies import ProxyConfig, ProxyLoss, synthesise
@@ -294,6 +295,24 @@ def test_a_run_starts_from_its_training_images(raw_sets, tmp_path, layer_norm):
         first += len(of_class)
 
 
+def test_a_start_fits_the_statistics_that_the_training_normalises_by(raw_sets):
+    nearest = {}
+    for freeze_bn in (0, 1):
+        words = ['--data_path', raw_sets, *TINY, '--linear_init', 'whiten', '--proxy_init', 'mean', '--amp', 'off',
+                 '--freeze_bn', freeze_bn]
+        args = get_runs([str(word) for word in words])[1][0]
+        training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
+        plain = make_transform(False, 32, args.resize_size, training.model.interpolation)
+        pixels = RetrievalDataset(training.data, 'train', plain)
+        images, criterion = torch.stack([pixels[index][0] for index in range(len(pixels))]), training.learner.criterion
+        with torch.no_grad():
+            training.model.train()
+            criterion.eval()(training.model(images), torch.tensor(pixels.labels))
+        nearest[freeze_bn] = float(criterion.accuracy)
+    assert nearest[0] > 0.8
+    assert nearest[1] > 0.8
+
+
 @pytest.mark.parametrize('layer_norm', [False, True])
 def test_means_are_those_of_the_embeddings_where_the_linear_layer_has_a_bias(monkeypatch, layer_norm):
     torch.manual_seed(0)
@@ -384,7 +403,8 @@ def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets,
         assert result.returncode == 0, result.stderr
         model, contents = load_model(finished / f'{NAME}_on_car_model.pth')
         data_base = load_data_base(finished / f'{NAME}_on_car_data_base.pth')
-        assert model.config.mirror == bool(mirror)
+        assert model.config.mirror == contents['args']['mirror'] == data_base.origin['args']['mirror'] == bool(mirror)
+        assert ('each image with its mirror image' in result.stdout) == bool(mirror)
         images = [raw_sets / 'car' / image for image in data_base.test.images]
         torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
 

@@ -12,7 +12,9 @@ from torch import distributed, multiprocessing
 import metrics
 from engine import counting
 from engine.processes import shard
-from model import EmbeddingNet, NetConfig, make_loss
+from engine.runs import load_data_base
+from evaluate import embed_images
+from model import EmbeddingNet, NetConfig, load_model, make_loss
 from train import Learner, distribute, train_one_epoch
 
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
@@ -127,6 +129,18 @@ def test_torchrun_gives_the_run_of_one_process_to_rounding(runs):
 def test_only_the_first_process_prints(runs):
     assert runs[1].count('epoch 1/2: loss') == 1
     assert runs[1].count('next:') == 1
+
+
+def test_what_processes_with_statistics_of_their_own_measure_is_the_model_that_they_save(raw_sets, tmp_path):
+    words = (*TINY, '--data_path', raw_sets, '--batch_size', 6, '--num_epochs', 1, '--freeze_bn', 0, '--drop_last', 1,
+             '--results_dir', tmp_path)
+    for name, more in ((NAME, ()), (f'{NAME}_ema', ('--ema', 0.9, '--remark', 'ema'))):
+        result = torchrun(2, 'train.py', *words, *more)
+        assert result.returncode == 0, result.stderr
+        model, contents = load_model(tmp_path / f'{name}_model.pth')
+        data_base = load_data_base(tmp_path / f'{name}_data_base.pth')
+        images = [raw_sets / 'car' / image for image in data_base.test.images]
+        torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('count', [2, 3])

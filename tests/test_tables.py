@@ -60,6 +60,15 @@ def test_a_table_without_columns_of_one_seed_claims_no_interval(tmp_path, figure
     assert not np.isnan(figures[0].axes[0].containers[0][2][0].get_segments()[0]).any()
 
 
+def test_the_least_loss_is_the_best(tmp_path, figures, call_script):
+    for number, loss in enumerate(('proxy_nca', 'arc_face')):
+        write_run(tmp_path, loss, [50.0 + number], loss_name=loss, seed=1)
+        path = tmp_path / f'{loss}_statistics.csv'
+        pd.read_csv(path).assign(loss=2.0 + number).to_csv(path, index=False)
+    printed = call_script(plot, '--table', tmp_path, '--metric', 'loss', 'dense_R@1')
+    assert printed.splitlines()[2:4] == ['| proxy_nca | **2.0** | 50.0 | 1 |', '| arc_face | 3.0 | **51.0** | 1 |']
+
+
 def test_runs_of_a_cell_that_differ_in_more_than_their_seed_are_not_averaged(tmp_path, call_script):
     write_grid(tmp_path)
     write_run(tmp_path, 'other', [1.0, 2.0], loss_name='proxy_nca', proxy_update='positive', seed=4, batch_size=7)
@@ -123,7 +132,7 @@ def test_the_page_of_results_holds_what_the_committed_files_say(tmp_path, call_s
 
 def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_name():
     result = subprocess.run(['make', '-n', 'results'], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    lines = [line.split('train.py ')[1].split(' $(test')[0] for line in result.stdout.splitlines()
+    lines = [line.split('train.py ')[1].split(' $(ls')[0] for line in result.stdout.splitlines()
              if 'train.py' in line]
     runs = {(args.results_dir, args.remark, args.seed): args for args in (
         get_runs(shlex.split(line))[1][0] for line in lines)}
@@ -145,6 +154,32 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
         assert args.data_name == ('cub' if folder.endswith('check') else 'car')
+
+
+@pytest.mark.parametrize(('statistics', 'checkpoints', 'expected'), [
+    ([7], 0, ''), ([6], 0, '--overwrite'), ([6], 1, '--resume'), ([], 1, '--resume'), ([4, 4], 0, '--overwrite'),
+    ([4, 4], 2, '--resume'), ([4, 7], 0, '')])
+def test_make_results_keeps_a_finished_run_and_goes_on_with_one_that_was_cut_off(tmp_path, statistics, checkpoints,
+                                                                                expected):
+    folder = tmp_path / 'results/grid/own'
+    folder.mkdir(parents=True)
+    for number, lines in enumerate(statistics):
+        (folder / f'run{number}_seed4_positive_proxy_statistics.csv').write_text('line\n' * lines)
+    (folder / 'run_seed14_positive_proxy_statistics.csv').write_text('line\n' * 7)
+    for number in range(checkpoints):
+        (folder / f'run{number}_seed4_positive_proxy_checkpoint.pth').touch()
+    (tmp_path / 'python').write_text('#!/bin/sh\necho ${@##*/}')
+    (tmp_path / 'python').chmod(0o755)
+    result = subprocess.run(['make', '-f', REPOSITORY / 'Makefile', '-o', 'cache-car', f'BIN={tmp_path}',
+                             'own/positive_proxy.4'], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1:] == ([expected] if expected else [])
+
+
+def test_make_results_refuses_a_seed_that_names_do_not_say():
+    result = subprocess.run(['make', '-n', 'own/positive_proxy.0'], cwd=REPOSITORY, capture_output=True, text=True,
+                            check=False)
+    assert result.returncode == 2
+    assert 'begin with 1' in result.stderr
 
 
 def last_epochs(folder: str, metric: str) -> dict:
