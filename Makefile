@@ -28,8 +28,17 @@ OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_start $(GRID_R
 	own/whitened_start.4 own/whitened_start.5
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))) rules/balanced_proxy_split-gradient.$(seed))
-# At other scales and rates of the proxies than rules/arc_face-gradient.1.
-ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.001.1 arc_face/64-0.0001.1
+# What may mend runs of rules/ that fail.
+REMEDY_arc_face-scale-32 = --loss_name arc_face --proxy_update gradient --scale 32
+REMEDY_arc_face-scale-16 = --loss_name arc_face --proxy_update gradient --scale 16
+REMEDY_arc_face-slow-proxies = --loss_name arc_face --proxy_update gradient --proxy_lr 1e-4
+WHITENED := --linear_init whiten --proxy_init mean
+REMEDY_balanced_proxy-momentum-whitened = --loss_name balanced_proxy --proxy_update momentum $(WHITENED)
+REMEDY_balanced_proxy-positive-whitened = --loss_name balanced_proxy --proxy_update positive $(WHITENED)
+REMEDY_proxy_anchor-momentum-whitened = --loss_name proxy_anchor --proxy_update momentum $(WHITENED)
+REMEDY_proxy_anchor-positive-whitened = --loss_name proxy_anchor --proxy_update positive $(WHITENED)
+REMEDY_RUNS := $(foreach row,arc_face-scale-32 arc_face-scale-16 arc_face-slow-proxies \
+	$(foreach rule,momentum positive,balanced_proxy-$(rule)-whitened proxy_anchor-$(rule)-whitened),remedies/$(row).1)
 LONG_RUNS := long/whitened_start.1 long/positive_proxy.1 long/balanced_proxy.1 long/proxy_anchor.1
 # Measured on held out training classes.
 ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
@@ -74,7 +83,7 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(ARC_RUNS) $(LONG_RUNS)
+results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(REMEDY_RUNS) $(LONG_RUNS)
 
 cache-car cache-cub: cache-%: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name $* --cache_size 146
@@ -106,9 +115,8 @@ rules/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
 		--proxy_update $(call WORD_OF_RUN,2))
 
-arc_face/%: cache-car
-	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name arc_face --proxy_update gradient \
-		--scale $(call WORD_OF_RUN,1) --proxy_lr $(call WORD_OF_RUN,2))
+remedies/%: cache-car
+	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) $(or $(REMEDY_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))))
 
 long/%: cache-car
 	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
