@@ -116,7 +116,8 @@ rules/%: cache-car
 		--proxy_update $(call WORD_OF_RUN,2))
 
 remedies/%: cache-car
-	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) $(or $(REMEDY_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))))
+	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) \
+		$(or $(REMEDY_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))))
 
 long/%: cache-car
 	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
