@@ -13,7 +13,6 @@ from test_pictures import write_run
 
 import plot
 from engine.errors import UserError
-from recipes import PROXY_UPDATES
 from settings import get_runs
 
 REPOSITORY = Path(__file__).parent.parent
@@ -137,7 +136,7 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
              if 'train.py' in line]
     runs = {(args.results_dir, args.remark, args.seed): args for args in (
         get_runs(shlex.split(line))[1][0] for line in lines)}
-    assert len(runs) == len(lines) == 5 * 3 + 6 * 3 + 2 + (6 * 3 + 1) * 3 + 7 + 4 + 7 * 3 + 2 * 3
+    assert len(runs) == len(lines) == 5 * 3 + 6 * 3 + 2 + (6 * 3 + 1) * 3 + 3 * 2 + 3 + 4 + 7 * 3 + 2 * 3
     base = vars(runs['results/grid/ablation', 'whitened_start', 1])
     assert base['recipe'] == 'whitened_start'
     assert base['val_ratio'] == 0.4
@@ -148,13 +147,13 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
         other = vars(runs['results/grid/ablation', row, 1])
         assert {name for name in base if base[name] != other[name]} - {'run', 'remark'} == names
     for (folder, name, _), args in runs.items():
-        if folder.endswith(('rules', 'remedies')):
-            loss, *words = name.split('-')
-            assert args.loss_name == loss
-            assert args.proxy_update == (words[0] if words[0] in PROXY_UPDATES else 'gradient')
-            assert (args.linear_init, args.proxy_init) == (('whiten', 'mean') if 'whitened' in words
-                                                           else ('random', 'unit'))
-        if not folder.endswith(('recipes', 'rules', 'remedies')):
+        if folder.endswith(('rules', 'whitened')):
+            assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
+        if folder.endswith('whitened'):
+            assert (args.linear_init, args.proxy_init) == ('whiten', 'mean')
+        if folder.endswith('arc_face'):
+            assert (args.scale, args.proxy_lr) == tuple(map(float, name.split('-')))
+        if not folder.endswith(('recipes', 'rules', 'whitened', 'arc_face')):
             assert args.batch_size == (120 if name == 'without-small-batches' else 64)
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
