@@ -28,9 +28,7 @@ OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_start $(GRID_R
 	own/whitened_start.4 own/whitened_start.5
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))) rules/balanced_proxy_split-gradient.$(seed))
-# What may mend those of them that fail: a whitened start; another scale and rate of the proxies.
-WHITENED_RUNS := $(foreach loss,proxy_anchor balanced_proxy arc_face,$(foreach rule,momentum positive,\
-	whitened/$(loss)-$(rule).1))
+# At other scales and rates of the proxies.
 ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.0001.1
 LONG_RUNS := long/whitened_start.1 long/positive_proxy.1 long/balanced_proxy.1 long/proxy_anchor.1
 # Measured on held out training classes.
@@ -76,8 +74,7 @@ sweep: .venv/demo
 	done; done
 	$(BIN)/python plot.py --sweep results/sweep --over momentum --line loss_name
 
-results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(WHITENED_RUNS) $(ARC_RUNS) \
-	$(LONG_RUNS)
+results: $(RECIPE_RUNS) $(OWN_RUNS) $(ABLATION_RUNS) $(CHECK_RUNS) $(RULE_RUNS) $(ARC_RUNS) $(LONG_RUNS)
 
 cache-car cache-cub: cache-%: .venv/demo
 	$(BIN)/python data_utils.py --data_path $(DATA) --data_name $* --cache_size 146
@@ -87,8 +84,6 @@ cache-car cache-cub: cache-%: .venv/demo
 NAME_OF_RUN = $(basename $*)
 SEED_OF_RUN = $(or $(filter-out 0,$(patsubst .%,%,$(suffix $*))),$(error $@: names of runs say no seed 0; begin with 1))
 WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
-RULE_OF_RUN = --recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
-	--proxy_update $(call WORD_OF_RUN,2)
 FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
 grid_run = @awk 'FNR > $(1) {whole = 1} END {exit !whole}' $(FILES_OF_RUN)_statistics.csv 2> /dev/null || \
 	$(SPARE_MALLOC) $(BIN)/python train.py $(GRID_PROTOCOL) $(2) --num_epochs $(1) --seed $(SEED_OF_RUN) \
@@ -108,10 +103,8 @@ check/%: cache-cub
 	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) --batch_size 64)
 
 rules/%: cache-car
-	$(call grid_run,6,$(RULE_OF_RUN))
-
-whitened/%: cache-car
-	$(call grid_run,6,$(RULE_OF_RUN) --linear_init whiten --proxy_init mean)
+	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
+		--proxy_update $(call WORD_OF_RUN,2))
 
 arc_face/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name arc_face --proxy_update gradient \

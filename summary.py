@@ -26,7 +26,8 @@ def check_collapse(row: dict, num_classes: int, args: argparse.Namespace) -> Non
     rates = f'{row["lr"]:g}' + (f' and {row["proxy_lr"]:g} (proxies)' if row['proxy_lr'] else '')
     message = (f'collapsed? an accuracy of {row["accuracy"]:.2f} % in epoch {row["epoch"]} is chance for {num_classes} '
                f'classes, at a learning rate of {rates}; try a smaller --lr'
-               + (f', or a --momentum nearer 0.5 than {args.momentum:g}' if args.proxy_update == 'momentum' else ''))
+               + (f', or a --momentum nearer 0.5 than {args.momentum:g}' if args.proxy_update == 'momentum' else '')
+               + (', or --proxy_update gradient' if args.proxy_update != 'gradient' else ''))
     if args.on_collapse == 'stop':
         raise UserError(f'{message}; --resume --on_collapse warn goes on all the same')
     print(message, flush=True)
