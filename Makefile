@@ -41,14 +41,12 @@ ABLATION_without-both = $(ABLATION_without-whitening) --proxy_init unit
 ABLATION_without-rate-and-schedule = $(ABLATION_whitened_start) --lr 1e-4 --proxy_lr 1e-2 --lr_schedule step \
 	--lr_decay_step 3
 ABLATION_without-small-batches = $(ABLATION_whitened_start) --batch_size 120
-ABLATION_with-averaged-weights = $(ABLATION_whitened_start) --ema 0.98
-ABLATION_with-synthesis = $(ABLATION_whitened_start) --synthesis 1.0
 ABLATION_with-gem = $(ABLATION_whitened_start) --pooling gem
 # CUB200: no setting was chosen on it.
 CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),check/whitened_start.$(seed) check/positive_proxy.$(seed))
 ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
-	without-means without-both without-rate-and-schedule without-small-batches with-averaged-weights with-synthesis \
-	with-gem,ablation/$(row).$(seed)))
+	without-means without-both without-rate-and-schedule without-small-batches with-gem,\
+	ablation/$(row).$(seed)))
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 

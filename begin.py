@@ -14,7 +14,7 @@ from engine.errors import UserError, reason_of
 from engine.files import check_fields, make_folder, remove_torn
 from engine.processes import world_rank
 from engine.runs import RunFiles, load_checkpoint_file, load_model_file, seen_classes
-from recipes import LATER
+from recipes import NOT_ALWAYS
 
 # Where a run stands, how fast it goes and what it says: free to change between a run and its --resume, and left out of
 # its files.
@@ -87,7 +87,7 @@ def load_checkpoint(file: Path, args: argparse.Namespace, split: dict) -> dict:
     if checkpoint['split'] != fingerprint(split):
         raise UserError(f'--resume: the data set {args.data_name} was converted anew since the run {args.run} began; '
                         'convert it as it was, or name a new run with --remark')
-    now, before = settings_of(args), LATER | checkpoint['args']
+    now, before = NOT_ALWAYS | settings_of(args), NOT_ALWAYS | checkpoint['args']
     if type(before.get('num_epochs')) is int and args.num_epochs > before['num_epochs']:
         if args.lr_schedule not in ('step', 'constant'):
             raise UserError(f'--num_epochs {args.num_epochs}: the schedule {args.lr_schedule} of this run was laid out '
@@ -110,8 +110,6 @@ def restore(checkpoint: dict, file: Path, model, learner, schedule) -> None:
     optimizer = learner.optimizer
     try:
         model.load_state_dict(checkpoint['model'])
-        if learner.average:
-            learner.average.load_state_dict(checkpoint['average'])
         learner.criterion.load_full_state_dict(checkpoint['criterion'])
         learner.criterion.load_full_optimizer_state(optimizer, checkpoint['optimizer'])
         for parameter, state in optimizer.state.items():  # torch does not look at the shapes

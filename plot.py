@@ -18,7 +18,7 @@ import pandas as pd
 from engine.errors import UserError, nearest
 from engine.files import make_folder
 from engine.runs import RunFiles, read_statistics
-from recipes import LATER
+from recipes import NOT_ALWAYS
 from summary import mean_and_half_interval
 from utils import COLOURS, GREY, Parser, check_replaceable, plot_style, run_script, save_figure, user_path
 
@@ -171,7 +171,8 @@ def read_runs(flag: str, folder: str | Path, settings: dict[str, str], metrics: 
     rows = []
     for path in paths:
         table = read_statistics(path)
-        table = table.assign(**{f'args.{name}': value for name, value in LATER.items() if f'args.{name}' not in table})
+        table = table.assign(**{f'args.{name}': value for name, value in NOT_ALWAYS.items()
+                                if f'args.{name}' not in table})
         for metric in metrics:
             check_metric(table, metric, path)
         known = [column.removeprefix('args.') for column in table if column.startswith('args.')]

@@ -1,4 +1,4 @@
-"""Proxies: one learned point per class, the three ways in which they move, and synthetic ones between them."""
+"""Proxies: one learned point per class, and the three ways in which they move."""
 import math
 from dataclasses import dataclass
 
@@ -26,7 +26,6 @@ class ProxyConfig:
         proxy_init: `unit` (unit random rows), `kaiming` (normal, fan_out; Proxy Anchor), or `mean` (as `unit`, until
             `start_at_means` is called).
         shard_proxies: hold C / W of the proxies in each of W processes.
-        synthesis: synthetic classes for each sample of a batch (`synthesise`), 0 to 1; 0 is off.
     """
 
     num_classes: int
@@ -37,38 +36,6 @@ class ProxyConfig:
     margin: float | None = None
     proxy_init: str = 'unit'
     shard_proxies: bool = False
-    synthesis: float = 0.0
-
-
-def synthesise(embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor, ratio: float):
-    """Make synthetic classes: each mixes an embedding with one of another class, and the two proxies alike.
-
-    x' = normalize(l x_i + (1 - l) x_j), p' = normalize(l p_y + (1 - l) p_z) with unit proxies, classes y != z of the
-    samples i and j, and one l ~ Beta(0.4, 0.4) a step. Where all of a batch are of one class, they are mixed with it.
-
-    Args:
-        embeddings: (N, D), unit rows.
-        proxies: (C, D).
-        labels: (N,) in [0, C).
-        ratio: of the number M of synthetic classes to N.
-
-    Returns:
-        the embeddings (M, D) of the synthetic classes and their proxies (M, D).
-
-    Source: Gu, Ko, Kim, Proxy Synthesis, AAAI 2021, arXiv 2103.15454.
-    """
-    count = round(ratio * len(labels))
-    draws = torch.cat([torch.rand(2, len(labels)).flatten(), torch.distributions.Beta(0.4, 0.4).sample()[None]])
-    draws = draws.to(embeddings)
-    broadcast(draws)  # the same in all processes
-    order, partner, share = draws[:len(labels)], draws[len(labels):-1], draws[-1]
-    others = labels[:, None] != labels  # (N, N)
-    wanted = (partner * others.sum(1)).long()  # the how many-th of the others
-    first = order.argsort()[:count]
-    second = (others.cumsum(1) > wanted[:, None]).int().argmax(1)[first]
-    return tuple(F.normalize(share * rows[0] + (1 - share) * rows[1], dim=-1) for rows in (
-        (embeddings[first], embeddings[second]),
-        (F.normalize(proxies[labels[first]], dim=-1), F.normalize(proxies[labels[second]], dim=-1))))
 
 
 class ProxyLoss(nn.Module):
@@ -102,12 +69,8 @@ class ProxyLoss(nn.Module):
         if config.shard_proxies and (config.num_classes < world_size() or self.negatives == 'matrix'):
             raise UserError(f'--shard_proxies: {config.num_classes} classes are fewer than the {world_size()} '
                             'processes, or the loss needs all similarities in one; leave it out')
-        if config.shard_proxies and config.synthesis:
-            raise UserError(f'--synthesis {config.synthesis} mixes proxies of all classes, of which --shard_proxies '
-                            'leaves a share in each process; leave one of them out')
         self.num_classes, self.proxy_update, self.momentum = config.num_classes, config.proxy_update, config.momentum
-        self.scale, self.margin, self.synthesis = config.scale, config.margin, config.synthesis
-        self.num_columns = config.num_classes  # of the similarities at hand: real classes, and synthetic ones
+        self.scale, self.margin = config.scale, config.margin
         self.classes = shard(self.num_classes) if config.shard_proxies else range(self.num_classes)  # with proxies here
         check_same('the random state in which the proxies are drawn', torch.get_rng_state())
         proxies = draw_proxies(self.num_classes, self.classes, config.feature_dim, config.proxy_init)
@@ -144,34 +107,21 @@ class ProxyLoss(nn.Module):
             proxies = self.proxies.to(dtype)
             fixed = proxies.detach() if self.proxy_update == 'positive' else proxies
             carried = self.carry_positives(embeddings, proxies, labels)
-            if self.synthesis and self.training:
-                loss, hit = self.compare(*self.add_synthetic(embeddings, fixed, labels, carried))
-            else:
-                loss, hit = self.compare(embeddings, fixed, labels, carried)
-            self.accuracy, self.num_samples = hit[:len(labels)].float().mean(), len(labels)
+            loss, hit = self.compare(embeddings, fixed, labels, carried)
+            self.accuracy, self.num_samples = hit.float().mean(), len(labels)
             if self.training and self.proxy_update == 'momentum':
                 self.move_proxies(embeddings.detach().to(self.proxies.dtype), labels)
         return loss
 
     def compare(self, embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor, carried: torch.Tensor):
         """Return the loss () and whether each sample's own proxy is nearer than all others (N,)."""
-        classes = self.classes if len(self.classes) < self.num_classes else range(len(proxies))
-        self.num_columns = self.num_classes if len(self.classes) < self.num_classes else len(proxies)
         if self.negatives == 'matrix':
             similarity, column = embeddings @ F.normalize(proxies, dim=-1).T, labels[:, None]
             hit = similarity.gather(1, column) > similarity.scatter(1, column, -math.inf).amax(1, keepdim=True)
             return self.formula(similarity.scatter_add(1, column, carried[:, None]), labels), hit[:, 0]
         own, negative, hit = Similarities.apply(embeddings, proxies, labels, Pairs(
-            self.slope * self.scale, self.negatives, classes, self.num_columns))
+            self.slope * self.scale, self.negatives, self.classes, self.num_classes))
         return self.formula(own + carried, negative, labels), hit
-
-    def add_synthetic(self, embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor,
-                      carried: torch.Tensor):
-        """Put synthetic classes, a sample and a proxy each, behind the real ones; nothing of them is carried."""
-        samples, centres = synthesise(embeddings, proxies, labels, self.synthesis)
-        new = torch.arange(len(samples), device=labels.device)
-        return (torch.cat([embeddings, samples]), torch.cat([proxies, centres]),
-                torch.cat([labels, self.num_classes + new]), torch.cat([carried, carried.new_zeros(len(samples))]))
 
     def carry_positives(self, embeddings: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return zeros (N,) that under the rule `positive` carry the gradient of the positive pairs to the proxies."""
@@ -207,11 +157,11 @@ class ProxyLoss(nn.Module):
     def count(self, labels: torch.Tensor) -> torch.Tensor:
         """Return the number of samples of each class (C,); unlike bincount it does not wait for the device."""
         ones = torch.ones_like(labels, dtype=self.proxies.dtype)
-        return torch.zeros(self.num_columns, dtype=ones.dtype, device=labels.device).index_add_(0, labels, ones)
+        return torch.zeros(self.num_classes, dtype=ones.dtype, device=labels.device).index_add_(0, labels, ones)
 
     def logsumexp_by_class(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return log sum_{i: y_i = c} exp(z_i) (C,) of z (N,), LOG_ZERO for a class without samples."""
-        empty = z.new_full((self.num_columns,), LOG_ZERO)
+        empty = z.new_full((self.num_classes,), LOG_ZERO)
         largest = empty.scatter_reduce(0, labels, z.detach(), 'amax')
         total = torch.zeros_like(empty).index_add(0, labels, (z - largest[labels]).exp())
         return largest + total.where(total > 0, 1).log()  # without samples LOG_ZERO + 0

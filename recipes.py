@@ -65,7 +65,6 @@ COMMON = {
     'images_per_class': 0,
     'num_epochs': 20,
     'warm_up': 0,
-    'ema': 0.0,
     'clip_value': 0.0,
     'drop_last': False,
     'feature_dim': 512,
@@ -75,13 +74,12 @@ COMMON = {
     'linear_bias': False,
     'linear_init': 'random',
     'proxy_init': 'unit',
-    'synthesis': 0.0,
     'freeze_bn': True,
     'mirror': False,
     'recalls': (1, 2, 4, 8),
 }
-# Settings that came after the first runs, and what a run from before did.
-LATER = {'linear_init': 'random', 'mirror': False}
+# Settings that runs of some versions do not name, and what these did: some came later, some went.
+NOT_ALWAYS = {'linear_init': 'random', 'mirror': False, 'synthesis': 0.0, 'ema': 0.0}
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
 ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
 

@@ -95,8 +95,6 @@ def get_parser(description: str | None = None) -> Parser:
                        '0.5. Asymptotic Proxy saw runs collapse at 0.05 to 0.1')
     group.add_argument('--proxy_init', choices=PROXY_INITS, help='start of the proxies: random (unit, kaiming), or at '
                        'the mean embedding of their class before the training; papers: unit, Proxy Anchor kaiming')
-    group.add_argument('--synthesis', type=float, help='Proxy Synthesis: so many synthetic classes for each image of a '
-                       'batch, mixed from two of other classes and their proxies, 0 to 1 (its paper); papers: 0')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--num_epochs', '--epochs', type=int, help='papers: 20, Asymptotic 30, Proxy Anchor 60')
@@ -110,8 +108,6 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--trunk_lr', type=float, help='learning rate of the trunk; papers: 1 x lr')
     group.add_argument('--proxy_lr', type=float, help='learning rate of the proxies; papers: 100 x lr, Momentum Proxy '
                        '1 x lr')
-    group.add_argument('--ema', type=float, help='measure and save a running average of the network\'s weights: each '
-                       'step keeps this share of the average, as in 0.98; papers: 0, the weights themselves')
     group.add_argument('--weight_decay', '--weight-decay', type=float, help='papers: 1e-4, Asymptotic and Momentum 0')
     group.add_argument('--clip_value', type=float, help='clip each gradient entry to +-value; 0 is off; Proxy '
                        'Anchor 10')
@@ -254,7 +250,7 @@ def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
     """Refuse what a loss of pytorch-metric-learning has no use for; its own weights learn by the gradient."""
     others = {'scale': 'say it in --loss_args', 'temperature': 'say it in --loss_args', 'margin': 'say it in '
               '--loss_args', 'momentum': 'its weights learn by the gradient', 'proxy_init': 'it starts its weights '
-              'itself', 'synthesis': 'its weights cannot be mixed', 'shard_proxies': 'each process holds its weights'}
+              'itself', 'shard_proxies': 'each process holds its weights'}
     for name, reason in others.items():
         if getattr(args, name):
             raise UserError(f'--{name} {getattr(args, name)} has no effect on --loss_name {args.loss_name}: {reason}')
@@ -262,7 +258,7 @@ def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
         raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '
                         'its weights are its own, and learn by the gradient of all its terms; leave it out')
     args.base_loss, args.proxy_update = args.loss_name, 'gradient'
-    args.scale, args.proxy_init, args.synthesis = None, 'unit', 0.0
+    args.scale, args.proxy_init = None, 'unit'
 
 
 def settle_loss(args: argparse.Namespace, settings: dict) -> None:
@@ -325,7 +321,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         'batch_size': (1, None), 'images_per_class': (0, None),
         'lr': (SMALL, LARGE), 'trunk_lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE),
         'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
-        'momentum': (SMALL, 1), 'synthesis': (0, 1), 'ema': (0, 0.999999), 'min_crop': (SMALL, 1), 'flip': (0, 1),
+        'momentum': (SMALL, 1), 'min_crop': (SMALL, 1), 'flip': (0, 1),
         'val_ratio': (0, 0.999)})
     if 0 < args.cache_size < args.image_size:
         raise UserError(f'--cache_size {args.cache_size} is smaller than --image_size {args.image_size}: pixels would '

@@ -35,7 +35,7 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
 from begin import Start, claim_run, fingerprint, load_checkpoint, restore, settings_of, start_from
@@ -67,7 +67,6 @@ class Learner:
     device: torch.device
     amp: bool = False  # compute the network in bfloat16
     clip_value: float = 0.0  # clip each gradient entry to +-value; 0 is off
-    average: AveragedModel | None = None  # of the network's weights, over the steps
 
 
 def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[str, float]:
@@ -102,8 +101,6 @@ def train_one_epoch(learner: Learner, loader: DataLoader, title: str) -> dict[st
         if learner.clip_value:
             nn.utils.clip_grad_value_(parameters, learner.clip_value)
         optimizer.step()
-        if learner.average is not None:
-            learner.average.update_parameters(network)
 
         totals[:3] += torch.stack([loss.detach(), criterion.accuracy, totals.new_ones(())]) * criterion.num_samples
         totals[3] += totals[0].isfinite()  # the steps until the loss was not finite
@@ -169,11 +166,6 @@ class Training:
     seen: list  # names of the classes trained on, here or before --init
     floor: float | None  # R@1 of the untouched trunk
 
-    @property
-    def measured(self) -> EmbeddingNet:
-        """The network that is measured and saved: with --ema that of the averaged weights."""
-        return self.learner.average.module if self.learner.average else self.model
-
 
 def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Namespace) -> torch.optim.Optimizer:
     """Build the optimizer of the network and, at rates of their own, of the trunk and of proxies that learn."""
@@ -218,11 +210,10 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
     else:
         criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                               proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
-                              margin=args.margin, proxy_init=args.proxy_init, shard_proxies=args.shard_proxies,
-                              synthesis=args.synthesis).to(device)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True) if args.ema else None
+                              margin=args.margin, proxy_init=args.proxy_init,
+                              shard_proxies=args.shard_proxies).to(device)
     return model, Learner(model, criterion, build_optimizer(model, criterion, args), device, use_amp(args.amp, device),
-                          args.clip_value, average)
+                          args.clip_value)
 
 
 def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Training:
@@ -327,15 +318,14 @@ def wrap_network(training: Training, frozen: bool) -> None:
 
 def run_epoch(training: Training, epoch: int) -> DataBase:
     """Train an epoch, measure it, add its row to the statistics, and return the data base of its test images."""
-    args, model, learner = training.args, training.measured, training.learner
+    args, model, learner = training.args, training.model, training.learner
     learner.criterion.synchronise()
     training.loader.dataset.set_epoch(epoch)
     training.loader.batch_sampler.set_epoch(epoch)
     rates = {group['role']: group['lr'] for group in learner.optimizer.param_groups}
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
-    for network in (training.model, model):  # what is measured on all processes is what the first one saves
-        share_buffers(network)
+    share_buffers(model)  # what is measured on all processes is what the first one saves
     amp = use_amp(args.amp, learner.device)
     data_base = make_data_base(model, training.test_loaders, learner.device, amp)
     row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),
@@ -366,7 +356,7 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
     if chosen_epoch(rows) is rows[-1]:
         absent = measure_absent(*tensors_on(data_base, training.learner.device))
         told = {'seen_classes': training.seen, 'absent': absent, **made_by}
-        save({'config': asdict(model.config), 'state_dict': training.measured.state_dict(), **told}, files.model)
+        save({'config': asdict(model.config), 'state_dict': model.state_dict(), **told}, files.model)
         data_base.origin, data_base.proxies = told, {'train_class_names': training.loader.dataset.class_names}
         if proxies is not None:
             data_base.proxies['train_proxies'] = nn.functional.normalize(proxies, dim=-1).cpu()
@@ -374,7 +364,6 @@ def save_epoch(training: Training, data_base: DataBase) -> None:
     save_statistics(rows, settings, files.statistics, training.made_with)
     save({'model': model.state_dict(), 'criterion': criterion_state, 'optimizer': optimizer_state,
           'schedule': training.schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
-          'average': training.learner.average and training.learner.average.state_dict(),
           'split': fingerprint(training.data.split), 'version': CHECKPOINT_VERSION, **made_by}, files.checkpoint)
 
 

@@ -22,9 +22,8 @@ LABELS = torch.tensor([[3, 0, 3, 1, 3, 0, 1], [0, 0, 0, 4, 4, 1, 0], [1, 1, 1, 1
 OPTIMIZERS = {'sgd': lambda groups: torch.optim.SGD(groups, momentum=0.9), 'adam': torch.optim.AdamW}
 SHARDED = [name for name, entry in LOSSES.items() if getattr(model, entry.class_name).negatives != 'matrix']
 CASES = [*itertools.product(SHARDED, PROXY_UPDATES, ['adam']), ('arc_face', 'gradient', 'sgd')]
-# Losses whose proxies are not shared out: of pytorch-metric-learning, with a miner that draws, and synthetic classes.
-WHOLE = [('pml:ProxyAnchorLoss', 'gradient', 'adam'), ('pml:TripletMarginLoss', 'gradient', 'adam'),
-         ('synthesis', 'positive', 'adam')]
+# Losses whose proxies are not shared out: of pytorch-metric-learning, and with a miner that draws.
+WHOLE = [('pml:ProxyAnchorLoss', 'gradient', 'adam'), ('pml:TripletMarginLoss', 'gradient', 'adam')]
 SECONDS = 90  # until processes that wait for each other are ended
 
 
@@ -37,8 +36,6 @@ def build(name: str, rule: str, optimizer: str, shard_proxies: bool):
     if name.startswith('pml:'):
         miner = 'DistanceWeightedMiner' if name == 'pml:TripletMarginLoss' else ''
         criterion = PmlLoss(name.removeprefix('pml:'), {}, miner=miner, miner_arguments={}, **sizes).double()
-    elif name == 'synthesis':
-        criterion = make_loss('proxy_anchor', **sizes, proxy_update=rule, synthesis=1.0).double()
     else:
         criterion = make_loss(name, **sizes, proxy_update=rule, shard_proxies=shard_proxies).double()
     groups = [{'params': list(network.parameters()), 'lr': 0.05}, {'params': list(criterion.parameters()), 'lr': 0.5}]

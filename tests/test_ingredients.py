@@ -1,15 +1,14 @@
-"""What a training can add to any loss: a start from its images, synthetic classes, averaged weights, and more."""
+"""What a training can add to any loss: a start from its images, rates, pooling, the mirror image."""
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_one_line_error, type_command
 from PIL import Image
-from test_losses import LOOPS, C, D, N, assert_same, build, loop_similarity, make_batch
+from test_losses import C, D, N, build, make_batch
 from test_scripts import NAME, TINY, train
 from torch.nn import functional as F
 
-import proxies as proxies_module
 import recipes
 import train as train_module
 from begin import Start
@@ -18,102 +17,8 @@ from engine.errors import UserError
 from engine.runs import RunFiles, load_data_base
 from evaluate import embed_images
 from model import EmbeddingNet, NetConfig, load_model, make_loss
-from proxies import ProxyConfig, ProxyLoss, synthesise
-from recipes import LOSSES, PROXY_UPDATES
+from recipes import PROXY_UPDATES
 from settings import get_runs
-
-LABELS = torch.tensor([3, 0, 3, 1, 3, 0, 1])
-
-
-# ---------------------------------------------------- synthetic classes ----------------------------------------------
-def test_a_synthetic_class_lies_between_two_samples_and_between_their_proxies_at_one_share_a_step():
-    embeddings, proxies = make_batch(0)
-    unit, partners = F.normalize(proxies, dim=-1), set()
-    for seed in range(40):
-        torch.manual_seed(seed)
-        samples, centres = synthesise(embeddings.detach(), proxies, LABELS, 1.0)
-        assert samples.shape == centres.shape == (N, D)
-        torch.manual_seed(seed)
-        torch.rand(2 * N)
-        share = torch.distributions.Beta(0.4, 0.4).sample().double()
-        mixed = {}  # (i, j): normalize(l x_i + (1 - l) x_j)
-        for i in range(N):
-            for j in range(N):
-                mixed[i, j] = F.normalize(share * embeddings[i] + (1 - share) * embeddings[j], dim=0).detach()
-        for sample, centre in zip(samples, centres, strict=True):
-            i, j = min(mixed, key=lambda pair: float((mixed[pair] - sample).norm()) + (LABELS[pair[0]] == LABELS[
-                pair[1]]) * 1e-12)
-            torch.testing.assert_close(mixed[i, j], sample)
-            expected = F.normalize(share * unit[LABELS[i]] + (1 - share) * unit[LABELS[j]], dim=0)
-            if 1e-3 < share < 1 - 1e-3:
-                assert LABELS[i] != LABELS[j]
-                torch.testing.assert_close(expected, centre)
-                partners.add((i, j))
-    every = {(i, j) for i in range(N) for j in range(N) if LABELS[i] != LABELS[j]}
-    assert partners == every  # any sample of any other class is drawn
-
-
-@pytest.mark.parametrize('rule', PROXY_UPDATES)
-@pytest.mark.parametrize('name', LOSSES)
-def test_the_loss_runs_over_real_and_synthetic_classes(name, rule):
-    embeddings, proxies = make_batch(1)
-    criterion = build(name, proxies, proxy_update=rule, momentum=0.3, synthesis=0.6)
-    torch.manual_seed(4)
-    loss = criterion(embeddings, LABELS)
-    ours = loss, *torch.autograd.grad(loss, embeddings)
-    reference = embeddings.detach().requires_grad_()
-    start = F.normalize(proxies, dim=-1)
-    torch.manual_seed(4)
-    samples, centres = synthesise(reference, start, LABELS, 0.6)
-    assert len(samples) == 4  # 0.6 x 7
-    similarity = loop_similarity([*reference, *samples], [*start, *centres])
-    loss = LOOPS[name](similarity, [*LABELS.tolist(), *range(C, C + 4)])
-    assert_same(ours, (loss, *torch.autograd.grad(loss, reference)))
-    assert criterion.num_samples == N  # the accuracy and the mean loss of an epoch count the images
-    nearest = torch.tensor([[s.item() for s in row] for row in similarity])[:N].argmax(1)
-    assert criterion.accuracy == (nearest == LABELS).float().mean()
-
-
-def test_the_accuracy_of_a_batch_is_that_of_its_images(monkeypatch):
-    embeddings, proxies = make_batch(1)
-    criterion = build('proxy_anchor', proxies, synthesis=1.0)
-    hits = torch.arange(2 * N) < N - 1  # all images but the last, and no synthetic one
-    monkeypatch.setattr(criterion, 'compare', lambda *_: (embeddings.sum(), hits))
-    criterion(embeddings, LABELS)
-    assert criterion.accuracy == pytest.approx((N - 1) / N)
-
-
-def test_without_training_there_are_no_synthetic_classes():
-    embeddings, proxies = make_batch(2)
-    criterion = build('proxy_anchor', proxies, synthesis=1.0)
-    criterion(embeddings, LABELS)
-    plain = build('proxy_anchor', proxies)(embeddings, LABELS)
-    assert torch.equal(criterion.eval()(embeddings, LABELS), plain)
-    assert not torch.equal(criterion.train()(embeddings, LABELS), plain)
-
-
-def test_under_the_rule_positive_a_synthetic_class_moves_no_proxy():
-    embeddings, proxies = make_batch(3)
-    criterion = build('normalized_softmax', proxies, proxy_update='positive', synthesis=1.0)
-    criterion(embeddings, torch.tensor([0, 0, 0, 1, 1, 1, 1])).backward()
-    assert criterion.proxies.grad[:2].any(1).all()
-    assert not criterion.proxies.grad[2:].any()
-
-
-def test_a_batch_of_one_class_or_one_image_stays_finite():
-    embeddings, proxies = make_batch(4)
-    for labels in (torch.full((N,), 2), torch.tensor([1])):
-        criterion = build('balanced_proxy', proxies, synthesis=1.0)
-        loss = criterion(embeddings[:len(labels)], labels)
-        loss.backward()
-        assert loss.isfinite()
-        assert criterion.proxies.grad.isfinite().all()
-
-
-def test_synthetic_classes_need_all_proxies_in_one_process(monkeypatch):
-    monkeypatch.setattr(proxies_module, 'world_size', lambda: 2)
-    with pytest.raises(UserError, match=r'--synthesis 0\.5 .* --shard_proxies'):
-        ProxyLoss(ProxyConfig(C, D, scale=1.0, shard_proxies=True, synthesis=0.5))
 
 
 # ---------------------------------------------------- pooling, rates -------------------------------------------------
@@ -163,61 +68,20 @@ def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_se
         EmbeddingNet(NetConfig('resnet18', 4, pooling=contents['args']['pooling'], image_size=32), 'none')
 
 
-# ---------------------------------------------------- averaged weights ----------------------------------------------
-EXTRAS = ('--ema', '0.6', '--synthesis', '0.5', '--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten',
-          '--proxy_init', 'mean', '--mirror', '1')
+# ---------------------------------------------------- all at once --------------------------------------------------
+EXTRAS = ('--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten', '--proxy_init', 'mean', '--mirror', '1')
 
 
-def check_average(folder):
-    """The model of a run's first epoch is the average, not the weights, and its data base is what the model embeds."""
-    end = torch.load(folder / f'{NAME}_checkpoint.pth', weights_only=True)
-    model, contents = load_model(folder / f'{NAME}_model.pth')
-    for name, value in contents['state_dict'].items():
-        assert torch.equal(value, end['average'][f'module.{name}']), name
-    assert not torch.equal(end['model']['refactor.weight'], contents['state_dict']['refactor.weight'])
-    data_base = load_data_base(folder / f'{NAME}_data_base.pth')
-    embedded = embed_images(model, [folder.parent / 'car' / image for image in data_base.test.images], contents)
-    torch.testing.assert_close(embedded, data_base.test.features)
-
-
-def test_a_run_saves_the_average_of_its_weights_and_goes_on_bit_for_bit(raw_sets, tmp_path):
+def test_a_run_with_every_ingredient_goes_on_bit_for_bit(raw_sets, tmp_path):
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-    (tmp_path / 'car').symlink_to(raw_sets / 'car')
     words = (*TINY, *EXTRAS, '--lr_schedule', 'constant')
     assert train(raw_sets, whole, *words, '--num_epochs', 2).returncode == 0
     assert train(raw_sets, cut, *words, '--num_epochs', 1).returncode == 0
-    check_average(cut)
     assert train(raw_sets, cut, *words, '--num_epochs', 2, '--resume').returncode == 0
     ends = [torch.load(folder / f'{NAME}_checkpoint.pth', weights_only=True) for folder in (whole, cut)]
-    for part in ('model', 'average', 'criterion'):
+    for part in ('model', 'criterion'):
         for name, value in ends[0][part].items():
             assert torch.equal(value, ends[1][part][name]), (part, name)
-
-
-def test_each_step_keeps_its_share_of_the_average():
-    from torch import nn
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    from train import Learner, train_one_epoch
-
-    class Images(list):
-        batch_sampler = None
-
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, D), nn.LayerNorm(D, elementwise_affine=False))
-    network.append(nn.Module())
-    network[2].forward = lambda rows: F.normalize(rows, dim=-1)
-    criterion = build('normalized_softmax', torch.randn(C, D, dtype=torch.float32))
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.75), use_buffers=True)
-    optimizer = torch.optim.SGD([*network.parameters(), *criterion.parameters()], lr=0.1)
-    steps = []
-    optimizer.register_step_post_hook(lambda *_: steps.append(network[0].weight.detach().clone()))
-    batches = Images((torch.randn(4, 3), torch.tensor([0, 1, 2, 3])) for _ in range(3))
-    train_one_epoch(Learner(network, criterion, optimizer, torch.device('cpu'), average=average), batches, '')
-    expected = steps[0]
-    for weight in steps[1:]:
-        expected = 0.75 * expected + 0.25 * weight
-    torch.testing.assert_close(average.module[0].weight.detach(), expected)
 
 
 # ---------------------------------------------------- a start from the images ---------------------------------------
@@ -344,13 +208,13 @@ def test_all_processes_start_from_the_whitening_of_the_first(monkeypatch):
 
 def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with_weights_of_their_own(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES['proxy_anchor'], 'settings', recipes.RECIPES['proxy_anchor']['settings'] | {
-        'linear_init': 'whiten', 'proxy_init': 'mean', 'synthesis': 1.0})
+        'linear_init': 'whiten', 'proxy_init': 'mean'})
     words = ['--recipe', 'proxy_anchor']
     assert get_runs(words)[1][0].linear_init == 'whiten'
     tuned = get_runs([*words, '--init', 'a_model.pth'])[1][0]
     assert (tuned.linear_init, tuned.proxy_init) == ('random', 'mean')
     borrowed = get_runs([*words, '--loss_name', 'pml:SupConLoss'])[1][0]
-    assert (borrowed.linear_init, borrowed.proxy_init, borrowed.synthesis) == ('whiten', 'unit', 0.0)
+    assert (borrowed.linear_init, borrowed.proxy_init) == ('whiten', 'unit')
     still = get_runs([*words, '--proxy_update', 'momentum', '--proxy_init', 'unit'])[1][0]
     assert (still.proxy_update, still.proxy_init) == ('momentum', 'unit')
     with pytest.raises(UserError, match='--linear_init whiten and --init contradict each other'):
@@ -410,13 +274,19 @@ def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets,
 
 
 # ---------------------------------------------------- runs from before --------------------------------------------
-def test_a_run_from_before_there_was_a_setting_goes_on_and_is_started_from(raw_sets, finished):
+def test_a_run_of_an_earlier_version_goes_on_and_is_started_from(raw_sets, finished):
     checkpoint, model = (finished / f'{NAME}_{kind}.pth' for kind in ('checkpoint', 'model'))
-    for file, part, names in ((checkpoint, 'args', recipes.LATER), (model, 'config', ('mirror',))):
+    for file, part, names in ((checkpoint, 'args', ('linear_init', 'mirror')), (model, 'config', ('mirror',))):
         contents = torch.load(file, weights_only=True)
         for name in names:
             del contents[part][name]
+        contents['args'] |= {'ema': 0.98}
         torch.save(contents, file)
+    result = train(raw_sets, finished, *TINY, '--warm_up', 0, '--num_epochs', 2, '--resume')
+    assert_one_line_error(result, '--ema 0.0 (was 0.98)')
+    contents = torch.load(checkpoint, weights_only=True)
+    contents['args']['ema'] = 0.0
+    torch.save(contents, checkpoint)
     for words in (('--num_epochs', 2, '--resume'), ('--num_epochs', 1, '--init', model, '--remark', 'b')):
         result = train(raw_sets, finished, *TINY, '--warm_up', 0, *words)
         assert result.returncode == 0, result.stderr

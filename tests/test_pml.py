@@ -136,7 +136,6 @@ def test_what_cannot_be_built_is_one_line_before_the_training(words, parts, raw_
     (('pml:ProxyNCALoss', '--optimizer', 'adam*'), ('--proxy_update momentum', 'by the gradient')),
     (('pml:ProxyNCALoss', '--margin', '0.1'), ('--margin 0.1', '--loss_args')),
     (('pml:ProxyNCALoss', '--scale', '3'), ('--scale 3', '--loss_args')),
-    (('pml:ProxyNCALoss', '--synthesis', '1'), ('--synthesis',)),
     (('pml:SupConLoss', '--miner_args', 'margin=1'), ('--miner_args', 'no --miner')),
     (('proxy_nca', '--loss_args', 'softmax_scale=1'), ('--loss_args', 'pml:NAME')),
     (('proxy_nca', '--miner', 'BatchHardMiner'), ('--miner BatchHardMiner', 'pml:NAME'))])

@@ -134,13 +134,12 @@ def test_only_the_first_process_prints(runs):
 def test_what_processes_with_statistics_of_their_own_measure_is_the_model_that_they_save(raw_sets, tmp_path):
     words = (*TINY, '--data_path', raw_sets, '--batch_size', 6, '--num_epochs', 1, '--freeze_bn', 0, '--drop_last', 1,
              '--results_dir', tmp_path)
-    for name, more in ((NAME, ()), (f'{NAME}_ema', ('--ema', 0.9, '--remark', 'ema'))):
-        result = torchrun(2, 'train.py', *words, *more)
-        assert result.returncode == 0, result.stderr
-        model, contents = load_model(tmp_path / f'{name}_model.pth')
-        data_base = load_data_base(tmp_path / f'{name}_data_base.pth')
-        images = [raw_sets / 'car' / image for image in data_base.test.images]
-        torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features, rtol=0, atol=1e-5)
+    result = torchrun(2, 'train.py', *words)
+    assert result.returncode == 0, result.stderr
+    model, contents = load_model(tmp_path / f'{NAME}_model.pth')
+    data_base = load_data_base(tmp_path / f'{NAME}_data_base.pth')
+    images = [raw_sets / 'car' / image for image in data_base.test.images]
+    torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('count', [2, 3])
