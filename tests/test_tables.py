@@ -208,6 +208,7 @@ def test_the_page_says_of_the_parts_of_whitened_start_what_the_committed_files_s
     for row, words in (('without-whitening', 'above itself without whitening'), ('without-means', 'without the means'),
                        ('without-both', 'without both'), ('without-small-batches', 'in batches of 120'),
                        ('without-rate-and-schedule', 'at a rate of 1e-4 halved every 3 epochs'),
-                       ('positive_proxy', 'above `positive_proxy`')):
-        gains = sorted(round(recalls['whitened_start', seed] - recalls[row, seed], 1) for seed in (1, 2, 3))
-        assert re.search(rf'{gains[0]} to {gains[-1]} (points of dense R@1 )?{re.escape(words)}', page), (row, gains)
+                       ('positive_proxy', 'above `positive_proxy`'), ('with-gem', 'more on these cars')):
+        better, worse = ('with-gem', 'whitened_start') if row == 'with-gem' else ('whitened_start', row)
+        gains = sorted(round(recalls[better, seed] - recalls[worse, seed], 1) for seed in (1, 2, 3))
+        assert re.search(rf'{gains[0]} to {gains[-1]} (points (of dense R@1 )?)?{re.escape(words)}', page), (row, gains)
