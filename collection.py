@@ -54,6 +54,8 @@ class FileCollection:
         UserError: if the file is none that embed.py made, or was made with another model.
     """
 
+    ranks_codes = True  # by Hamming distance
+
     def __init__(self, file: Path, origin: dict | None = None, fingerprint: str | None = None,
                  dtype: torch.dtype | None = None, resident: bool = False):
         self.file, self.folder, self.resident = file, Path(f'{file}.parts'), resident

@@ -400,7 +400,8 @@ def get_args(argv: list[str] | None = None):
             raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --data_name glyph; leave it out')
     if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
         for flag, given in ((f'--test_ratio {args.test_ratio}', args.test_ratio is not None),
-                            ('--resplit', args.resplit)):
+                            ('--resplit', args.resplit),
+                            (f'--seed {args.seed}', args.seed is not None and 'glyph' not in args.data_name)):
             if given:
                 raise UserError(f'{flag} has no effect on data sets with a split of their own; leave it out')
     check_between(args, {'seed': (0, None), 'cache_size': (16, 8192)})

@@ -87,18 +87,18 @@ def read_split(file: Path, command: str) -> dict:
 
 
 def hold_out(split: dict, ratio: float, seed: int) -> dict:
-    """Move a share of the training classes, drawn with the seed, to a subset `val`.
+    """Move a share of the training classes, two at least, drawn with the seed, to a subset `val`.
 
     Raises:
         UserError: if fewer than two classes would be left to train on, or none held out has two images.
     """
     labels = sorted(split['train'])
-    number = max(1, round(ratio * len(labels)))
+    number = max(2, round(ratio * len(labels)))  # among images of one class whatever is found is right
     held = set(np.random.default_rng(seed).permutation(labels)[:number].tolist())
     val = {label: paths for label, paths in split['train'].items() if label in held}
     if len(labels) - number < 2 or max(map(len, val.values())) < 2:
-        raise UserError(f'--val_ratio {ratio} of {len(labels)} training classes leaves too few to train on, or holds '
-                        'out none with two images; choose another, or leave it out')
+        raise UserError(f'--val_ratio {ratio} of {len(labels)} training classes holds out {number}, which leaves too '
+                        'few to train on, or none of which has two images; choose another, or leave it out')
     train = {label: paths for label, paths in split['train'].items() if label not in held}
     return {**split, 'train': train, 'val': val}
 

@@ -73,7 +73,8 @@ def get_args(argv: list[str] | None = None):
             raise UserError('--qdrant keeps no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
         raise UserError(f'--data_base {args.data_base} must end in .pth')
-    if args.images is None and not any(getattr(args, name) not in (None, False) for name in (*ACTIONS, 'dtype')):
+    if args.images is None and all(getattr(args, name) in (None, []) or getattr(args, name) is False
+                                   for name in (*ACTIONS, 'dtype')):
         raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTIONS))
     for flag, needed in (('labels', args.images), ('model', args.images)):
         if getattr(args, flag) is not None and needed is None:
@@ -186,12 +187,12 @@ def open_remote(args):
     from remote import QdrantCollection
 
     if args.model is None:
-        return QdrantCollection(args.qdrant, args.collection)
+        return QdrantCollection(args.qdrant, args.collection, dtype=args.dtype and DTYPES[args.dtype])
     contents = load_model_file(args.model)
     return QdrantCollection(
         args.qdrant, args.collection, origin={key: contents[key] for key in ORIGIN if key in contents},
         fingerprint=fingerprint_of(contents['config'], contents['state_dict']),
-        dim=load_model(args.model, torch.device('cpu'))[0].feature_dim, dtype=DTYPES[args.dtype or 'float32'])
+        dim=load_model(args.model, torch.device('cpu'))[0].feature_dim, dtype=args.dtype and DTYPES[args.dtype])
 
 
 def load_own_model(args, collection, device: torch.device) -> tuple[EmbeddingNet, dict]:
@@ -214,14 +215,15 @@ def add_folder(args, collection) -> list[Item]:
     """Return the images of --images that are to be embedded; those that are there get the classes of --labels."""
     folder, below = place_of(Path(args.images), collection.folders())
     found, left_out = find_images(Path(folder, below))
-    found = {below + path: stamp for path, stamp in found.items()}
     others = ', '.join(f'{number:,} {what}' for what, number in left_out.most_common())
     if not found:
         raise UserError(f'--images {args.images} holds no images{f" (but {others})" if others else ""}')
-    labels = read_labels(args.labels, list(found), folder)
+    labels = read_labels(args.labels, found, str(Path(folder, below)))
+    labels = labels and {below + path: label for path, label in labels.items()}
+    stamps = {below + path: stamp for path, stamp in found.items()}
     known = {item.path: item for item in collection.items(folder)}
     new = [Item(folder, path, (labels or {}).get(path, known[path].label if path in known else ''), *stamp)
-           for path, stamp in found.items() if (path not in known or known[path][3:] != stamp)
+           for path, stamp in stamps.items() if (path not in known or known[path][3:] != stamp)
            and collection.broken.get(f'{folder}/{path}') != list(stamp)]
     changed = {(folder, path): label for path, label in (labels or {}).items()
                if path in known and known[path].label != label}
@@ -366,8 +368,10 @@ def change(args, collection) -> None:
                             'prints them')
         collection.remove([(item.folder, item.path) for item in chosen])
         print(f'{len(chosen):,} images removed')
-    if args.images is not None:
-        new += add_folder(args, collection)
+        removed = set(matching(new, args.remove))
+        new = [item for item in new if item not in removed]
+    if args.images is not None:  # what has changed below it is found a second time
+        new = list({item[:2]: item for item in [*new, *add_folder(args, collection)]}.values())
     if new:
         device = select_device(args.device)
         model, settings = load_own_model(args, collection, device)

@@ -408,7 +408,8 @@ def export(args, model: EmbeddingNet, run: dict, bench: Bench) -> None:
     if args.torch is not None:
         keep('torch', to_torch(program, about), TorchNetwork)
     if args.folder is not None:
-        write_folder(model, run, bench.expected if bench.data is not None else None, args.folder)
+        whole = bench.data is not None and args.num_images is None  # a part of the images would flatter the model
+        write_folder(model, run, bench.expected if whole else None, args.folder)
         loaded, _ = load_model(args.folder, CPU)
         bench.add(Path(args.folder).name, loaded, (Path(args.folder) / FOLDER_FILES[0]).stat().st_size)
 

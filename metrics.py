@@ -151,7 +151,7 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
         query_labels: (Q,) int64; of an array any whole numbers.
         gallery_features, gallery_labels: (G, D), (G,); None: the queries are searched in each other, each left out of
             its own search by its index.
-        recalls: the values of K, ascending.
+        recalls: the values of K.
         binary: compare sign(features) by Hamming distance instead of features by cosine.
 
     Returns:
@@ -168,13 +168,13 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
     if not symmetric:
         check_features('gallery', gallery_features, gallery_labels, unit=not binary)
     searched = len(query_features) - 1 if symmetric else len(gallery_features)
-    if recalls[-1] > searched:
-        raise UserError(f'R@{recalls[-1]} asks for more than the {searched} images that a query is searched in; set '
+    if max(recalls) > searched:
+        raise UserError(f'R@{max(recalls)} asks for more than the {searched} images that a query is searched in; set '
                         '--recalls to smaller numbers, as in --recalls 1,2')
     scores = []
     for nearer, number in nearer_negatives((query_features, query_labels),
                                            None if symmetric else (gallery_features, gallery_labels), binary,
-                                           recalls[-1]):
+                                           max(recalls)):
         found = number > 0
         scores.append(score_queries(nearer[found], number[found]))
     metrics = average(scores, recalls)

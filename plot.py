@@ -30,7 +30,9 @@ LINES = ('-', '--', ':', '-.')
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')  # 8 colours and 7 markers: 56 runs look different
 # Settings that may differ between runs of one line in a sweep: repetitions and names.
 FREE = {'seed', 'run', 'remark'}
-SAME = {'scale': 'temperature', 'temperature': 'scale'}  # two words for one setting
+# Settings that follow another one: two words for one, or a multiple of it.
+FOLLOWING = {'scale': {'temperature'}, 'temperature': {'scale'}, 'lr': {'trunk_lr', 'proxy_lr'},
+             'image_size': {'resize_size'}}
 
 
 # ---------------------------------------------------- statistics files ----------------------------------------------
@@ -208,7 +210,7 @@ def read_sweep(folder: str | Path, over: str, line: str, metric: str, epoch: str
     runs = read_runs('--sweep', folder, {'--over': over, '--line': line}, [metric], epoch)
     if not pd.api.types.is_numeric_dtype(runs[f'args.{over}'].infer_objects()) or runs[f'args.{over}'].isna().any():
         raise UserError(f'--over {over} is no number in every run of {folder}; sweep over a number')
-    check_alike(f'--sweep {folder}', runs, [line], FREE | {over, SAME.get(over), line})
+    check_alike(f'--sweep {folder}', runs, [line], FREE | {over, line} | FOLLOWING.get(over, set()))
     runs = runs.rename(columns={f'args.{line}': 'line', f'args.{over}': 'over', 'args.seed': 'seed'})
     twice = runs.duplicated(['line', 'over', 'seed'])
     if twice.any():

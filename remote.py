@@ -41,12 +41,14 @@ class QdrantCollection:
         origin: what is said of its origin, of a new one.
         fingerprint: of the model.
         dim: D, of a new one; None: it has to be there.
-        dtype: of its vectors, of a new one; None: float32.
+        dtype: of its vectors; None: of a new one float32.
 
     Raises:
         UserError: if qdrant-client is missing, the server does not answer, the collection is not there, is none of
             this project, or was made with another model.
     """
+
+    ranks_codes = False  # by Hamming distance
 
     def __init__(self, place: str, name: str, origin: dict | None = None, fingerprint: str | None = None,
                  dim: int | None = None, dtype: torch.dtype | None = None):
@@ -64,13 +66,18 @@ class QdrantCollection:
                 if dim is None or origin is None:
                     raise UserError(f'--collection {name} is not in {place}; begin it with --model and --images')
                 self.create(origin, fingerprint, dim, dtype)
-            found = self.client.get_collection(name).config.metadata or {}
+            config = self.client.get_collection(name).config
+        found, vectors = config.metadata or {}, config.params.vectors
+        datatype = getattr(getattr(vectors, 'datatype', None), 'value', 'float32')
         if not {'origin', 'fingerprint'} <= found.keys():
             raise UserError(f'--collection {name} in {place} was not made by embed.py; name another')
         self.origin, self.fingerprint = json.loads(found['origin']), found['fingerprint']
         if fingerprint not in (None, self.fingerprint):
             raise UserError(f'--model: --collection {name} holds images that another model embedded, and similarities '
                             'across models mean nothing; name that model, or another collection')
+        if dtype is not None and str(dtype) != f'torch.{datatype}':
+            raise UserError(f'--dtype: the vectors of --collection {name} are of the type {datatype}; leave it out, or '
+                            'name another collection')
         self.item = lru_cache(2**14)(self.item)
 
     @contextlib.contextmanager

@@ -102,7 +102,7 @@ def whole_number(value, name: str, low: int, high: int, default: int) -> int:
     """Return a number of a request, or its default; raises Refused where it is none in range."""
     try:
         number = default if value is None else int(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         number = low - 1
     if isinstance(value, (bool, float)) or not low <= number <= high:
         raise Refused(422, f'{name} must be a whole number from {low} to {high}')
@@ -158,6 +158,8 @@ class Interface:
                 raise Refused(422, 'path and image are asked for as JSON')
         number = whole_number(asked.get('k'), 'k', 1, MOST_FOUND, FOUND)
         binary, itself, query = truth(asked.get('binary')), None, None
+        if binary and not self.collection.ranks_codes:
+            raise Refused(422, 'this collection ranks by cosine alone; leave binary out')
         if 'path' in asked or 'image' in asked:
             itself = self.item_number(asked['image']) if 'image' in asked else self.collection.number_of(
                 str(asked['path']))

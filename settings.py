@@ -323,9 +323,10 @@ def check_ranges(args: argparse.Namespace) -> None:
         'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
         'momentum': (SMALL, 1), 'min_crop': (SMALL, 1), 'flip': (0, 1),
         'val_ratio': (0, 0.999)})
-    if 0 < args.cache_size < args.image_size:
-        raise UserError(f'--cache_size {args.cache_size} is smaller than --image_size {args.image_size}: pixels would '
-                        f'be enlarged; build and name a cache of at least {args.image_size} pixels')
+    side = args.resize_size or resize_for(args.image_size)
+    if 0 < args.cache_size < side:
+        raise UserError(f'--cache_size {args.cache_size} is smaller than --resize_size {side}: pixels of test images '
+                        f'would be enlarged; build and name a cache of at least {side} pixels')
     if args.recalls[0] != 1:
         raise UserError(f'--recalls {",".join(map(str, args.recalls))} must begin with 1, by which the best epoch is '
                         'chosen')

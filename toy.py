@@ -133,7 +133,8 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
     loss_name = COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)
     criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, momentum=args.momentum or MOMENTUM,
                           proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
-    optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
+    optimizer = torch.optim.Adam([{'role': 'network', 'params': [*model.parameters(), *criterion.parameters()]}],
+                                 lr=args.lr)
     amp = use_amp('auto', device)
     learner = Learner(model, criterion, optimizer, device, amp)
 

@@ -123,22 +123,27 @@ def describe_failure(step: int, loader: DataLoader, optimizer: torch.optim.Optim
 
 
 # ---------------------------------------------------- one run --------------------------------------------------------
-def check_data(args: argparse.Namespace, split: dict, device: torch.device) -> None:
+def check_data(args: argparse.Namespace, split: dict, device: torch.device, sampler: BatchSampler) -> None:
     """Refuse settings that do not fit the data or the machine, before anything is built."""
     if len(split['train']) < 2:
         raise UserError(f'--data_name {args.data_name} has one training class; a loss needs at least two')
     num_images = count_images(split['train'])
     last_batch = num_images % args.batch_size
-    if min(args.batch_size, last_batch if last_batch and not args.drop_last else num_images) < world_size():
+    if min(args.batch_size, last_batch if last_batch and not sampler.drop_last else num_images) < world_size():
         raise UserError(f'--batch_size {args.batch_size} of {num_images} images leaves a batch with no image for some '
                         f'of the {world_size()} processes; add --drop_last 1, or choose another size')
     if args.shard_proxies and world_size() == 1:
         raise UserError('--shard_proxies has no effect in one process; start several with torchrun, or leave it out')
-    if not (args.freeze_bn or args.drop_last or args.images_per_class) and 1 in (args.batch_size, last_batch):
-        raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, which has no BatchNorm '
-                        'statistics; add --drop_last 1, or choose another size')
+    sizes = {args.batch_size} if sampler.drop_last else {args.batch_size, last_batch}
+    if not args.freeze_bn and 1 in {size // world_size() for size in sizes}:
+        hint = '' if sampler.drop_last else 'add --drop_last 1, or '
+        raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, or of one in a process, which '
+                        f'has no BatchNorm statistics; {hint}choose another size')
     if args.compile and device.type == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):
         raise UserError('--compile needs a C++ compiler on a CPU and finds no g++; install one, or leave it out')
+    if len(split['gallery' if 'gallery' in split else 'test']) < 2:
+        raise UserError(f'--data_name {args.data_name} has one test class: whatever a query finds is of its class; '
+                        'retrieval is measured among at least two')
     if 'gallery' not in split and max(map(len, split['test'].values())) < 2:
         raise UserError(f'--data_name {args.data_name}: no test class has two images, so that no query could find '
                         'another one of its class')
@@ -228,7 +233,7 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
         data = data._replace(split=hold_out(data.split, args.val_ratio, args.seed))
     labels = [number for number, paths in enumerate(data.split['train'].values()) for _ in paths]
     sampler = BatchSampler(labels, args.batch_size, args.images_per_class, args.drop_last, args.seed)
-    check_data(args, data.split, device)
+    check_data(args, data.split, device, sampler)
     checkpoint = load_checkpoint(start.files.checkpoint, args, data.split) if start.resume else None
 
     # ---- network, loss, optimizer ----
@@ -259,7 +264,7 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
         start_from_images(learner, RetrievalDataset(data, 'train', plain), args)
     return Training(args=args, start=start, data=data, model=model, learner=learner, schedule=schedule, loader=loader,
                     test_loaders=loaders[0], val_loaders=loaders[1] if args.val_ratio else None, rows=rows,
-                    made_with=made_with, seen=[*names, *(name for name in seen if name not in names)], floor=floor)
+                    made_with=made_with, seen=list(dict.fromkeys([*names, *seen])), floor=floor)
 
 
 def start_from_images(learner: Learner, images: RetrievalDataset, args: argparse.Namespace) -> None:
@@ -303,7 +308,9 @@ def distribute(model: EmbeddingNet, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
+    # Some of timm's models keep parts of their head, which features do not pass.
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                   find_unused_parameters=model.config.backbone_type.startswith('timm:'))
 
 
 def wrap_network(training: Training, frozen: bool) -> None:
@@ -407,8 +414,10 @@ def main(group: str, runs: list[argparse.Namespace]) -> None:
     for number, (args, files) in enumerate(zip(runs, all_files, strict=True)):
         resume, overwrite = args.resume, args.overwrite
         if args.seeds:  # --resume starts those that are not there
-            resume = args.resume and files.checkpoint.is_file()
-            overwrite = args.overwrite or (args.resume and not resume)  # of a first epoch that was cut off
+            begun = files.checkpoint.is_file() or files.statistics.is_file() and len(read_statistics(
+                files.statistics)) > 1
+            resume = args.resume and begun
+            overwrite = args.overwrite or (args.resume and not begun)  # of a first epoch that was cut off
         # With --overwrite the seeds that come later are to be trained anew as well, after an interruption too.
         later = [other.checkpoint for other in all_files[number:]] if args.overwrite else []
         start = Start(files, resume, [*files.all(), *later])

@@ -198,6 +198,16 @@ def positive_similarities(search: Search, itself: torch.Tensor | None) -> torch.
     return positives.sort(1, descending=True).values
 
 
+def grouped_positives(search: Search):
+    """Yield rows of queries (q,), the search for them, and their positive similarities, as many as fit into memory."""
+    largest_class = int(search.gallery_labels.unique(return_counts=True)[1].max())
+    groups = torch.arange(len(search.query_labels), device=search.query_labels.device).split(
+        max(1, NUMBERS_AT_ONCE // 2 // largest_class))
+    for rows in groups:
+        part = search if len(groups) == 1 else search.for_queries(rows)
+        yield rows, part, positive_similarities(part, rows if search.symmetric else None)
+
+
 def number_above(positives: torch.Tensor, rows: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> torch.Tensor:
     """Return how many of the positives (Q, R) of each of n rows are larger than its bound (n,), or equal: bisection."""
     low, high = torch.zeros_like(rows), torch.full_like(rows, positives.shape[1])
@@ -343,11 +353,6 @@ def nearer_negatives(queries: tuple, gallery: tuple | None, binary: bool, larges
     """
     (features, labels), (gallery_features, gallery_labels) = queries, gallery or queries
     compare = (Hamming if binary else Cosine)(features, gallery_features)
-    whole = Search(compare, labels, gallery_labels, gallery is None)
-    largest_class = int(gallery_labels.unique(return_counts=True)[1].max())
-    groups = torch.arange(len(labels), device=labels.device).split(max(1, NUMBERS_AT_ONCE // 2 // largest_class))
-    for group in groups:
-        search = whole if len(groups) == 1 else whole.for_queries(group)
-        positives = positive_similarities(search, group if gallery is None else None)
+    for _, search, positives in grouped_positives(Search(compare, labels, gallery_labels, gallery is None)):
         number = (positives > -torch.inf).sum(1)
         yield count_decisive(search, positives, largest) if number.any() else torch.zeros_like(positives), number

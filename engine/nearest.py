@@ -5,7 +5,7 @@ all rows that may be among the nearest, since it is known by what it can be wron
 """
 import torch
 
-from engine.counting import TILE_SIDE, Cosine, entries_above, longest, on_grid, shaped
+from engine.counting import TILE_SIDE, Cosine, Search, entries_above, grouped_positives, longest, on_grid, shaped
 from engine.processes import bfloat16_is_fast, progress
 
 ROWS_AT_ONCE = 2**15  # of the features, in a pass
@@ -109,16 +109,9 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
     itself = gallery is None
     gallery, gallery_labels = (queries, labels) if itself else (gallery, gallery_labels)
     compare, side = Cosine(queries, gallery), TILE_SIDE[queries.device.type]
-    positive, negative = (torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=queries.device)
-                          for _ in range(2))
-    for label in labels.unique():
-        columns = (gallery_labels == label).nonzero()[:, 0]
-        for rows in (labels == label).nonzero()[:, 0].split(max(1, NUMBERS_AT_ONCE // max(1, len(columns)))):
-            similarity = compare.exact(rows, columns)
-            if itself:
-                similarity[rows[:, None] == columns] = -torch.inf
-            if len(columns):
-                positive[rows] = similarity.amax(1)
+    search = Search(compare, labels, gallery_labels, itself)
+    positive = torch.cat([found[:, 0] for _, _, found in grouped_positives(search)])
+    negative = torch.full_like(positive, -torch.inf)
     tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, len(queries), side)
              for column in range(0, len(gallery), side)]
     for rows, columns in progress(tiles, desc='best negatives', unit='tile', delay=2):

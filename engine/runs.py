@@ -194,7 +194,8 @@ def check_seen(seen, measured: list[str], allowed: bool, kind: str = 'test class
     Raises:
         UserError: if there are some, unless that is allowed.
     """
-    both = [name for name in measured if name in set(seen)]
+    trained = set(seen)
+    both = [name for name in measured if name in trained]
     if both and not allowed:
         raise UserError(f'{len(both)} of {len(measured)} {kind} were trained on, the first: {both[0]}; numbers '
                         'on them say nothing of unseen classes: measure others, or add --allow_seen')

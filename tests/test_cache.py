@@ -156,5 +156,6 @@ def test_training_reads_the_cache(data_path, tmp_path, words):
 
 def test_training_without_the_cache_it_names_stops(raw_sets, tmp_path):
     result = type_command('train.py', '--data_path', raw_sets, '--backbone_type', 'resnet18', '--weights', 'none',
-                          '--cache_size', 999, '--results_dir', tmp_path, '--batch_size', 4, '--recalls', '1')
+                          '--cache_size', 999, '--num_workers', 0, '--results_dir', tmp_path, '--batch_size', 4,
+                          '--recalls', '1')
     assert_one_line_error(result, '--cache_size 999', 'there is no cache', 'data_utils.py')

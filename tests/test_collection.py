@@ -1,6 +1,8 @@
 """A collection in a file and one in Qdrant give the same answers; a server is tried where QDRANT_URL is set."""
 import os
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,10 @@ def test_embed_and_serve_say_the_same_of_qdrant_as_of_a_file(photos, capsys):
     assert printed.count('1 images cannot be read and are left out') == 2
     call_embed(*remote, *new)  # of what is there only the broken one is tried again
     assert '9 images, 1 to embed' in capsys.readouterr().out
+    call_embed(*remote, *new, '--dtype', 'float32')
+    with pytest.raises(UserError, match='--dtype: the vectors of --collection museum are of the type float32'):
+        call_embed(*remote, *new, '--dtype', 'float16')
+    capsys.readouterr()
     write_image(photos / 'photos/ara/0.jpg', 3, 3)
     (photos / 'photos/zebra/3.jpg').unlink()
     for where in (remote, ['--data_base', str(photos / 'm.pth')]):
@@ -205,8 +211,12 @@ def test_embed_and_serve_say_the_same_of_qdrant_as_of_a_file(photos, capsys):
             found.append([[(one['path'], one['class'], pytest.approx(one['similarity'], abs=1e-6))
                            for one in answer['results']] for answer in (sent, asked)])
             assert server.ask(f'/{asked["results"][0]["url"]}')[0] == 200
-            assert server.ask('/search', {'path': 'zebra/0.jpg', 'binary': True})[0] == (
-                422 if '--qdrant' in words else 200)
+            queries = [{'path': 'zebra/0.jpg', 'binary': binary} for binary in (False, True, False)]
+            with ThreadPoolExecutor() as threads:  # one that is refused does not take the others of its batch along
+                statuses = [status for status, *_ in threads.map(server.ask, ['/search'] * 3, queries)]
+            assert statuses == [200, 422 if '--qdrant' in words else 200, 200]
+            with pytest.raises(UserError, match='by cosine alone') if '--qdrant' in words else nullcontext():
+                searcher.collection.search(torch.ones(1, 7), 1, binary=True)
         finally:
             server.stop()
             searcher.collection.close()

@@ -191,6 +191,27 @@ def test_update_embeds_what_changed_and_removes_what_vanished(call, museum, mode
     assert len(load_data_base(tmp_path / 'museum.pth').test.images) == 11
 
 
+def test_what_update_finds_changed_is_embedded_once_and_not_where_it_is_removed(call, museum, model, tmp_path):
+    call('--model', model, '--images', museum)
+    for path in ('ara/0.jpg', 'zebra/0.jpg'):
+        write_image(museum / path, 6, 6)
+    assert '\n2 images in ' in call('--update', '--remove', 'ara', '--images', museum / 'zebra')  # and broken.png
+    paths = load_data_base(tmp_path / 'museum.pth').test.images
+    assert not [path for path in paths if path.startswith('ara/')]
+    assert paths.count('zebra/0.jpg') == 1
+
+
+def test_labels_are_those_below_the_folder_that_is_named(call, museum, model, tmp_path):
+    call('--model', model, '--images', museum, '--labels', 'folder')
+    call('--images', museum / 'loans', '--labels', 'folder')
+    (tmp_path / 'labels.csv').write_text('path,label\n0.jpg,horse\n')
+    call('--images', museum / 'zebra', '--labels', tmp_path / 'labels.csv')
+    base = load_data_base(tmp_path / 'museum.pth')
+    labels = dict(zip(base.test.images, map(base.class_of, base.test.labels.tolist()), strict=True))
+    assert [labels[path] for path in ('ara/0.jpg', 'loans/ara/0.jpg', 'zebra/0.jpg', 'zebra/1.jpg')] == [
+        'ara', 'ara', 'horse', 'zebra']
+
+
 def test_classes_come_from_a_csv_and_can_be_given_later(call, museum, model, tmp_path):
     call('--model', model, '--images', museum)
     features = load_data_base(tmp_path / 'museum.pth').test.features
@@ -235,6 +256,11 @@ def test_what_other_tools_read_is_what_the_data_base_holds(call, museum, model, 
                                rtol=1e-6)
     with pytest.raises(UserError, match='m.npy is there already; add --overwrite'):
         call('--npy', tmp_path / 'm.npy')
+
+
+def test_pairs_of_any_positive_similarity_can_be_asked_for(call, museum, model):
+    call('--model', model, '--images', museum)
+    assert 'pairs of at least 0 in ' in call('--duplicates', '0')
 
 
 def test_duplicates_are_pairs_and_a_sheet(call, museum, model, tmp_path):

@@ -137,6 +137,14 @@ def test_without_a_data_set_random_pixels_are_compared(run, tmp_path):
     assert 'Not measured' in (tmp_path / 'hub/README.md').read_text()
 
 
+def test_a_part_of_the_test_images_makes_no_numbers_for_the_card(run, raw_sets, tmp_path):
+    result = type_command('export.py', '--model', run / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_images', 8,
+                          '--folder', tmp_path / 'hub')
+    assert result.returncode == 0, result.stderr
+    assert '8 test images' in result.stdout
+    assert 'Not measured' in (tmp_path / 'hub/README.md').read_text()
+
+
 # ---------------------------------------------------- what the files say --------------------------------------------
 def test_the_onnx_file_says_how_images_are_made_and_names_no_place(exported):
     model = onnx.load(exported[0] / 'model.onnx')

@@ -148,11 +148,17 @@ def test_a_model_is_not_measured_on_classes_that_it_was_trained_on(own):
                                     'seen_classes': len(seen)}
 
 
-def test_classes_that_an_earlier_model_has_seen_do_not_choose_the_epoch_of_a_later_one(own):
-    words = ('--init', own / 'r' / f'{NAME}_model.pth', '--val_ratio', 0.3, '--remark', 'tuned')
-    assert_one_line_error(train(own, *words), '1 of 1 classes that --val_ratio holds out were trained on',
+def test_classes_that_an_earlier_model_has_seen_do_not_choose_the_epoch_of_a_later_one(tmp_path):
+    for subset, labels in (('train', 'abcd'), ('test', 'ef')):
+        for label in labels:
+            for number in range(3):
+                write_image(tmp_path / 'mine' / subset / label / f'{number}.jpg', ord(label), number)
+    assert convert(tmp_path).returncode == 0
+    assert train(tmp_path).returncode == 0
+    words = ('--init', tmp_path / 'r' / f'{NAME}_model.pth', '--val_ratio', 0.5, '--remark', 'tuned')
+    assert_one_line_error(train(tmp_path, *words), '2 of 2 classes that --val_ratio holds out were trained on',
                           '--allow_seen')
-    assert train(own, *words, '--allow_seen').returncode == 0
+    assert train(tmp_path, *words, '--allow_seen').returncode == 0
 
 
 def test_training_on_test_classes_says_so_in_table_and_report(tmp_path):
@@ -213,8 +219,8 @@ def test_the_trunk_learns_from_the_epoch_after_the_warm_up_on(trained, tmp_path)
 
 
 def test_a_cache_of_fewer_pixels_than_the_crop_is_refused():
-    with pytest.raises(UserError, match='--cache_size 96 is smaller than --image_size 224'):
-        get_runs(['--cache_size', '96', '--image_size', '224'])
+    with pytest.raises(UserError, match='--cache_size 224 is smaller than --resize_size 256'):
+        get_runs(['--cache_size', '224', '--image_size', '224'])
 
 
 def test_statistics_of_another_run_are_refused(own):

@@ -1,6 +1,7 @@
 """The toy experiment, curves and sweeps: what they draw is what was measured."""
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from PIL import Image
 
 import plot
 import toy
+import train
 from engine.errors import UserError
 from engine.runs import save_statistics
 from metrics import retrieval_metrics
@@ -191,6 +193,14 @@ def test_a_toy_flag_that_cannot_be_is_one_line(tmp_path, call_script, words, par
     assert all(part in str(error.value) for part in parts), error.value
 
 
+def test_a_toy_that_fails_says_so_in_one_line(tmp_path, call_script, monkeypatch):
+    monkeypatch.setattr(toy, 'TRAIN_GLYPHS', 2)
+    monkeypatch.setattr(toy, 'TEST_IMAGES', 2)
+    monkeypatch.setattr(train, 'math', SimpleNamespace(isfinite=lambda _: False))
+    with pytest.raises(UserError, match='the loss is not finite in step .* at a learning rate of 0.5 .network.'):
+        call_script(toy, '--data_name', 'glyph', '--results_dir', tmp_path, '--batch_size', 4, '--lr', 0.5)
+
+
 def test_a_toy_never_replaces_another_in_silence(toys, call_script):
     with pytest.raises(UserError, match='--overwrite'):
         call_script(toy, '--data_name', 'glyph', '--results_dir', toys[0])
@@ -295,6 +305,13 @@ def test_a_sweep_of_the_best_epoch_says_so(tmp_path, figures, call_script):
     axis = figures[0].axes[0]
     assert all(y == 99.0 for line in points_of(axis).values() for _, y in line)
     assert axis.get_ylabel() == 'R@1, dense (%), best epoch'
+
+
+def test_what_follows_the_setting_that_is_swept_may_differ(tmp_path, figures, call_script):
+    for rate in (1e-4, 1e-3):
+        write_run(tmp_path, f'r{rate}', [50.0], lr=rate, trunk_lr=rate, proxy_lr=100 * rate, loss_name='a', seed=0)
+    call_script(plot, '--sweep', tmp_path, '--over', 'lr')
+    assert points_of(figures[0].axes[0])['a'] == [(1e-4, 50.0), (1e-3, 50.0)]
 
 
 def test_runs_that_differ_in_more_than_the_sweep_are_not_averaged(tmp_path, call_script):

@@ -126,6 +126,12 @@ def test_torchrun_gives_the_run_of_one_process_to_rounding(runs):
     torch.testing.assert_close(*features, rtol=1e-3, atol=1e-3)
 
 
+def test_a_trunk_of_timm_with_parts_that_features_do_not_pass_trains_in_two_processes(raw_sets, tmp_path):
+    result = torchrun(2, 'train.py', *TINY, '--data_path', raw_sets, '--batch_size', 4, '--num_epochs', 1, '--warm_up',
+                      0, '--backbone_type', 'timm:test_convnext', '--results_dir', tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
 def test_only_the_first_process_prints(runs):
     assert runs[1].count('epoch 1/2: loss') == 1
     assert runs[1].count('next:') == 1

@@ -7,6 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -325,6 +327,29 @@ def test_a_batch_of_one_image_is_refused_where_batchnorm_learns(raw_sets, tmp_pa
     assert train(raw_sets, tmp_path, *TINY, '--batch_size', 11, '--freeze_bn', 0, '--drop_last', 1).returncode == 0
 
 
+@pytest.mark.parametrize(('words', 'processes', 'part'), [
+    ((), 1, None), (('--batch_size', 11), 1, 'add --drop_last 1, or choose another size'),
+    (('--batch_size', 4, '--images_per_class', 2), 8, '--batch_size 4 of 12 images leaves a batch with no image'),
+    (('--batch_size', 10, '--images_per_class', 2), 4, None),
+    (('--batch_size', 10, '--freeze_bn', 1), 3, '--batch_size 10 of 12 images leaves a batch with no image'),
+    (('--batch_size', 10), 2, 'or of one in a process'), (('--batch_size', 10, '--drop_last', 1), 2, None),
+    (('--batch_size', 4, '--images_per_class', 2), 4, 'no BatchNorm statistics; choose another size')])
+def test_batches_too_small_for_the_processes_are_refused(monkeypatch, words, processes, part):
+    _, [args] = get_runs(['--data_name', 'car', '--recalls', '1', '--freeze_bn', '0', *map(str, words)])
+    monkeypatch.setattr(train_script, 'world_size', lambda: processes)
+    split = {'train': {label: list('0123') for label in 'abc'}, 'test': {label: list('0123') for label in 'de'}}
+    sampler = SimpleNamespace(drop_last=args.drop_last or args.images_per_class > 0)
+    with pytest.raises(UserError, match=part) if part else nullcontext():
+        train_script.check_data(args, split, torch.device('cpu'), sampler)
+
+
+def test_one_test_class_is_refused_since_all_that_is_found_is_of_it():
+    _, [args] = get_runs(['--data_name', 'car', '--recalls', '1'])
+    split = {'train': {'a': ['0'] * 64, 'b': ['1']}, 'test': {'c': ['2', '3']}}
+    with pytest.raises(UserError, match='--data_name car has one test class'):
+        train_script.check_data(args, split, torch.device('cpu'), SimpleNamespace(drop_last=False))
+
+
 @pytest.mark.parametrize('contents', ['tensor', 'list', 'numbers', 'nested'])
 def test_weights_that_are_no_state_dict_are_refused(raw_sets, tmp_path, expect_refusal, contents):
     torch.save({'tensor': torch.zeros(3), 'list': [1], 'numbers': {1: torch.zeros(2)},
@@ -435,12 +460,14 @@ def test_a_compiled_run_is_the_run(run, raw_sets, tmp_path):
 
 # ---------------------------------------------------- held out classes, seeds ---------------------------------------
 @pytest.fixture(scope='module')
-def seeds(raw_sets, tmp_path_factory):
-    """Three seeds, the epochs chosen on held out training classes, and what was printed."""
-    results = tmp_path_factory.mktemp('seeds')
-    result = train(raw_sets, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.34, '--seeds', '5,0,7')
+def seeds(tmp_path_factory):
+    """Three seeds, the epochs chosen on two of four training classes, what was printed, and the data."""
+    results, data = tmp_path_factory.mktemp('seeds'), tmp_path_factory.mktemp('data')
+    make_car(data, classes=(1, 2, 3, 98, 99, 100, 196))
+    assert type_command('data_utils.py', '--data_path', data, '--data_name', 'car').returncode == 0
+    result = train(data, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.5, '--seeds', '5,0,7')
     assert result.returncode == 0, result.stderr
-    return results, result.stdout
+    return results, result.stdout, data
 
 
 def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):
@@ -474,35 +501,39 @@ def test_an_interval_of_per_cents_lies_between_0_and_100(tmp_path):
 
 
 def test_seeds_are_trained_and_reported(seeds):
-    results, printed = seeds
-    table = pd.read_csv(results / f'{NAME}_val0.34_seeds.csv').set_index('epoch')
-    last = [pd.read_csv(results / f'{NAME}_val0.34{seed}_statistics.csv')['dense_R@1'].iloc[-1]
+    results, printed, _ = seeds
+    table = pd.read_csv(results / f'{NAME}_val0.5_seeds.csv').set_index('epoch')
+    last = [pd.read_csv(results / f'{NAME}_val0.5{seed}_statistics.csv')['dense_R@1'].iloc[-1]
             for seed in ('_seed5', '', '_seed7')]
     assert table.loc['last', 'mean_R@1'] == pytest.approx(sum(last) / 3)
-    assert f'| {NAME}_val0.34 | last | {sum(last) / 3:.2f} +- ' in printed
+    assert f'| {NAME}_val0.5 | last | {sum(last) / 3:.2f} +- ' in printed
     assert set(table.index) == {'chosen on held out training classes', 'last', 'best on the test classes'}
 
 
-def test_seeds_that_are_complete_are_kept_and_those_that_are_not_trained(seeds, raw_sets, tmp_path):
+def test_seeds_that_are_complete_are_kept_and_those_that_are_not_trained(seeds, tmp_path):
     results = tmp_path / 'r'
     shutil.copytree(seeds[0], results)
     for file in results.glob('*_seed7_*'):
         file.unlink()
     before = {file: file.read_bytes() for file in results.glob('*_seed5_model.pth')}
-    result = train(raw_sets, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.34, '--seeds', '5,0,7', '--resume')
+    words = (seeds[2], results, *TINY, '--num_epochs', 2, '--val_ratio', 0.5, '--seeds', '5,0,7', '--resume')
+    result = train(*words)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('epoch 1/2') == 1
     assert all(file.read_bytes() == data for file, data in before.items())
-    tables = [pd.read_csv(folder / f'{NAME}_val0.34_seeds.csv') for folder in (seeds[0], results)]
+    tables = [pd.read_csv(folder / f'{NAME}_val0.5_seeds.csv') for folder in (seeds[0], results)]
     pd.testing.assert_frame_equal(*tables)
+    (results / f'{NAME}_val0.5_seed5_checkpoint.pth').unlink()
+    assert_one_line_error(train(*words), 'seed5_checkpoint.pth', '--overwrite')
+    assert all(file.read_bytes() == data for file, data in before.items())
 
 
-def test_held_out_classes_choose_the_epoch_and_are_not_trained_on(seeds, raw_sets):
-    results, printed = seeds
-    table = pd.read_csv(results / f'{NAME}_val0.34_statistics.csv')
-    data_base = load(results / f'{NAME}_val0.34_data_base.pth')
+def test_held_out_classes_choose_the_epoch_and_are_not_trained_on(seeds):
+    results, printed, _ = seeds
+    table = pd.read_csv(results / f'{NAME}_val0.5_statistics.csv')
+    data_base = load(results / f'{NAME}_val0.5_data_base.pth')
     assert data_base['epoch'] == table['epoch'][table['val_dense_R@1'].idxmax()]
-    assert len(data_base['train_class_names']) == len(data_base['train_proxies']) == 2  # of 3
+    assert len(data_base['train_class_names']) == len(data_base['train_proxies']) == 2  # of 4
     assert printed.count('chosen on held out training classes: R@1') == 3
     assert '8 images of 2 classes' in printed
 
@@ -522,6 +553,7 @@ def test_a_share_of_the_classes_is_held_out():
         assert parts['train'] | parts['val'] == split['train']
         assert not parts['train'].keys() & parts['val'].keys()
     assert held[0] == held[1]
+    assert len(dataset.hold_out(split, 0.01, 0)['val']) == 2  # one class alone would always be found
     assert held[0] != held[2]
     with pytest.raises(UserError, match='--val_ratio 0.9 of 10 training classes'):
         dataset.hold_out(split, 0.9, 0)
