@@ -89,8 +89,11 @@ def load_run_model(run: OpenRun, device: torch.device) -> tuple[EmbeddingNet, di
     """
     model, contents = load_model(run.files.model, device)
     settings, sources = run.data_base.origin['args'], run.data_base.sources
-    if contents['args'] != settings if sources is None else \
-            fingerprint_of(contents['config'], contents['state_dict']) != sources.fingerprint:
+    if sources is None:
+        same = contents['args'] == settings
+    else:
+        same = fingerprint_of(contents['config'], contents['state_dict']) == sources.fingerprint
+    if not same:
         raise UserError(f'{run.files.model} is of another run than the data base; keep the files of a run together')
     return model, settings
 

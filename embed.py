@@ -95,7 +95,7 @@ from engine.images import BrokenImage, load_image
 from engine.nearest import pairs_above
 from engine.processes import progress, select_device
 from engine.runs import ORIGIN, RunFiles, fingerprint_of, load_model_file
-from evaluate import use_amp
+from evaluate import embed_batch, use_amp
 from listing import find_images, matching, place_of, read_labels
 from model import EmbeddingNet, load_model
 
@@ -140,8 +140,7 @@ def embed_items(items: list[Item], collection, model: EmbeddingNet, settings: di
     with progress(None, desc='embed', total=len(items), unit='img') as bar:
         done = 0
         for images, sound in loader:
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                found = model(images.to(device, non_blocking=True)).float().cpu()
+            found = embed_batch(model, images, device, amp).cpu()
             if not found.isfinite().all():
                 raise UserError(f'the embeddings of {files[done + len(readable)]} and others are not finite; the model '
                                 'is broken')

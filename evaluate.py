@@ -17,14 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from browse import find_result
 from dataset import make_test_loaders, make_transform, open_data
 from engine.errors import UserError
-from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
 from engine.files import make_folder, save
 from engine.images import BrokenImage, to_image
+from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
 from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
 from metrics import NUMBERS_OF_QUERIES, measure_absent, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
@@ -44,18 +45,23 @@ def use_amp(choice: str, device: torch.device) -> bool:
     return bfloat16_is_fast(device) if choice == 'auto' else choice == 'on'
 
 
+def embed_batch(model: nn.Module, images: torch.Tensor, device: torch.device, amp: bool) -> torch.Tensor:
+    """Embed uint8 images (N, 3, H, W), where `amp` says so in bfloat16; returns (N, D) float32 on the device."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        return model(images.to(device, non_blocking=True)).float()
+
+
 @torch.inference_mode()
-def extract_embeddings(model: EmbeddingNet, loader: DataLoader, device: torch.device, amp: bool) -> torch.Tensor:
+def extract_embeddings(model: nn.Module, loader: DataLoader, device: torch.device, amp: bool) -> torch.Tensor:
     """Embed the images of a loader in their order; returns (N, D) float32 on the CPU, of all processes."""
     model.eval()
     embeddings = [torch.zeros(0, model.feature_dim, device=device)]  # a process may have no batch
     for images, _ in progress(loader, desc='embed', total=len(loader)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            embeddings.append(model(images.to(device, non_blocking=True)))
+        embeddings.append(embed_batch(model, images, device, amp))
     return gather_rows(torch.cat(embeddings)).cpu()
 
 
-def make_data_base(model: EmbeddingNet, loaders: dict[str, DataLoader], device: torch.device, amp: bool) -> DataBase:
+def make_data_base(model: nn.Module, loaders: dict[str, DataLoader], device: torch.device, amp: bool) -> DataBase:
     """Embed the test images, or queries and gallery, of `make_test_loaders`."""
     subsets = {name: Subset(loader.dataset.images, torch.tensor(loader.dataset.labels),
                             extract_embeddings(model, loader, device, amp)) for name, loader in loaders.items()}
@@ -98,10 +104,9 @@ def embed_images(model: EmbeddingNet, images, run: dict | None = None, batch_siz
     transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
     embeddings, batch = [torch.zeros(0, model.feature_dim)], []
 
-    def embed_batch() -> None:
+    def embed_waiting() -> None:
         if batch:
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_amp(settings['amp'], device)):
-                embeddings.append(model(torch.stack(batch).to(device)).cpu())
+            embeddings.append(embed_batch(model, torch.stack(batch), device, use_amp(settings['amp'], device)).cpu())
             batch.clear()
 
     for number, image in enumerate(images):
@@ -111,8 +116,8 @@ def embed_images(model: EmbeddingNet, images, run: dict | None = None, batch_siz
             name = f', {image},' if isinstance(image, (str, Path)) else ''
             raise UserError(f'image {number}{name} cannot be read ({error})') from None
         if len(batch) == batch_size:
-            embed_batch()
-    embed_batch()
+            embed_waiting()
+    embed_waiting()
     return torch.cat(embeddings)
 
 
@@ -280,10 +285,9 @@ def main() -> None:
         data_base = embed(args, model, origin['args'] if args.resume is not None else {}, device)
     settings = data_base.origin['args']
     both = check_seen(seen_classes(origin), data_base.class_names, args.allow_seen)
-    results = measure(data_base, tuple(args.recalls or settings['recalls']), device)
+    kinds = ('dense',) if args.zero_shot else ('dense', 'binary')  # most trunks end in a ReLU, whose signs say nothing
+    results = measure(data_base, tuple(args.recalls or settings['recalls']), device, kinds)
     results['absent'] = measure_absent(*tensors_on(data_base, device))
-    if args.zero_shot:
-        del results['binary']  # most trunks end in a ReLU, whose signs say nothing
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
                               'mirror': settings.get('mirror', False),
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}

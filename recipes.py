@@ -191,7 +191,8 @@ def describe(recipe: str, setting: str) -> str:
     loss = LOSSES[own['loss_name']]
     own = {'temperature': 1 / loss.scale, 'margin': loss.margin or '-', 'momentum': MOMENTUM, **own}
     without = {'momentum': own['proxy_update'] != 'momentum', 'proxy_lr_factor': own['proxy_update'] == 'momentum',
-               'lr_decay_step': own['lr_schedule'] != 'step', 'lr_milestones': own['lr_schedule'] != 'multistep'}
+               'lr_decay_step': own['lr_schedule'] != 'step', 'lr_milestones': own['lr_schedule'] != 'multistep',
+               'lr_decay_gamma': own['lr_schedule'] not in ('step', 'multistep')}
     if without.get(setting):
         return '-'
     others = [f'{text(values[setting])} ({", ".join(name for names in condition.values() for name in names)})'

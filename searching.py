@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.images import load_image
 from engine.processes import select_device
 from engine.runs import absent_threshold, fingerprint_of
-from evaluate import use_amp
+from evaluate import embed_batch, use_amp
 from model import load_model
 
 BATCH = 16  # requests that are embedded at once
@@ -59,8 +59,7 @@ class Searcher:
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Embed uint8 images (3, side, side); returns (N, D) float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model(torch.stack(images).to(self.device)).float().cpu()
+        return embed_batch(self.model, torch.stack(images), self.device, self.amp).cpu()
 
     def answer(self, queries: list[Query]) -> list[list[tuple[int, float]]]:
         """Search for all queries of a batch."""

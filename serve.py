@@ -204,7 +204,8 @@ def describe_interface(schema: dict) -> str:
     title = html.escape(schema['info']['title'])
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             '<meta name="viewport" content="width=device-width"><style>:root{color-scheme:light dark}body{font:1rem '
-            'system-ui;line-height:1.5;margin:2rem;max-width:60rem}td{vertical-align:top;padding:.4rem;white-space:pre-line}</style>'
+            'system-ui;line-height:1.5;margin:2rem;max-width:60rem}td{vertical-align:top;padding:.4rem;'
+            'white-space:pre-line}</style>'
             f'<h1>{title}</h1><table>{rows}</table>'
             '<p>The same for programs: <a href="openapi.json">openapi.json</a></html>')
 

@@ -81,7 +81,6 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--freeze_bn', '--bn-freeze', type=switch, metavar='{0,1}', help='keep the BatchNorm statistics '
                        'of the pretrained trunk; papers: 1, Proxy Anchor on sop and isc 0. Set 0 with --weights none: '
                        'the statistics of an untrained trunk say nothing')
-
     group.add_argument('--mirror', type=switch, metavar='{0,1}', help='embed a test image, and any that is searched '
                        'later, as the mean with its mirror image, for twice the time; not where left and right matter. '
                        'evaluate.py --mirror tries it on a finished run. Papers: 0')

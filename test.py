@@ -81,20 +81,22 @@ def converted_names(root: Path, source: str) -> list[str]:
             for name in (f'uncropped/{name}', f'cropped/{stem}.jpg')]
 
 
-def embed_image(path: Path, run: OpenRun, device: torch.device) -> torch.Tensor:
-    """Embed an image file from outside of the data set with the run's model; returns (D,)."""
+def embed_outside(paths: list[Path], run: OpenRun, device: torch.device) -> dict[Path, torch.Tensor]:
+    """Embed image files from outside of the data set with the run's model; returns {path: (D,)}."""
+    if not paths:
+        return {}
     if not run.files.model.is_file():
-        raise UserError(f'--query_img_name {path} is not in the data base, and there is no {run.files.model} to embed '
-                        'it with')
+        raise UserError(f'--query_img_name {paths[0]} is not in the data base, and there is no {run.files.model} to '
+                        'embed it with')
     model, settings = load_run_model(run, device)
     try:
-        return embed_images(model, [path], {'args': settings})[0]
+        return dict(zip(paths, embed_images(model, paths, {'args': settings}), strict=True))
     except UserError as error:
         raise UserError(f'--query_img_name: {error}') from None
 
 
-def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bool, device: torch.device) -> dict:
-    """Retrieve a number of images for one query: subset and index in the data base, or an image file from elsewhere.
+def look_up(query: tuple[str, int] | Path, embedded: dict, run: OpenRun, number: int, binary: bool) -> dict:
+    """Retrieve a number of images for one query: subset and index in the data base, or an embedded file from elsewhere.
 
     Returns:
         {'query': file, 'class': name or None, 'note': ABSENT or '', 'probably_absent': whether the nearest image is not
@@ -103,7 +105,7 @@ def look_up(query: tuple[str, int] | Path, run: OpenRun, number: int, binary: bo
     """
     data_base = run.data_base
     if isinstance(query, Path):
-        path, label, query, feature = query, -1, None, embed_image(query, run, device)
+        path, label, query, feature = query, -1, None, embedded[query]
     else:
         own = data_base.subsets[query[0]]
         path, label, feature = run.file(*query), int(own.labels[query[1]]), own.features[query[1]]
@@ -244,8 +246,9 @@ def main() -> None:
         queries = [('test', index) for index in chosen]
         # Negatives before it, and one for itself; a tie is drawn in the middle.
         notes = [f'first hit at rank {ranked["rank"][index].item() + 1:g}' for index in chosen]
-    device = select_device(args.device)
-    answers = [look_up(query, run, args.retrieval_num, args.binary, device) for query in queries]
+    outside = [query for query in queries if isinstance(query, Path)]
+    embedded = embed_outside(outside, run, select_device(args.device))
+    answers = [look_up(query, embedded, run, args.retrieval_num, args.binary) for query in queries]
     answers = [answer | ({} if note is None else {'note': note}) for answer, note in zip(answers, notes, strict=True)]
     for answer in answers:
         print_answer(answer)

@@ -180,7 +180,7 @@ def build_optimizer(model: EmbeddingNet, criterion: ProxyLoss, args: argparse.Na
         groups[0]['params'] = [parameter for parameter in model.parameters() if id(parameter) not in trunk]
         groups.append({'role': 'trunk', 'params': list(model.trunk.parameters()), 'lr': args.trunk_lr})
     if list(criterion.parameters()):  # moving proxies are none
-        groups.append({'role': 'proxies', 'params': list(criterion.parameters()), 'lr': args.proxy_lr or args.lr})
+        groups.append({'role': 'proxies', 'params': list(criterion.parameters()), 'lr': args.proxy_lr})
     kind, more = {'adamw': (torch.optim.AdamW, {}), 'adam': (torch.optim.Adam, {}),
                   'sgd': (torch.optim.SGD, {'momentum': 0.9})}[args.optimizer_type]
     return kind(groups, lr=args.lr, weight_decay=args.weight_decay, **more)
@@ -260,7 +260,7 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
         floor = rows[-1].get('epoch0_R@1')
     else:
         if args.epoch0 and args.weights != 'none':
-            floor = measure_floor(model, loaders[0], args, device)
+            floor = measure_floor(learner, loaders[0])
         start_from_images(learner, RetrievalDataset(data, 'train', plain), args)
     return Training(args=args, start=start, data=data, model=model, learner=learner, schedule=schedule, loader=loader,
                     test_loaders=loaders[0], val_loaders=loaders[1] if args.val_ratio else None, rows=rows,
@@ -293,10 +293,10 @@ def share_buffers(model: nn.Module) -> None:
         broadcast(buffer)
 
 
-def measure_floor(model: EmbeddingNet, test_loaders: dict, args: argparse.Namespace, device: torch.device) -> float:
+def measure_floor(learner: Learner, test_loaders: dict) -> float:
     """Return R@1 of the test classes by the trunk's average pooled features, as `evaluate.py --zero_shot` does."""
-    amp = use_amp(args.amp, device)
-    floor = measure(make_data_base(model.untouched(), test_loaders, device, amp), (1,), device, ('dense',))
+    data_base = make_data_base(learner.network.untouched(), test_loaders, learner.device, learner.amp)
+    floor = measure(data_base, (1,), learner.device, ('dense',))
     print(f'epoch 0: R@1 {floor["dense"]["R@1"]:.2f} of the untouched trunk', flush=True)
     return floor['dense']['R@1']
 
@@ -333,14 +333,14 @@ def run_epoch(training: Training, epoch: int) -> DataBase:
     trained = train_one_epoch(learner, training.loader, f'epoch {epoch}/{args.num_epochs}')
     training.schedule.step()
     share_buffers(model)  # what is measured on all processes is what the first one saves
-    amp = use_amp(args.amp, learner.device)
-    data_base = make_data_base(model, training.test_loaders, learner.device, amp)
+    data_base = make_data_base(model, training.test_loaders, learner.device, learner.amp)
     row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),
            **flatten(measure(data_base, args.recalls, learner.device))}
     if training.floor is not None:
         row['epoch0_R@1'] = training.floor
     if training.val_loaders:
-        found = measure(make_data_base(model, training.val_loaders, learner.device, amp), (1,), learner.device)
+        found = measure(make_data_base(model, training.val_loaders, learner.device, learner.amp), (1,),
+                        learner.device)
         row |= {f'val_{name}': value for name, value in flatten(found).items()}
     print(f'epoch {epoch}/{args.num_epochs}: loss {row["loss"]:.4f}, accuracy {row["accuracy"]:.1f} %, '
           f'{row["img_s"]:.0f} img/s; {describe(row, args.recalls)}', flush=True)

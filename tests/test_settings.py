@@ -197,5 +197,5 @@ def test_every_registered_name_is_built_in_the_code():
             for schedule in recipes.SCHEDULE_NAMES:
                 args = get_runs(['--recipe', recipe, '--optimizer_type', optimizer, '--lr_schedule', schedule])[1][0]
                 network = torch.nn.Sequential(OrderedDict(trunk=torch.nn.Linear(2, 2), refactor=torch.nn.Linear(2, 2)))
-                criterion = model.make_loss('cos_face', num_classes=3, feature_dim=2)
+                criterion = model.make_loss('cos_face', num_classes=3, feature_dim=2, proxy_update=args.proxy_update)
                 train.build_schedule(train.build_optimizer(network, criterion, args), args).step()
