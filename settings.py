@@ -124,9 +124,9 @@ def get_parser(description: str | None = None) -> Parser:
     group = parser.add_argument_group('the run')
     group.add_argument('--recalls', type=int_list, help='values of K; papers: 1,2,4,8 (sop 1,10,100,1000; isc '
                        '1,10,20,30,40,50; Proxy Anchor 1,2,4,8,16,32)')
-    group.add_argument('--val_ratio', type=float, default=0.0, help='share of the training classes, two at least, that is '
-                       'held out and chooses the epoch in place of the test classes; 0 chooses on the test classes, as the '
-                       'papers do [0]')
+    group.add_argument('--val_ratio', type=float, default=0.0, help='share of the training classes, two at least, that '
+                       'is held out and chooses the epoch in place of the test classes; 0 chooses on the test classes, '
+                       'as the papers do [0]')
     group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
                        'trained on, and say so wherever the numbers stand')
     group.add_argument('--epoch0', type=switch, default=True, metavar='{0,1}', help='measure R@1 of the untouched '
