@@ -27,7 +27,7 @@ ROWS = {'resnet50': 'training step, ResNet50', 'inception': 'training step, BN-I
         'timm:vit_small_patch16_224': 'training step, ViT-S', 'recall': 'recall, {images:,} images',
         'loss': 'proxy_anchor, 11,318 classes', 'large loss': 'proxy_anchor, {classes:,} classes',
         'deterministic': 'glyph, --deterministic, --resume', 'processes': 'glyph, two processes, NCCL'}
-SIZES = {False: {'batch': 128, 'steps': 4, 'images': 60502, 'test_classes': 11316, 'classes': 10**6, 'pixels': 224,
+SIZES = {False: {'batch': 128, 'steps': 12, 'images': 60502, 'test_classes': 11316, 'classes': 10**6, 'pixels': 224,
                  'glyphs': ()},
          True: {'batch': 4, 'steps': 1, 'images': 3000, 'test_classes': 500, 'classes': 20000, 'pixels': 64,
                 'glyphs': ('--glyph_classes', '12', '--glyph_images', '4')}}

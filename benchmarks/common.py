@@ -1,10 +1,13 @@
 """What the benchmarks share: the machine, photographs made with a fixed seed, turns, the last line."""
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script finds modules beside itself only
@@ -23,6 +26,17 @@ def machine() -> dict:
             'torch': torch.__version__, 'torchvision': torchvision.__version__}
 
 
+def write_photograph(file: Path, size: tuple[int, int], index: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(index)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    coarse = coarse.resize(size, Image.Resampling.BICUBIC)
+    pixels = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (size[1], size[0], 3))
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, quality=90)
+
+
 def write_photographs(folder: Path, count: int, size: tuple[int, int], classes: int = 8) -> None:
     """Write JPEG files with the blur and the noise of photographs under train/CLASS and test/CLASS, half each.
 
@@ -32,18 +46,12 @@ def write_photographs(folder: Path, count: int, size: tuple[int, int], classes: 
         size: width and height in pixels.
         classes: in each half.
     """
-    import numpy as np
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
-        coarse = coarse.resize(size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(coarse, np.int16) + rng.integers(-12, 13, (size[1], size[0], 3))
-        subset = 'train' if index % 2 else 'test'
-        file = folder / subset / f'{subset}_{index // 2 % classes}' / f'{index:05d}.jpg'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, quality=90)
+    files = [folder / subset / f'{subset}_{index // 2 % classes}' / f'{index:05d}.jpg'
+             for index, subset in zip(range(count), itertools.cycle(('test', 'train')), strict=False)]
+    for parent in {file.parent for file in files}:
+        parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context('spawn')) as pool:
+        list(pool.map(write_photograph, files, [size] * count, range(count), chunksize=32))
 
 
 def take_turns(steps: dict, repetitions: int) -> dict[str, list[float]]:
