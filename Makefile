@@ -24,14 +24,15 @@ GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_
 # A run is FOLDER/NAME.SEED.
 RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
 # With the warm-up, rates and schedule of the recipe.
-OWN_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_start $(GRID_RECIPES),own/$(recipe).$(seed))) \
-	own/whitened_start.4 own/whitened_start.5
+OWN_RUNS = $(foreach recipe,whitened_margin whitened_start,$(foreach seed,$(GRID_SEEDS) 4 5,own/$(recipe).$(seed))) \
+	$(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),own/$(recipe).$(seed)))
+BATCH_whitened_margin := 32
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))) rules/balanced_proxy_split-gradient.$(seed))
 # At other scales and rates of the proxies.
 ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.0001.1
-LONG_RUNS = $(foreach seed,$(GRID_SEEDS),long/whitened_start.$(seed) long/positive_proxy.$(seed)) \
-	long/balanced_proxy.1 long/proxy_anchor.1
+LONG_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_margin proxy_anchor whitened_start positive_proxy,\
+	long/$(recipe).$(seed))) long/balanced_proxy.1
 # Measured on held out training classes.
 ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
 ABLATION_whitened_start = --recipe whitened_start
@@ -42,10 +43,16 @@ ABLATION_without-rate-and-schedule = $(ABLATION_whitened_start) --lr 1e-4 --prox
 	--lr_decay_step 3
 ABLATION_without-small-batches = $(ABLATION_whitened_start) --batch_size 120
 ABLATION_with-gem = $(ABLATION_whitened_start) --pooling gem
+ABLATION_whitened_margin = --recipe whitened_margin
+ABLATION_without-margin = $(ABLATION_whitened_margin) --loss_name positive_proxy
+ABLATION_without-large-crops = $(ABLATION_whitened_margin) --min_crop 0.08
+ABLATION_without-batches-of-32 = $(ABLATION_whitened_margin) --batch_size 64
 # CUB200: no setting was chosen on it.
-CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),check/whitened_start.$(seed) check/positive_proxy.$(seed))
+CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_margin whitened_start positive_proxy,\
+	check/$(recipe).$(seed)))
 ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
-	without-means without-both without-rate-and-schedule without-small-batches with-gem,\
+	without-means without-both without-rate-and-schedule without-small-batches with-gem whitened_margin \
+	without-margin without-large-crops without-batches-of-32,\
 	ablation/$(row).$(seed)))
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
@@ -86,6 +93,7 @@ cache-car cache-cub: cache-%: .venv/demo
 # checkpoint.
 NAME_OF_RUN = $(basename $*)
 SEED_OF_RUN = $(or $(filter-out 0,$(patsubst .%,%,$(suffix $*))),$(error $@: names of runs say no seed 0; begin with 1))
+OWN_BATCH = $(or $(BATCH_$(NAME_OF_RUN)),64)
 WORD_OF_RUN = $(word $(1),$(subst -, ,$(NAME_OF_RUN)))
 FILES_OF_RUN = results/grid/$(@D)/*_seed$(SEED_OF_RUN)_$(NAME_OF_RUN)
 grid_run = @awk 'FNR > $(1) {whole = 1} END {exit !whole}' $(FILES_OF_RUN)_statistics.csv 2> /dev/null || \
@@ -97,13 +105,13 @@ recipes/%: cache-car
 	$(call grid_run,6,--recipe $(NAME_OF_RUN) $(GRID_SCHEDULE))
 
 own/%: cache-car
-	$(call grid_run,6,--recipe $(NAME_OF_RUN) --batch_size 64)
+	$(call grid_run,6,--recipe $(NAME_OF_RUN) --batch_size $(OWN_BATCH))
 
 ablation/%: cache-car
 	$(call grid_run,6,$(or $(ABLATION_$(NAME_OF_RUN)),$(error no row $(NAME_OF_RUN))) --val_ratio 0.4 --epoch0 0)
 
 check/%: cache-cub
-	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) --batch_size 64)
+	$(call grid_run,6,--data_name cub --recipe $(NAME_OF_RUN) --batch_size $(OWN_BATCH))
 
 rules/%: cache-car
 	$(call grid_run,6,--recipe positive_proxy $(GRID_SCHEDULE) --loss_name $(call WORD_OF_RUN,1) \
@@ -114,7 +122,7 @@ arc_face/%: cache-car
 		--scale $(call WORD_OF_RUN,1) --proxy_lr $(call WORD_OF_RUN,2))
 
 long/%: cache-car
-	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size 64)
+	$(call grid_run,20,--recipe $(NAME_OF_RUN) --batch_size $(OWN_BATCH))
 
 gpu: .venv/demo
 	$(BIN)/python benchmarks/bench_gpu.py

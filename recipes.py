@@ -69,6 +69,7 @@ COMMON = {
     'drop_last': False,
     'feature_dim': 512,
     'image_size': 224,
+    'min_crop': 0.08,
     'pooling': 'max',
     'layer_norm': True,
     'linear_bias': False,
@@ -132,6 +133,15 @@ RECIPES = {
         'source': 'of no paper: Positive Proxy with a start from the images; docs/results.md',
         'settings': {
             'loss_name': 'positive_proxy', 'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1,
+            'linear_init': 'whiten', 'proxy_init': 'mean',
+        },
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
+    'whitened_margin': {
+        'source': 'of no paper: whitened_start with a margin, larger crops and smaller batches; docs/results.md',
+        'settings': {
+            'loss_name': 'cos_face', 'proxy_update': 'positive', 'temperature': 1 / 32, 'margin': 0.1, 'lr': 3e-4,
+            'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'batch_size': 32, 'warm_up': 1, 'min_crop': 0.2,
             'linear_init': 'whiten', 'proxy_init': 'mean',
         },
         'overrides': [SOP_RECALLS, ISC_RECALLS],

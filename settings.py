@@ -53,8 +53,8 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--image_size', type=int, help='side of the crop in pixels; papers: 224, Asymptotic 256')
     group.add_argument('--resize_size', type=int, help='short side of test images before the crop '
                        '[image_size x 256/224]')
-    group.add_argument('--min_crop', type=float, default=0.08, help='smallest share of the area in a random crop; '
-                       'raise it where objects fill the image [%(default)s]')
+    group.add_argument('--min_crop', type=float, help='smallest share of the area in a random crop; papers: 0.08; '
+                       'raise it where objects fill the image')
     group.add_argument('--flip', type=float, default=0.5, help='probability of a horizontal flip; 0 where left and '
                        'right matter, as in text [%(default)s]')
     group.add_argument('--batch_size', '--batch-size', type=int, help='of all processes together; papers: 64, '
@@ -204,7 +204,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
         settle_rule(args, settings, starred)
         settle_loss(args, settings)
     for name, value in settings.items():
-        if name != 'temperature' and getattr(args, name, 0) is None:
+        if name not in ('temperature', 'margin') and getattr(args, name, 0) is None:
             setattr(args, name, value)
     settle_start(args, given)
     check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
@@ -265,9 +265,9 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     if args.scale is not None and args.temperature is not None:
         raise UserError(f'--scale {args.scale} and --temperature {args.temperature} say the same (temperature = '
                         '1 / scale); leave one of them out')
+    of_recipe = settings if args.loss_name == settings['loss_name'] else {}
     if args.temperature is None and args.scale is None:
-        of_recipe = settings.get('temperature') if args.loss_name == settings['loss_name'] else None
-        args.temperature = of_recipe or COMBINED_LOSSES.get(args.loss_name, {}).get('temperature')
+        args.temperature = of_recipe.get('temperature') or COMBINED_LOSSES.get(args.loss_name, {}).get('temperature')
     if args.temperature is not None:
         if not 1e-6 <= args.temperature < float('inf'):
             raise UserError(f'--temperature {args.temperature} must be a number above 1e-6')
@@ -276,7 +276,7 @@ def settle_loss(args: argparse.Namespace, settings: dict) -> None:
     if args.margin is not None and loss.margin is None:
         raise UserError(f'--margin {args.margin} has no effect: {args.loss_name} has no margin; leave it out')
     args.scale = loss.scale if args.scale is None else args.scale
-    args.margin = loss.margin if args.margin is None else args.margin
+    args.margin = of_recipe.get('margin', loss.margin) if args.margin is None else args.margin
 
 
 def settle_start(args: argparse.Namespace, given: set) -> None:

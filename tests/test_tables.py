@@ -136,24 +136,31 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
              if 'train.py' in line]
     runs = {(args.results_dir, args.remark, args.seed): args for args in (
         get_runs(shlex.split(line))[1][0] for line in lines)}
-    assert len(runs) == len(lines) == 5 * 3 + 6 * 3 + 2 + (6 * 3 + 1) * 3 + 3 + 8 + 8 * 3 + 2 * 3
+    assert len(runs) == len(lines) == 5 * 3 + 5 * 3 + 2 * 5 + (6 * 3 + 1) * 3 + 3 + 4 * 3 + 1 + 12 * 3 + 3 * 3
+    starts = {'without-whitening': {'linear_init'}, 'without-means': {'proxy_init'},
+              'without-both': {'linear_init', 'proxy_init'}, 'without-small-batches': {'batch_size'},
+              'with-gem': {'pooling'},
+              'without-rate-and-schedule': {'lr', 'trunk_lr', 'proxy_lr', 'lr_schedule', 'lr_decay_step'}}
+    margins = {'without-margin': {'loss_name', 'base_loss', 'margin', 'temperature'},
+               'without-large-crops': {'min_crop'}, 'without-batches-of-32': {'batch_size'}}
+    for recipe, changed in (('whitened_start', starts), ('whitened_margin', margins)):
+        base = vars(runs['results/grid/ablation', recipe, 1])
+        assert (base['recipe'], base['val_ratio']) == (recipe, 0.4)
+        for row, names in changed.items():
+            other = vars(runs['results/grid/ablation', row, 1])
+            assert {name for name in base if base[name] != other[name]} - {'run', 'remark'} == names
+    whole = vars(runs['results/grid/ablation', 'whitened_margin', 1])
     base = vars(runs['results/grid/ablation', 'whitened_start', 1])
-    assert base['recipe'] == 'whitened_start'
-    assert base['val_ratio'] == 0.4
-    changed = {'without-whitening': {'linear_init'}, 'without-means': {'proxy_init'},
-               'without-both': {'linear_init', 'proxy_init'}, 'without-small-batches': {'batch_size'},
-               'with-gem': {'pooling'},
-               'without-rate-and-schedule': {'lr', 'trunk_lr', 'proxy_lr', 'lr_schedule', 'lr_decay_step'}}
-    for row, names in changed.items():
-        other = vars(runs['results/grid/ablation', row, 1])
-        assert {name for name in base if base[name] != other[name]} - {'run', 'remark'} == names
+    assert {name for name in base if base[name] != whole[name]} - {'run', 'remark', 'recipe'} == \
+        set.union(*margins.values())
     for (folder, name, _), args in runs.items():
         if folder.endswith('rules'):
             assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
         if folder.endswith('arc_face'):
             assert (args.scale, args.proxy_lr) == tuple(map(float, name.split('-')))
         if not folder.endswith(('recipes', 'rules', 'arc_face')):
-            assert args.batch_size == (120 if name == 'without-small-batches' else 64)
+            small = args.recipe == 'whitened_margin' and name != 'without-batches-of-32'
+            assert args.batch_size == (120 if name == 'without-small-batches' else 32 if small else 64)
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
         assert args.data_name == ('cub' if folder.endswith('check') else 'car')
