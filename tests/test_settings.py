@@ -97,6 +97,15 @@ def test_a_loss_chooses_the_recipe_of_its_name():
     expect(settle('--recipe', 'asymptotic_proxy', '--loss_name', 'proxy_nca', '--data_name', 'sop'), scale=9)
 
 
+def test_scale_and_margin_of_a_recipe_are_those_of_its_loss_only():
+    expect(settle('--recipe', 'whitened_margin'), scale=32, margin=0.1, min_crop=0.2)
+    expect(settle('--recipe', 'whitened_margin', '--margin', 0.3, '--scale', 8, '--min_crop', 0.5), scale=8, margin=0.3,
+           min_crop=0.5)
+    expect(settle('--recipe', 'whitened_margin', '--loss_name', 'arc_face'), scale=64, margin=0.5, min_crop=0.2)
+    assert settle('--recipe', 'whitened_margin', '--loss_name', 'proxy_nca')['margin'] is None
+    assert settle('--recipe', 'whitened_start')['margin'] is None
+
+
 def test_second_names_mean_the_same():
     theirs = settle('--loss', 'Proxy_Anchor', '--model', 'bn_inception', '--embedding-size', 256, '--batch-size', 30,
                     '--lr', 0.1, '--dataset', 'Inshop', '--warm', 3, '--bn-freeze', 1, '--lr-decay-step', 7,
