@@ -130,6 +130,10 @@ def test_the_page_of_results_holds_what_the_committed_files_say(tmp_path, call_s
     assert len(commands) == page.count('python plot.py --table')
 
 
+def differing(one: dict, other: dict) -> set:
+    return {name for name in one if one[name] != other[name]} - {'run', 'remark', 'results_dir'}
+
+
 def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_name():
     result = subprocess.run(['make', '-n', 'results'], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line.split('train.py ')[1].split(' $(ls')[0] for line in result.stdout.splitlines()
@@ -143,16 +147,13 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
               'without-rate-and-schedule': {'lr', 'trunk_lr', 'proxy_lr', 'lr_schedule', 'lr_decay_step'}}
     margins = {'without-margin': {'loss_name', 'base_loss', 'margin', 'temperature'},
                'without-large-crops': {'min_crop'}, 'without-batches-of-32': {'batch_size'}}
-    for recipe, changed in (('whitened_start', starts), ('whitened_margin', margins)):
-        base = vars(runs['results/grid/ablation', recipe, 1])
-        assert (base['recipe'], base['val_ratio']) == (recipe, 0.4)
+    whole = {}
+    for folder, recipe, changed in (('ablation', 'whitened_start', starts), ('margin', 'whitened_margin', margins)):
+        whole[recipe] = vars(runs[f'results/grid/{folder}', recipe, 1])
+        assert (whole[recipe]['recipe'], whole[recipe]['val_ratio']) == (recipe, 0.4)
         for row, names in changed.items():
-            other = vars(runs['results/grid/ablation', row, 1])
-            assert {name for name in base if base[name] != other[name]} - {'run', 'remark'} == names
-    whole = vars(runs['results/grid/ablation', 'whitened_margin', 1])
-    base = vars(runs['results/grid/ablation', 'whitened_start', 1])
-    assert {name for name in base if base[name] != whole[name]} - {'run', 'remark', 'recipe'} == \
-        set.union(*margins.values())
+            assert differing(whole[recipe], vars(runs[f'results/grid/{folder}', row, 1])) == names
+    assert differing(*whole.values()) - {'recipe'} == set.union(*margins.values())
     for (folder, name, _), args in runs.items():
         if folder.endswith('rules'):
             assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
