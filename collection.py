@@ -117,12 +117,12 @@ class FileCollection:
                                    *(item.folder for items, _ in self.parts for item in items)]))
 
     # ------------------------------------------------ the three methods --------------------------------------------
-    def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list[int]] | None = None) -> None:
+    def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list] | None = None) -> None:
         """Add images with their features (n, D), unit rows; one that is there is replaced. They are saved at once.
 
         Args:
-            broken: {file: [bytes, ns]} of files that could not be read, which are remembered; an image that is there
-                and is among them now is removed.
+            broken: {file: [bytes, ns, class]} of files that could not be read, which are remembered; an image that is
+                there and is among them now is removed.
         """
         if not items and not broken:
             return

@@ -151,7 +151,7 @@ def embed_items(items: list[Item], collection, model: EmbeddingNet, settings: di
                 own, kept = items[done:done + len(readable)], torch.tensor(readable)
                 collection.add([item for item, good in zip(own, readable, strict=True) if good],
                                features[:len(readable)][kept],
-                               {f'{item.folder}/{item.path}': [item.size, item.time]
+                               {f'{item.folder}/{item.path}': [item.size, item.time, item.label]
                                 for item, good in zip(own, readable, strict=True) if not good})
                 done, readable = done + len(readable), []
 
@@ -221,9 +221,11 @@ def add_folder(args, collection) -> list[Item]:
     labels = labels and {below + path: label for path, label in labels.items()}
     stamps = {below + path: stamp for path, stamp in found.items()}
     known = {item.path: item for item in collection.items(folder)}
-    new = [Item(folder, path, (labels or {}).get(path, known[path].label if path in known else ''), *stamp)
+    there = {path: item.label for path, item in known.items()}
+    broken = {path: collection.broken.get(f'{folder}/{path}', []) for path in stamps}
+    new = [Item(folder, path, (labels or {}).get(path, there.get(path, class_of_broken(broken[path]))), *stamp)
            for path, stamp in stamps.items() if (path not in known or known[path][3:] != stamp)
-           and collection.broken.get(f'{folder}/{path}') != list(stamp)]
+           and broken[path][:2] != list(stamp)]
     changed = {(folder, path): label for path, label in (labels or {}).items()
                if path in known and known[path].label != label}
     print(f'{folder}: {len(found):,} images, {len(new):,} to embed'
@@ -232,6 +234,11 @@ def add_folder(args, collection) -> list[Item]:
         collection.relabel(changed)
         print(f'{len(changed):,} images have another class now')
     return new
+
+
+def class_of_broken(known: list) -> str:
+    """Return the class in what a collection knows of a broken file, which once was its size and time alone."""
+    return known[2] if len(known) > 2 else ''
 
 
 def update(collection) -> list[Item]:
@@ -255,12 +262,12 @@ def update(collection) -> list[Item]:
             changed.append(item._replace(size=stamp.st_size, time=stamp.st_mtime_ns))
     if gone:
         collection.remove(gone)
-    again = [file for file in collection.broken if os.path.isfile(file)]
+    again = {file: class_of_broken(known) for file, known in collection.broken.items() if os.path.isfile(file)}
     collection.broken = {}
-    for file in again:  # they may have been broken for a while only
+    for file, label in again.items():  # they may have been broken for a while only
         stamp = os.stat(file)
         folder = next((root for root in collection.folders() if file.startswith(f'{root}/')), os.path.dirname(file))
-        changed.append(Item(folder, file[len(folder) + 1:], '', stamp.st_size, stamp.st_mtime_ns))
+        changed.append(Item(folder, file[len(folder) + 1:], label, stamp.st_size, stamp.st_mtime_ns))
     print(f'{len(gone):,} images have vanished and are removed, {len(changed):,} have changed or were broken')
     return changed
 

@@ -108,7 +108,7 @@ class QdrantCollection:
                 type=models.TextIndexType.TEXT, tokenizer=models.TokenizerType.PREFIX, lowercase=True))
 
     # ------------------------------------------------ the three methods --------------------------------------------
-    def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list[int]] | None = None) -> None:
+    def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list] | None = None) -> None:
         """Add images with their features (n, D), unit rows; one that is there is replaced, or removed if `broken`."""
         self.broken |= broken or {}
         self.delete(list(broken or {}))

@@ -234,7 +234,7 @@ class Sources:
     numbers: 'torch.Tensor'  # (n,) int64, the folder of each image
     times: 'torch.Tensor'  # (n,) int64, of their last change, ns; their sizes are those of the data base
     fingerprint: str  # of the model
-    broken: dict[str, list[int]]  # files that could not be read, and their size and time
+    broken: dict[str, list]  # files that could not be read: their size, time and class
 
 
 @dataclass
@@ -310,9 +310,9 @@ def fingerprint_of(config: dict, state_dict: dict) -> str:
 
 
 def are_stamps(value) -> bool:
-    """Tell whether a value is {file: [bytes, time in ns]}."""
+    """Tell whether a value is {file: [bytes, time in ns, class]}, or without the classes, as it was once."""
     return type(value) is dict and are_texts(list(value)) and all(
-        type(stamp) is list and list(map(type, stamp)) == [int, int] for stamp in value.values())
+        type(stamp) is list and list(map(type, stamp)) in ([int, int, str], [int, int]) for stamp in value.values())
 
 
 def load_sources(contents: dict, path: Path) -> Sources | None:

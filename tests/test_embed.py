@@ -191,6 +191,25 @@ def test_update_embeds_what_changed_and_removes_what_vanished(call, museum, mode
     assert len(load_data_base(tmp_path / 'museum.pth').test.images) == 11
 
 
+def test_an_image_that_was_broken_for_a_while_keeps_its_class(call, museum, model, tmp_path):
+    call('--model', model, '--images', museum, '--labels', 'folder')
+    repaired = (museum / 'zebra/0.jpg').read_bytes()
+
+    def classes_and_broken():
+        base = load_data_base(tmp_path / 'museum.pth')
+        classes = dict(zip(base.test.images, map(base.class_of, base.test.labels.tolist()), strict=True))
+        return classes.get('zebra/0.jpg'), f'{museum}/zebra/0.jpg' in base.sources.broken
+
+    for mend in (['--update'], ['--images', museum]):
+        assert classes_and_broken() == ('zebra', False)
+        (museum / 'zebra/0.jpg').write_bytes(b'half of it')
+        call('--update')
+        assert classes_and_broken() == (None, True)
+        (museum / 'zebra/0.jpg').write_bytes(repaired)
+        call(*mend)
+    assert classes_and_broken() == ('zebra', False)
+
+
 def test_what_update_finds_changed_is_embedded_once_and_not_where_it_is_removed(call, museum, model, tmp_path):
     call('--model', model, '--images', museum)
     for path in ('ara/0.jpg', 'zebra/0.jpg'):
