@@ -68,6 +68,19 @@ def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_se
         EmbeddingNet(NetConfig('resnet18', 4, pooling=contents['args']['pooling'], image_size=32), 'none')
 
 
+def test_training_crops_are_of_the_share_that_was_asked_for(raw_sets):
+    _, [args] = get_runs([str(word) for word in ('--data_path', raw_sets, *TINY, '--min_crop', 1, '--flip', 0)])
+    training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
+    images = training.loader.dataset
+    first = [images[index][0] for index in range(len(images))]
+    images.set_epoch(7)  # a crop of the whole image leaves little to draw
+    changed = [(one.float() - images[index][0].float()).abs().mean() for index, one in enumerate(first)]
+    assert sum(changed) / len(changed) < 1
+    images.transform = make_transform(True, args.image_size, min_crop=0.08, flip=0.0)
+    changed = [(one.float() - images[index][0].float()).abs().mean() for index, one in enumerate(first)]
+    assert sum(changed) / len(changed) > 5  # grey levels; with small crops they are others in each epoch
+
+
 # ---------------------------------------------------- all at once --------------------------------------------------
 EXTRAS = ('--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten', '--proxy_init', 'mean', '--mirror', '1')
 
