@@ -147,7 +147,7 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='compute the network in bfloat16; '
                        'auto: where the device is fast at it. The loss is float32 always [%(default)s]')
     group.add_argument('--compile', action='store_true', help='compile the network with torch.compile: '
-                       'half a minute or more before the first step, faster steps then with some trunks (ResNet50 by '
+                       '20 seconds to minutes before the first step, faster steps then with some trunks (ResNet50 by '
                        '9 %% on a CPU, twice as fast on an H100); needs a C++ compiler on a CPU')
     group.add_argument('--results_dir', type=user_path, default='results', help='where the run\'s files go '
                        '[%(default)s]')
