@@ -270,7 +270,8 @@ def main() -> None:
     lines = [f'<!-- {MADE_HERE} -->', '# On a GPU', '', f'{about["gpu"] or "no GPU"} ({torch.cuda.device_count()}), '
              f'{about["cpu"]}, {about["cores"]} cores, Python {about["python"]}, torch {about["torch"]}, '
              f'torchvision {about["torchvision"]}; {args.num_workers} workers'
-             f'{", AT A SMALL SIZE" if args.small else ""}.', '', '| | theirs | ours | faster by | peak MiB (theirs) | |', '|---|---|---|---|---|---|']
+             f'{", AT A SMALL SIZE" if args.small else ""}.', '',
+             '| | theirs | ours | faster by | peak MiB (theirs) | |', '|---|---|---|---|---|---|']
     print('\n'.join(lines[2:]), flush=True)
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
