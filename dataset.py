@@ -181,11 +181,12 @@ class CropAndResize:
 
 
 def make_transform(training: bool, image_size: int, resize_size: int | None = None, interpolation: str = 'bilinear',
-                   min_crop: float = 0.08, flip: float = 0.5):
+                   min_crop: float = 0.08, flip: float = 0.5, color_jitter: float = 0.0, grayscale: float = 0.0):
     """Build the transform from a PIL image or a uint8 tensor to a uint8 tensor (3, image_size, image_size).
 
-    Training crops a random part and flips it; testing resizes the short side to `resize_size` and takes the centre.
-    Scaling, channel order, mean and std belong to the trunk and happen on the device (`EmbeddingNet.preprocess`).
+    Training crops a random part, flips it and changes its colours; testing resizes the short side to `resize_size` and
+    takes the centre. Scaling, channel order, mean and std belong to the trunk and happen on the device
+    (`EmbeddingNet.preprocess`).
 
     Args:
         image_size: side of the crop in pixels.
@@ -193,11 +194,16 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
         interpolation: `bilinear` or `bicubic`, as the trunk was trained.
         min_crop: smallest share of the image's area in a training crop.
         flip: probability of a horizontal flip.
+        color_jitter: largest change of brightness, contrast and saturation as a share, and, halved, of the hue as a
+            share of the colour circle.
+        grayscale: probability that an image loses its colours.
     """
     mode = transforms.InterpolationMode(interpolation)
     if training:
         steps = [CropAndResize(transforms.RandomResizedCrop(image_size, scale=(min_crop, 1.0), interpolation=mode)),
-                 transforms.RandomHorizontalFlip(flip)]
+                 transforms.RandomHorizontalFlip(flip),
+                 transforms.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 2),
+                 transforms.RandomGrayscale(grayscale)]
     else:
         steps = [transforms.Resize(resize_size or resize_for(image_size), interpolation=mode),
                  transforms.CenterCrop(image_size)]

@@ -70,6 +70,8 @@ COMMON = {
     'feature_dim': 512,
     'image_size': 224,
     'min_crop': 0.08,
+    'color_jitter': 0.0,
+    'grayscale': 0.0,
     'pooling': 'max',
     'layer_norm': True,
     'linear_bias': False,
@@ -80,7 +82,8 @@ COMMON = {
     'recalls': (1, 2, 4, 8),
 }
 # Settings that runs of some versions do not name, and what these did: some came later, some went.
-NOT_ALWAYS = {'linear_init': 'random', 'mirror': False, 'synthesis': 0.0, 'ema': 0.0}
+NOT_ALWAYS = {'linear_init': 'random', 'mirror': False, 'color_jitter': 0.0, 'grayscale': 0.0, 'synthesis': 0.0,
+              'ema': 0.0}
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
 ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
 

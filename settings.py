@@ -57,6 +57,11 @@ def get_parser(description: str | None = None) -> Parser:
                        'raise it where objects fill the image')
     group.add_argument('--flip', type=float, default=0.5, help='probability of a horizontal flip; 0 where left and '
                        'right matter, as in text [%(default)s]')
+    group.add_argument('--color_jitter', type=float, metavar='S', help='change brightness, contrast and saturation of '
+                       'a training image by up to this share, and its hue by up to half of it; papers: 0. Not where '
+                       'colours tell classes apart')
+    group.add_argument('--grayscale', type=float, metavar='P', help='probability that a training image loses its '
+                       'colours; papers: 0')
     group.add_argument('--batch_size', '--batch-size', type=int, help='of all processes together; papers: 64, '
                        'Asymptotic 128, Anchor 180 or 120')
     group.add_argument('--images_per_class', '--IPC', type=int, help='draw each batch as batch/k classes with k images '
@@ -320,8 +325,8 @@ def check_ranges(args: argparse.Namespace) -> None:
         'batch_size': (1, None), 'images_per_class': (0, None),
         'lr': (SMALL, LARGE), 'trunk_lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE),
         'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
-        'momentum': (SMALL, 1), 'min_crop': (SMALL, 1), 'flip': (0, 1),
-        'val_ratio': (0, 0.999)})
+        'momentum': (SMALL, 1), 'min_crop': (SMALL, 1), 'flip': (0, 1), 'color_jitter': (0, 1),
+        'grayscale': (0, 1), 'val_ratio': (0, 0.999)})
     side = args.resize_size or resize_for(args.image_size)
     if 0 < args.cache_size < side:
         raise UserError(f'--cache_size {args.cache_size} is smaller than --resize_size {side}: pixels of test images '

@@ -245,7 +245,8 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
     schedule = build_schedule(learner.optimizer, args)
 
     # ---- batches ----
-    augment = make_transform(True, args.image_size, None, model.interpolation, args.min_crop, args.flip)
+    augment = make_transform(True, args.image_size, None, model.interpolation, args.min_crop, args.flip,
+                             args.color_jitter, args.grayscale)
     loader = make_loader(RetrievalDataset(data, 'train', augment, args.seed), sampler, args.num_workers, device)
     plain = make_transform(False, args.image_size, args.resize_size, model.interpolation)
     splits = [data.split] + ([{**data.split, 'test': data.split['val']}] if args.val_ratio else [])

@@ -1,4 +1,5 @@
-"""What a training can add to any loss: a start from its images, rates, pooling, the mirror image."""
+"""What a training can add to any loss: a start from its images, rates, pooling, colours, the mirror image."""
+import colorsys
 from types import SimpleNamespace
 
 import pytest
@@ -81,8 +82,29 @@ def test_training_crops_are_of_the_share_that_was_asked_for(raw_sets):
     assert sum(changed) / len(changed) > 5  # grey levels; with small crops they are others in each epoch
 
 
+def test_colours_change_in_training_images_alone(raw_sets):
+    words = ('--data_path', raw_sets, *TINY, '--color_jitter', 0.4, '--grayscale', 1)
+    _, [args] = get_runs([str(word) for word in words])
+    training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
+    for images, grey in ((training.loader.dataset, True), (training.test_loaders['test'].dataset, False)):
+        assert all(torch.equal(image[0], image[1]) and torch.equal(image[1], image[2]) for image, _ in images) == grey
+
+
+@pytest.mark.parametrize('strength', [0.0, 0.1, 0.3])
+def test_color_jitter_changes_brightness_by_up_to_its_share_and_the_hue_by_half_of_it(strength):
+    transform = make_transform(True, 16, color_jitter=strength)
+    torch.manual_seed(0)
+    grey, colour = [[transform(Image.new('RGB', (20, 20), one))[:, 3, 5] / 255 for _ in range(300)]
+                    for one in ((120, 120, 120), (130, 80, 30))]  # far from where values would be cut off
+    shares = [float(one[0]) * 255 / 120 - 1 for one in grey]
+    turned = [(colorsys.rgb_to_hsv(*one.tolist())[0] - 30 / 360 + 0.5) % 1 - 0.5 for one in colour]
+    for drawn, largest in ((shares, strength), (turned, strength / 2)):
+        assert [min(drawn), max(drawn)] == pytest.approx([-largest, largest], rel=0.1, abs=0.008)
+
+
 # ---------------------------------------------------- all at once --------------------------------------------------
-EXTRAS = ('--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten', '--proxy_init', 'mean', '--mirror', '1')
+EXTRAS = ('--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten', '--proxy_init', 'mean', '--mirror', '1',
+          '--color_jitter', '0.3', '--grayscale', '0.2')
 
 
 def test_a_run_with_every_ingredient_goes_on_bit_for_bit(raw_sets, tmp_path):
@@ -289,7 +311,8 @@ def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets,
 # ---------------------------------------------------- runs from before --------------------------------------------
 def test_a_run_of_an_earlier_version_goes_on_and_is_started_from(raw_sets, finished):
     checkpoint, model = (finished / f'{NAME}_{kind}.pth' for kind in ('checkpoint', 'model'))
-    for file, part, names in ((checkpoint, 'args', ('linear_init', 'mirror')), (model, 'config', ('mirror',))):
+    later = ('linear_init', 'mirror', 'color_jitter', 'grayscale')
+    for file, part, names in ((checkpoint, 'args', later), (model, 'config', ('mirror',))):
         contents = torch.load(file, weights_only=True)
         for name in names:
             del contents[part][name]

@@ -165,7 +165,8 @@ def test_the_rule_of_the_proxies_can_be_said_in_three_ways(words, rule, optimize
     (('--batchsize', 3), ('--batchsize is no flag', "did you mean '--batch_size'")),
     (('--margin', 'nan'), ('--margin nan must lie between',)), (('--seed', 10**20), ('--seed',)),
     (('--recipe', 'asymptotic_proxy', '--proxy_init', 'unit'), ('--proxy_init unit has no effect',)),
-    (('--data_name', '../etc'), ('no plain folder name',)), (('--min_crop', 0), ('--min_crop 0.0',))])
+    (('--data_name', '../etc'), ('no plain folder name',)), (('--min_crop', 0), ('--min_crop 0.0',)),
+    (('--color_jitter', 1.5), ('--color_jitter 1.5',)), (('--grayscale', -1), ('--grayscale -1.0',))])
 def test_bad_settings_name_flag_value_and_remedy(words, parts):
     with pytest.raises(UserError) as error:
         settle(*words)
