@@ -24,7 +24,8 @@ GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_
 # A run is FOLDER/NAME.SEED.
 RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
 # With the warm-up, rates and schedule of the recipe.
-OWN_RUNS = $(foreach recipe,whitened_colors whitened_margin whitened_start,$(foreach seed,$(GRID_SEEDS) 4 5,own/$(recipe).$(seed))) \
+OWN_RUNS = $(foreach seed,$(GRID_SEEDS) 4 5,$(foreach recipe,whitened_colors whitened_margin whitened_start,\
+	own/$(recipe).$(seed))) \
 	$(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),own/$(recipe).$(seed)))
 BATCH_whitened_margin := 32
 BATCH_whitened_colors := 32
@@ -33,7 +34,8 @@ RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach
 # At other scales and rates of the proxies.
 ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.0001.1
 LONG_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_margin proxy_anchor whitened_start positive_proxy,\
-	long/$(recipe).$(seed))) $(foreach seed,$(GRID_SEEDS) 4 5,long/whitened_colors.$(seed)) long/balanced_proxy.1
+	long/$(recipe).$(seed))) $(foreach seed,$(GRID_SEEDS) 4 5,long/whitened_colors.$(seed)) \
+	long/balanced_proxy.1
 # Measured on held out training classes: parts of whitened_start, then of whitened_margin.
 ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
 ABLATION_whitened_start = --recipe whitened_start
@@ -48,13 +50,14 @@ ABLATION_whitened_margin = --recipe whitened_margin
 ABLATION_without-margin = $(ABLATION_whitened_margin) --loss_name positive_proxy
 ABLATION_without-large-crops = $(ABLATION_whitened_margin) --min_crop 0.08
 ABLATION_without-batches-of-32 = $(ABLATION_whitened_margin) --batch_size 64
+ABLATION_with-colors = $(ABLATION_whitened_margin) --color_jitter 0.3 --grayscale 0.2
 # CUB200: no setting was chosen on it.
-CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_colors whitened_margin whitened_start positive_proxy,\
-	check/$(recipe).$(seed)))
+CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_colors whitened_margin whitened_start \
+	positive_proxy,check/$(recipe).$(seed)))
 ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
 	without-means without-both without-rate-and-schedule without-small-batches with-gem,\
-	ablation/$(row).$(seed)) $(foreach row,whitened_margin without-margin without-large-crops without-batches-of-32,\
-	margin/$(row).$(seed)))
+	ablation/$(row).$(seed)) $(foreach row,whitened_margin without-margin without-large-crops \
+	without-batches-of-32 with-colors,margin/$(row).$(seed)))
 # Memory that a step frees is kept for the next one in place of being returned and asked for again.
 SPARE_MALLOC := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 

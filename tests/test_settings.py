@@ -103,6 +103,8 @@ def test_scale_and_margin_of_a_recipe_are_those_of_its_loss_only():
            min_crop=0.5)
     expect(settle('--recipe', 'whitened_margin', '--loss_name', 'arc_face'), scale=64, margin=0.5, min_crop=0.2)
     assert settle('--recipe', 'whitened_margin', '--loss_name', 'proxy_nca')['margin'] is None
+    expect(settle('--recipe', 'whitened_colors'), scale=32, margin=0.1, min_crop=0.2, color_jitter=0.3, grayscale=0.2)
+    expect(settle('--recipe', 'whitened_colors', '--color_jitter', 0, '--grayscale', 1), color_jitter=0, grayscale=1)
     assert settle('--recipe', 'whitened_start')['margin'] is None
 
 

@@ -140,7 +140,7 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
              if 'train.py' in line]
     runs = {(args.results_dir, args.remark, args.seed): args for args in (
         get_runs(shlex.split(line))[1][0] for line in lines)}
-    assert len(runs) == len(lines) == 5 * 3 + 5 * 3 + 2 * 5 + (6 * 3 + 1) * 3 + 3 + 4 * 3 + 1 + 12 * 3 + 3 * 3
+    assert len(runs) == len(lines) == 5 * 3 + 5 * 3 + 3 * 5 + (6 * 3 + 1) * 3 + 3 + 4 * 3 + 5 + 1 + 13 * 3 + 4 * 3
     starts = {'without-whitening': {'linear_init'}, 'without-means': {'proxy_init'},
               'without-both': {'linear_init', 'proxy_init'}, 'without-small-batches': {'batch_size'},
               'with-gem': {'pooling'},
@@ -154,13 +154,17 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
         for row, names in changed.items():
             assert differing(whole[recipe], vars(runs[f'results/grid/{folder}', row, 1])) == names
     assert differing(*whole.values()) - {'recipe'} == set.union(*margins.values())
+    colours = vars(runs['results/grid/margin', 'with-colors', 1])
+    assert differing(colours, whole['whitened_margin']) == {'color_jitter', 'grayscale'}
+    assert differing(colours, vars(runs['results/grid/own', 'whitened_colors', 1])) == {
+        'recipe', 'val_ratio', 'epoch0'}
     for (folder, name, _), args in runs.items():
         if folder.endswith('rules'):
             assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
         if folder.endswith('arc_face'):
             assert (args.scale, args.proxy_lr) == tuple(map(float, name.split('-')))
         if not folder.endswith(('recipes', 'rules', 'arc_face')):
-            small = args.recipe == 'whitened_margin' and name != 'without-batches-of-32'
+            small = args.recipe in ('whitened_margin', 'whitened_colors') and name != 'without-batches-of-32'
             assert args.batch_size == (120 if name == 'without-small-batches' else 32 if small else 64)
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
