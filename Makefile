@@ -24,17 +24,16 @@ GRID_SCHEDULE := --batch_size 120 --warm_up 1 --lr 1e-4 --lr_schedule step --lr_
 # A run is FOLDER/NAME.SEED.
 RECIPE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),recipes/$(recipe).$(seed)))
 # With the warm-up, rates and schedule of the recipe.
-OWN_RUNS = $(foreach seed,$(GRID_SEEDS) 4 5,$(foreach recipe,whitened_colors whitened_margin whitened_start,\
+OWN_RUNS = $(foreach seed,$(GRID_SEEDS) 4 5,$(foreach recipe,whitened_mirror whitened_margin whitened_start,\
 	own/$(recipe).$(seed))) \
 	$(foreach seed,$(GRID_SEEDS),$(foreach recipe,$(GRID_RECIPES),own/$(recipe).$(seed)))
 BATCH_whitened_margin := 32
-BATCH_whitened_colors := 32
 RULE_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach loss,$(GRID_LOSSES),$(foreach rule,$(GRID_RULES),\
 	rules/$(loss)-$(rule).$(seed))) rules/balanced_proxy_split-gradient.$(seed))
 # At other scales and rates of the proxies.
 ARC_RUNS := arc_face/32-0.01.1 arc_face/16-0.01.1 arc_face/64-0.0001.1
 LONG_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_margin proxy_anchor whitened_start positive_proxy,\
-	long/$(recipe).$(seed))) $(foreach seed,$(GRID_SEEDS) 4 5,long/whitened_colors.$(seed)) \
+	long/$(recipe).$(seed))) $(foreach seed,$(GRID_SEEDS) 4 5,long/whitened_mirror.$(seed)) \
 	long/balanced_proxy.1
 # Measured on held out training classes: parts of whitened_start, then of whitened_margin.
 ABLATION_positive_proxy = --recipe positive_proxy --batch_size 64
@@ -52,7 +51,7 @@ ABLATION_without-large-crops = $(ABLATION_whitened_margin) --min_crop 0.08
 ABLATION_without-batches-of-32 = $(ABLATION_whitened_margin) --batch_size 64
 ABLATION_with-colors = $(ABLATION_whitened_margin) --color_jitter 0.3 --grayscale 0.2
 # CUB200: no setting was chosen on it.
-CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_colors whitened_margin whitened_start \
+CHECK_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach recipe,whitened_mirror whitened_margin whitened_start \
 	positive_proxy,check/$(recipe).$(seed)))
 ABLATION_RUNS = $(foreach seed,$(GRID_SEEDS),$(foreach row,positive_proxy whitened_start without-whitening \
 	without-means without-both without-rate-and-schedule without-small-batches with-gem,\

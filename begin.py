@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from browse import find_result
 from engine.errors import UserError, reason_of
 from engine.files import check_fields, make_folder, remove_torn
 from engine.processes import world_rank
-from engine.runs import RunFiles, load_checkpoint_file, load_model_file, seen_classes
+from engine.runs import RunFiles, find_result, load_checkpoint_file, load_model_file, seen_classes
 from recipes import NOT_ALWAYS
 
 # Where a run stands, how fast it goes and what it says: free to change between a run and its --resume, and left out of

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError
 from engine.files import image_file
 from engine.nearest import Nearest
 from engine.processes import progress
-from engine.runs import DataBase, RunFiles, fingerprint_of, load_data_base
+from engine.runs import DataBase, RunFiles, find_result, fingerprint_of, load_data_base
 from metrics import check_features, similarity_of
 from model import EmbeddingNet, load_model
 from raw_sets import find_root
@@ -44,23 +44,6 @@ def add_data_base_flags(parser) -> None:
                         'what embed.py made knows its own folders [%(default)s]')
     parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases are and pictures go '
                         '[%(default)s]')
-
-
-def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:
-    """Return a file that a run left, or a folder with a model, as it is named or in the results folder.
-
-    Raises:
-        UserError: if there is none, with a list of its like.
-    """
-    def is_there(path: Path) -> bool:
-        return path.is_file() or (path / 'config.json').is_file()
-
-    file = Path(name) if is_there(Path(name)) else Path(results_dir) / name
-    if not is_there(file):
-        there = sorted(path.name for path in Path(results_dir).glob(f'*_{ending}'))
-        raise UserError(f'{flag} {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
-                        f'{", ".join(there) or "none; train first"})')
-    return file
 
 
 def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from browse import find_result
 from dataset import make_test_loaders, make_transform, open_data
 from engine.errors import UserError
 from engine.files import make_folder, save
 from engine.images import BrokenImage, to_image
 from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
-from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, provenance, run_name, seen_classes
+from engine.runs import (DataBase, RunFiles, Subset, check_seen, find_result, load_data_base, provenance, run_name,
+                         seen_classes)
 from metrics import NUMBERS_OF_QUERIES, measure_absent, retrieval_metrics
 from model import EmbeddingNet, NetConfig, load_model
 from raw_sets import canonical_data_name

@@ -88,11 +88,10 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 
-from browse import find_result
 from dataset import RetrievalDataset, make_test_loaders, make_transform, open_data
 from engine.files import make_folder, write_atomically
 from engine.processes import progress
-from engine.runs import DataBase, RunFiles, Subset, check_seen, load_data_base, seen_classes
+from engine.runs import DataBase, RunFiles, Subset, check_seen, find_result, load_data_base, seen_classes
 from evaluate import describe_origin, format_table, make_data_base, measure
 from metrics import NUMBERS_OF_QUERIES, measure_absent
 from model import EmbeddingNet, load_model

@@ -87,10 +87,10 @@ NOT_ALWAYS = {'linear_init': 'random', 'mirror': False, 'color_jitter': 0.0, 'gr
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
 ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
 
-WHITENED = {'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1, 'linear_init': 'whiten',
-            'proxy_init': 'mean'}
-WHITENED_MARGIN = {'loss_name': 'cos_face', 'proxy_update': 'positive', 'temperature': 1 / 32, 'margin': 0.1,
-                   'batch_size': 32, 'min_crop': 0.2, **WHITENED}
+# What the recipes of this repository share.
+WHITENED = {'loss_name': 'positive_proxy', 'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1,
+            'linear_init': 'whiten', 'proxy_init': 'mean'}
+
 RECIPES = {
     'balanced_proxy': {
         'source': 'Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters',
@@ -138,17 +138,20 @@ RECIPES = {
     },
     'whitened_start': {
         'source': 'of no paper: Positive Proxy with a start from the images; docs/results.md',
-        'settings': {'loss_name': 'positive_proxy', **WHITENED},
+        'settings': WHITENED,
+        'overrides': [SOP_RECALLS, ISC_RECALLS],
+    },
+    'whitened_mirror': {
+        'source': 'of no paper: whitened_start, embedding each image with its mirror image; docs/results.md',
+        'settings': {**WHITENED, 'mirror': True},
         'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
     'whitened_margin': {
         'source': 'of no paper: whitened_start with a margin, for a short training; docs/results.md',
-        'settings': {**WHITENED_MARGIN, 'num_epochs': 6},
-        'overrides': [SOP_RECALLS, ISC_RECALLS],
-    },
-    'whitened_colors': {
-        'source': 'of no paper: whitened_margin with colours that change; docs/results.md',
-        'settings': {**WHITENED_MARGIN, 'color_jitter': 0.3, 'grayscale': 0.2},
+        'settings': {
+            **WHITENED, 'loss_name': 'cos_face', 'proxy_update': 'positive', 'temperature': 1 / 32, 'margin': 0.1,
+            'batch_size': 32, 'num_epochs': 6, 'min_crop': 0.2,
+        },
         'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
     'transformer': {

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.errors import UserError, reason_of
+from engine.errors import UserError, nearest, reason_of
 from engine.files import are_texts, check_fields, check_paths, is_folder_name, is_whole, load, save, write_atomically
 from engine.processes import world_size
 
@@ -72,6 +72,23 @@ class RunFiles:
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks again
             lock.release()
+
+
+def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:
+    """Return a file that a run left, or a folder with a model, as it is named or in the results folder.
+
+    Raises:
+        UserError: if there is none, with a list of its like.
+    """
+    def is_there(path: Path) -> bool:
+        return path.is_file() or (path / 'config.json').is_file()
+
+    file = Path(name) if is_there(Path(name)) else Path(results_dir) / name
+    if not is_there(file):
+        there = sorted(path.name for path in Path(results_dir).glob(f'*_{ending}'))
+        raise UserError(f'{flag} {name} is neither a file nor in {results_dir}{nearest(name, there)} (there are: '
+                        f'{", ".join(there) or "none; train first"})')
+    return file
 
 
 def provenance(device) -> dict:
