@@ -190,7 +190,8 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
 
     Args:
         image_size: side of the crop in pixels.
-        resize_size: short side before the centre crop; None: image_size x 256/224.
+        resize_size: short side before the centre crop; None: image_size x 256/224; 0: no crop, the whole image is
+            squeezed to the square.
         interpolation: `bilinear` or `bicubic`, as the trunk was trained.
         min_crop: smallest share of the image's area in a training crop.
         flip: probability of a horizontal flip.
@@ -205,7 +206,8 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
                  transforms.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 2),
                  transforms.RandomGrayscale(grayscale)]
     else:
-        steps = [transforms.Resize(resize_size or resize_for(image_size), interpolation=mode),
+        short_side = resize_for(image_size) if resize_size is None else resize_size
+        steps = [transforms.Resize(short_side or (image_size, image_size), interpolation=mode),
                  transforms.CenterCrop(image_size)]
     return transforms.Compose([*steps, transforms.PILToTensor()])
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset import make_test_loaders, make_transform, open_data
-from engine.errors import UserError
+from engine.errors import UserError, reason_of
 from engine.files import make_folder, save
 from engine.images import BrokenImage, to_image
 from engine.processes import bfloat16_is_fast, gather_rows, progress, select_device, start_processes, world_rank
@@ -35,8 +35,9 @@ from utils import (Parser, add_device_flags, check_between, int_list, refuse_wit
                    user_path)
 
 # Flags of the command line: of embedding images, and of the trunk, which --resume takes from the model.
-EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'resize_size', 'mirror')
-TRUNK_FLAGS = ('backbone_type', 'image_size', 'pooling', 'feature_dim')
+EMBED_FLAGS = ('data_path', 'data_name', 'crop_type', 'batch_size', 'num_workers', 'amp', 'image_size', 'resize_size',
+               'mirror')
+TRUNK_FLAGS = ('backbone_type', 'pooling', 'feature_dim')
 
 
 # ---------------------------------------------------- embeddings -----------------------------------------------------
@@ -136,8 +137,10 @@ def format_table(results: dict[str, dict[str, float]]) -> str:
     dense, on = results['dense'], results['measured_on']
     left_out = f', {dense["without_positive"]:,} without a positive left out' if dense['without_positive'] else ''
     mirrored = ', each image with its mirror image' if on['mirror'] else ''
+    cut = f'cut from {on["resize_size"]}' if on['resize_size'] else 'whole'
+    size = f'; images of {on["image_size"]} px, {cut}' if on['image_size'] else ''  # others' files need not say it
     lines.append(f'{on["data_name"]}, {on["crop_type"]}{mirrored}: {dense["queries"]:,} queries of {on["classes"]:,} '
-                 f'test classes{left_out}')
+                 f'test classes{left_out}{size}')
     if on['seen_classes']:
         lines.append(f'NOT of unseen classes: {on["seen_classes"]:,} of them were trained on')
     return '\n'.join(lines)
@@ -169,10 +172,9 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--pooling', choices=POOLINGS,
                         help='of the trunk for --zero_shot [avg]; must agree with the model of --resume')
     parser.add_argument('--feature_dim', '--embedding-size', type=int, help='must agree with the model of --resume')
-    parser.add_argument('--image_size', type=int, help='side of the centre crop in pixels for --zero_shot [224]; must '
-                        'agree with the model of --resume')
-    parser.add_argument('--resize_size', type=int,
-                        help='short side before the crop [that of the model; image_size x 256/224]')
+    parser.add_argument('--image_size', type=int, help='side of the centre crop in pixels [that of the model; 224]')
+    parser.add_argument('--resize_size', type=int, help='short side before the crop; 0: the whole image, squeezed to '
+                        'the square [in the proportion of the model; image_size x 256/224]')
     parser.add_argument('--mirror', type=switch, metavar='{0,1}', help='embed an image as the mean with its mirror '
                         'image, or not [as the model was trained to; 0]')
     parser.add_argument('--batch_size', '--batch-size', type=int, help="images embedded at once [the model's; 64]")
@@ -197,7 +199,7 @@ def get_args(argv: list[str] | None = None):
                             'leave it out')
     refuse_without_effect(args, dict.fromkeys(useless, f' with {chosen}'))
     check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'image_size': (16, 8192),
-                         'resize_size': (16, 8192)})
+                         'resize_size': (0, 8192)})
     return args
 
 
@@ -207,12 +209,13 @@ def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBas
     The data base's `args` are then those of the run, but for what was measured and how.
     """
     image_size = model.config.image_size
-    settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto',
+    settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto', 'image_size': image_size,
                 'resize_size': resize_for(image_size), 'recalls': (1, 2, 4, 8), **run}
+    settings['resize_size'] = settings['resize_size'] * image_size // settings['image_size']
     settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
     settings |= {'data_name': canonical_data_name(settings['data_name']), 'mirror': model.config.mirror}
-    if settings['resize_size'] < image_size:
-        raise UserError(f'--resize_size {settings["resize_size"]} must be at least the image size, {image_size}')
+    if 0 < settings['resize_size'] < image_size:
+        raise UserError(f'--resize_size {settings["resize_size"]} must be at least the image size, {image_size}, or 0')
     data = open_data(args.data_path or '/home/data', settings['data_name'], settings['crop_type'])
     loaders = make_test_loaders(data, make_transform(False, image_size, settings['resize_size'], model.interpolation),
                                 settings['batch_size'], 2 if args.num_workers is None else args.num_workers, device)
@@ -241,6 +244,23 @@ def open_model(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
         if given is not None and given != own:
             raise UserError(f'--{flag} {given} is not that of {args.resume} ({own}); leave it out')
     return model, contents
+
+
+def change_config(model: EmbeddingNet, args) -> None:
+    """Give a model the mirror image and the size of images that the command line names; raises UserError where the
+    trunk takes no other size.
+    """
+    if args.mirror is not None:
+        model.config = replace(model.config, mirror=args.mirror)
+    if args.image_size in (None, model.config.image_size):
+        return
+    model.config = replace(model.config, image_size=args.image_size)
+    try:
+        embed_batch(model.eval(), torch.zeros(1, 3, args.image_size, args.image_size, dtype=torch.uint8),
+                    model.mean.device, amp=False)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f'--image_size {args.image_size} does not fit {model.config.backbone_type} '
+                        f'({reason_of(error)}); leave it out') from None
 
 
 def files_to_save(args, run: str) -> RunFiles:
@@ -276,8 +296,7 @@ def main() -> None:
         origin = {**data_base.proxies, **data_base.origin}
     else:
         model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
-        if args.mirror is not None:
-            model.config = replace(model.config, mirror=args.mirror)
+        change_config(model, args)
         name = origin['args'].get('run', 'run')
         if args.resume is not None:
             name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))
@@ -289,7 +308,8 @@ def main() -> None:
     results = measure(data_base, tuple(args.recalls or settings['recalls']), device, kinds)
     results['absent'] = measure_absent(*tensors_on(data_base, device))
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
-                              'mirror': settings.get('mirror', False),
+                              'mirror': settings.get('mirror', False), 'image_size': settings.get('image_size'),
+                              'resize_size': settings['resize_size'],
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
         if not args.zero_shot:

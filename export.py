@@ -359,6 +359,7 @@ def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folde
         results = {**measure(data_base, tuple(settings['recalls']), CPU), 'absent': measure_absent(
             *data_base.tensors()), 'measured_on': {
             'data_name': settings['data_name'], 'crop_type': settings['crop_type'], 'mirror': model.config.mirror,
+            'image_size': model.config.image_size, 'resize_size': settings['resize_size'],
             'classes': len(data_base.class_names), 'seen_classes': len(seen)}}
     metrics = [{'type': f'{kind} {name}', 'value': round(value, 2)} for kind in ('dense', 'binary') if results
                for name, value in results[kind].items() if name not in NUMBERS_OF_QUERIES]

@@ -51,8 +51,8 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--crop_type', choices=('uncropped', 'cropped'), default='uncropped',
                        help='whole images, or cut to the bounding box (car, cub) [%(default)s]')
     group.add_argument('--image_size', type=int, help='side of the crop in pixels; papers: 224, Asymptotic 256')
-    group.add_argument('--resize_size', type=int, help='short side of test images before the crop '
-                       '[image_size x 256/224]')
+    group.add_argument('--resize_size', type=int, help='short side of test images before the crop; 0: the '
+                       'whole image, squeezed to the square [image_size x 256/224]')
     group.add_argument('--min_crop', type=float, help='smallest share of the area in a random crop; papers: 0.08; '
                        'raise it where objects fill the image')
     group.add_argument('--flip', type=float, default=0.5, help='probability of a horizontal flip; 0 where left and '
@@ -214,6 +214,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     settle_start(args, given)
     check_choice('--optimizer_type', args.optimizer_type, OPTIMIZER_NAMES)
     check_effect(args, settings, given)
+    args.resize_size = resize_for(args.image_size) if args.resize_size is None else args.resize_size
     check_ranges(args)
     check_warm_up(args, given)
     if args.proxy_update == 'momentum':
@@ -221,7 +222,6 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     elif args.proxy_lr is None:
         args.proxy_lr = args.lr * settings['proxy_lr_factor']
     args.trunk_lr = args.trunk_lr or args.lr * settings['trunk_lr_factor']
-    args.resize_size = args.resize_size or resize_for(args.image_size)
     args.on_collapse = args.on_collapse or ('stop' if args.proxy_update == 'momentum' else 'warn')
     runs = [argparse.Namespace(**{**vars(args), 'seed': seed, 'run': name_run(args, settings, given, seed)})
             for seed in args.seeds or (args.seed,)]
@@ -320,17 +320,18 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Refuse numbers out of range, with the flag."""
     check_between(args, {
         'feature_dim': (1, LARGEST['feature_dim']), 'image_size': (16, LARGEST['side']), 'num_workers': (0, 1024),
-        'resize_size': (args.image_size, LARGEST['side']), 'cache_size': (0, LARGEST['side']),
+        'resize_size': (args.image_size if args.resize_size else 0, LARGEST['side']),
+        'cache_size': (0, LARGEST['side']),
         'num_epochs': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
         'batch_size': (1, None), 'images_per_class': (0, None),
         'lr': (SMALL, LARGE), 'trunk_lr': (SMALL, LARGE), 'proxy_lr': (SMALL, LARGE), 'lr_decay_gamma': (SMALL, LARGE),
         'scale': (SMALL, LARGE), 'weight_decay': (0, LARGE), 'clip_value': (0, LARGE), 'margin': (0, LARGE),
         'momentum': (SMALL, 1), 'min_crop': (SMALL, 1), 'flip': (0, 1), 'color_jitter': (0, 1),
         'grayscale': (0, 1), 'val_ratio': (0, 0.999)})
-    side = args.resize_size or resize_for(args.image_size)
+    side = args.resize_size or args.image_size
     if 0 < args.cache_size < side:
-        raise UserError(f'--cache_size {args.cache_size} is smaller than --resize_size {side}: pixels of test images '
-                        f'would be enlarged; build and name a cache of at least {side} pixels')
+        raise UserError(f'--cache_size {args.cache_size} is smaller than the {side} pixels of a test image '
+                        f'(--resize_size): it would be enlarged; build and name a cache of at least {side} pixels')
     if args.recalls[0] != 1:
         raise UserError(f'--recalls {",".join(map(str, args.recalls))} must begin with 1, by which the best epoch is '
                         'chosen')

@@ -149,7 +149,7 @@ def read_statistics(path: str | Path):
 # ---------------------------------------------------- model, checkpoint --------------------------------------------
 # The settings of a run that are used after the training.
 RUN = {'data_name': is_folder_name, 'crop_type': lambda value: value in ('uncropped', 'cropped'),
-       'batch_size': is_whole(1), 'resize_size': is_whole(1, LARGEST['side']),
+       'batch_size': is_whole(1), 'resize_size': is_whole(0, LARGEST['side']),
        'amp': lambda value: value in ('auto', 'on', 'off'),
        'recalls': lambda value: len(value) > 0 and all(map(is_whole(1), value)) and list(value) == sorted(value)}
 MODEL = {'config': dict, 'state_dict': dict, 'args': dict}

@@ -428,6 +428,8 @@ def test_test_images_are_resized_and_centre_cropped():
     assert tensor.dtype == torch.uint8
     assert tensor[0].nonzero().tolist() == [[18, 18]]  # cut from row 2 = (40 - 35) / 2 and column 6
     assert make_transform(False, 224)(image).shape == (3, 224, 224)
+    whole = make_transform(False, 35, 0)(image)  # PIL's own resize, which knows no crop
+    assert whole.permute(1, 2, 0).tolist() == np.asarray(image.resize((35, 35), Image.BILINEAR)).tolist()
 
 
 def test_a_missing_image_at_training_time_is_named(raw_sets):

@@ -144,8 +144,8 @@ def test_a_model_is_not_measured_on_classes_that_it_was_trained_on(own):
     result = type_command(*words, '--allow_seen')
     assert f'NOT of unseen classes: {len(seen)} of them were trained on' in result.stdout
     found = json.loads(type_command(*words, '--allow_seen', '--json').stdout)
-    assert found['measured_on'] == {'data_name': 'mine', 'crop_type': 'uncropped', 'mirror': False, 'classes': 3,
-                                    'seen_classes': len(seen)}
+    assert found['measured_on'] == {'data_name': 'mine', 'crop_type': 'uncropped', 'mirror': False, 'image_size': 32,
+                                    'resize_size': 36, 'classes': 3, 'seen_classes': len(seen)}
 
 
 def test_classes_that_an_earlier_model_has_seen_do_not_choose_the_epoch_of_a_later_one(tmp_path):
@@ -219,7 +219,7 @@ def test_the_trunk_learns_from_the_epoch_after_the_warm_up_on(trained, tmp_path)
 
 
 def test_a_cache_of_fewer_pixels_than_the_crop_is_refused():
-    with pytest.raises(UserError, match='--cache_size 224 is smaller than --resize_size 256'):
+    with pytest.raises(UserError, match='--cache_size 224 is smaller than the 256 pixels of a test image'):
         get_runs(['--cache_size', '224', '--image_size', '224'])
 
 

@@ -16,7 +16,7 @@ from begin import Start
 from dataset import RetrievalDataset, make_transform, open_data
 from engine.errors import UserError
 from engine.runs import RunFiles, load_data_base
-from evaluate import embed_images
+from evaluate import change_config, embed_images
 from model import EmbeddingNet, NetConfig, load_model, make_loss
 from recipes import PROXY_UPDATES
 from settings import get_runs
@@ -306,6 +306,29 @@ def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets,
         assert ('each image with its mirror image' in result.stdout) == bool(mirror)
         images = [raw_sets / 'car' / image for image in data_base.test.images]
         torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
+
+
+@pytest.mark.parametrize(('words', 'size', 'resize', 'said'), [
+    ((), 32, 36, 'cut from 36'), (('--image_size', 64), 64, 72, 'cut from 72'),
+    (('--image_size', 64, '--resize_size', 0), 64, 0, 'whole')])
+def test_a_finished_run_is_measured_and_saved_at_another_size(raw_sets, finished, words, size, resize, said):
+    result = type_command('evaluate.py', '--resume', finished / f'{NAME}_model.pth', '--data_path', raw_sets,
+                          '--results_dir', finished, '--save', '--amp', 'off', *words)
+    assert result.returncode == 0, result.stderr
+    assert f'images of {size} px, {said}' in result.stdout
+    model, contents = load_model(finished / f'{NAME}_on_car_model.pth')
+    data_base = load_data_base(finished / f'{NAME}_on_car_data_base.pth')
+    assert (model.config.image_size, contents['args']['resize_size']) == (size, resize)
+    images = [raw_sets / 'car' / image for image in data_base.test.images]
+    torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features)
+    pixels = torch.stack([make_transform(False, size, resize)(Image.open(image).convert('RGB')) for image in images])
+    torch.testing.assert_close(model(pixels).detach(), data_base.test.features, rtol=1e-4, atol=1e-4)
+
+
+def test_a_trunk_that_takes_one_size_says_so():
+    model = EmbeddingNet(NetConfig('timm:test_vit', 4, pooling='cls', image_size=160), 'none')
+    with pytest.raises(UserError, match='--image_size 100 does not fit timm:test_vit'):
+        change_config(model, SimpleNamespace(mirror=None, image_size=100))
 
 
 # ---------------------------------------------------- runs from before --------------------------------------------

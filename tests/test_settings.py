@@ -103,8 +103,8 @@ def test_scale_and_margin_of_a_recipe_are_those_of_its_loss_only():
            min_crop=0.5)
     expect(settle('--recipe', 'whitened_margin', '--loss_name', 'arc_face'), scale=64, margin=0.5, min_crop=0.2)
     assert settle('--recipe', 'whitened_margin', '--loss_name', 'proxy_nca')['margin'] is None
-    expect(settle('--recipe', 'whitened_colors'), scale=32, margin=0.1, min_crop=0.2, color_jitter=0.3, grayscale=0.2)
-    expect(settle('--recipe', 'whitened_colors', '--color_jitter', 0, '--grayscale', 1), color_jitter=0, grayscale=1)
+    expect(settle('--recipe', 'whitened_mirror'), scale=32, margin=None, mirror=True)
+    expect(settle('--recipe', 'whitened_mirror', '--mirror', 0, '--color_jitter', 0.5), mirror=False, color_jitter=0.5)
     assert settle('--recipe', 'whitened_start')['margin'] is None
 
 
@@ -168,6 +168,7 @@ def test_the_rule_of_the_proxies_can_be_said_in_three_ways(words, rule, optimize
     (('--margin', 'nan'), ('--margin nan must lie between',)), (('--seed', 10**20), ('--seed',)),
     (('--recipe', 'asymptotic_proxy', '--proxy_init', 'unit'), ('--proxy_init unit has no effect',)),
     (('--data_name', '../etc'), ('no plain folder name',)), (('--min_crop', 0), ('--min_crop 0.0',)),
+    (('--resize_size', 0, '--cache_size', 100), ('--cache_size 100', '224 pixels of a test image')),
     (('--color_jitter', 1.5), ('--color_jitter 1.5',)), (('--grayscale', -1), ('--grayscale -1.0',))])
 def test_bad_settings_name_flag_value_and_remedy(words, parts):
     with pytest.raises(UserError) as error:

@@ -146,25 +146,24 @@ def test_every_run_of_the_grid_is_one_that_train_py_takes_and_the_one_of_its_nam
               'with-gem': {'pooling'},
               'without-rate-and-schedule': {'lr', 'trunk_lr', 'proxy_lr', 'lr_schedule', 'lr_decay_step'}}
     margins = {'without-margin': {'loss_name', 'base_loss', 'margin', 'temperature'},
-               'without-large-crops': {'min_crop'}, 'without-batches-of-32': {'batch_size'}}
+               'without-large-crops': {'min_crop'}, 'without-batches-of-32': {'batch_size'},
+               'with-colors': {'color_jitter', 'grayscale'}}
     whole = {}
     for folder, recipe, changed in (('ablation', 'whitened_start', starts), ('margin', 'whitened_margin', margins)):
         whole[recipe] = vars(runs[f'results/grid/{folder}', recipe, 1])
         assert (whole[recipe]['recipe'], whole[recipe]['val_ratio']) == (recipe, 0.4)
         for row, names in changed.items():
             assert differing(whole[recipe], vars(runs[f'results/grid/{folder}', row, 1])) == names
-    assert differing(*whole.values()) - {'recipe'} == set.union(*margins.values())
-    colours = vars(runs['results/grid/margin', 'with-colors', 1])
-    assert differing(colours, whole['whitened_margin']) == {'color_jitter', 'grayscale'}
-    assert differing(colours, vars(runs['results/grid/own', 'whitened_colors', 1])) == {
-        'recipe', 'val_ratio', 'epoch0'}
+    assert differing(*whole.values()) - {'recipe'} == set.union(*margins.values()) - margins['with-colors']
+    assert differing(*(vars(runs['results/grid/long', f'whitened_{kind}', 1]) for kind in ('start', 'mirror'))) == {
+        'recipe', 'mirror'}
     for (folder, name, _), args in runs.items():
         if folder.endswith('rules'):
             assert (args.loss_name, args.proxy_update) == tuple(name.split('-'))
         if folder.endswith('arc_face'):
             assert (args.scale, args.proxy_lr) == tuple(map(float, name.split('-')))
         if not folder.endswith(('recipes', 'rules', 'arc_face')):
-            small = args.recipe in ('whitened_margin', 'whitened_colors') and name != 'without-batches-of-32'
+            small = args.recipe == 'whitened_margin' and name != 'without-batches-of-32'
             assert args.batch_size == (120 if name == 'without-small-batches' else 32 if small else 64)
         if folder.endswith(('recipes', 'own', 'long', 'check')):
             assert args.recipe == name
