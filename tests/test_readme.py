@@ -184,7 +184,7 @@ class Workspace:
         """Return the flags that make a command small."""
         if script == 'train.py':
             seeds = ('--seeds', '1,2') if '--seeds' in words else ()
-            narrow = ('--feature_dim', '64') if 'whitened_start' in words else ()  # than TRUNK
+            narrow = ('--feature_dim', '64') if {'whitened_start', 'whitened_mirror'} & {*words} else ()  # than TRUNK
             return [*TRAIN, *seeds, *narrow, *(('--backbone_type', TRUNK) if 'resnet18' not in words else ())]
         if script == 'data_utils.py' and 'glyph' in words:
             return ['--glyph_classes', '9', '--glyph_images', '4']
