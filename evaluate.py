@@ -199,7 +199,7 @@ def get_args(argv: list[str] | None = None):
                             'leave it out')
     refuse_without_effect(args, dict.fromkeys(useless, f' with {chosen}'))
     check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'image_size': (16, 8192),
-                         'resize_size': (0, 8192)})
+                         'resize_size': (16 if args.resize_size else 0, 8192)})
     return args
 
 
