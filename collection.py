@@ -6,8 +6,9 @@
     collection.search(features, number=10)      # [[(number of the image, similarity), ...] for each query]
     collection.item(7)                          # the image of a number
 
-`FileCollection` is a data base file, as a run's. What is added is saved at once as a part of its own, in FILE.parts/,
-and joined with the rest before anything else is done, so that a process that is killed loses nothing of it.
+`FileCollection` is a data base file, as a run's; `SearchedImages` is what is only searched. What is added is saved at
+once as a part of its own, in FILE.parts/, and joined with the rest before anything else is done, so that a process that
+is killed loses nothing of it.
 """
 import os
 import random
@@ -40,53 +41,33 @@ class Item(NamedTuple):
     time: int  # of its file's last change, ns
 
 
-class FileCollection:
-    """A collection in a data base file.
+class SearchedImages:
+    """Embedded images to search in.
 
     Args:
-        file: of the data base; it need not be there yet.
-        origin: what the file says of its origin, of a new one: args and whatever DataBase holds as `origin`.
-        fingerprint: of the model, of a new one.
-        dtype: of its features, None: that of the file, of a new one float32.
+        base: with sources; None: there is no image.
         resident: for many searches, see engine.nearest.Nearest.
-
-    Raises:
-        UserError: if the file is none that embed.py made, or was made with another model.
     """
 
     ranks_codes = True  # by Hamming distance
 
-    def __init__(self, file: Path, origin: dict | None = None, fingerprint: str | None = None,
-                 dtype: torch.dtype | None = None, resident: bool = False):
-        self.file, self.folder, self.resident = file, Path(f'{file}.parts'), resident
-        self.base = load_data_base(file) if file.is_file() else None
-        if self.base is not None and self.base.sources is None:
-            raise UserError(f'--data_base {file} is that of a run, whose images are its test images; name another file '
-                            'to embed into')
-        self.origin = origin if self.base is None else self.base.origin
-        self.fingerprint = fingerprint if self.base is None else self.base.sources.fingerprint
-        if fingerprint not in (None, self.fingerprint):
-            raise UserError(f'--model: {file} holds images that another model embedded, and similarities across models '
-                            'mean nothing; leave --model out, or name another --data_base')
-        self.dtype = dtype or (torch.float32 if self.base is None else self.base.test.features.dtype)
-        self.broken = {} if self.base is None else dict(self.base.sources.broken)
-        self.next_part, self.parts, self.searched, self.names = 0, [], None, None
-        self.read_parts()
+    def __init__(self, base: DataBase | None, resident: bool = False):
+        self.base, self.resident, self.searched, self.names = base, resident, None, None
 
     @classmethod
-    def of_run(cls, run: OpenRun) -> 'FileCollection':
-        """Return what is searched in a data base, also in that of a run, for many searches; it is not written to."""
-        found, base = cls.__new__(cls), run.data_base
-        found.base, found.dtype, found.resident, found.parts = base, base.test.features.dtype, True, []
-        found.searched = found.names = None
+    def of_run(cls, run: OpenRun) -> 'SearchedImages':
+        """Return what is searched in a run's data base, or in a collection's."""
+        base = run.data_base
         if base.sources is None:
             test, count = base.subsets[base.searched], len(base.subsets[base.searched].images)
             zeros = torch.zeros(count, dtype=torch.int64)
-            found.base = DataBase(base.class_names, test, origin=base.origin, sizes={'test': [0] * count},
-                                  sources=Sources([str(run.roots[0].absolute())], zeros, zeros, '', {}))
-        return found
+            base = DataBase(base.class_names, test, origin=base.origin, sizes={'test': [0] * count},
+                            sources=Sources([str(run.roots[0].absolute())], zeros, zeros, '', {}))
+        return cls(base, resident=True)
 
-    # ------------------------------------------------ what is there ------------------------------------------------
+    def join(self) -> None:
+        """Nothing is added to them."""
+
     def __len__(self) -> int:
         self.join()
         return 0 if self.base is None else len(self.base.test.images)
@@ -111,12 +92,75 @@ class FileCollection:
                 if folder in (None, sources.folders[number]):
                     yield Item(sources.folders[number], path, names[label], size, time)
 
+    def search(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
+        """Return for each query (Q, D) the numbers of the nearest images with their similarity: Nearest.search."""
+        self.join()
+        if self.base is None:
+            return [[] for _ in features]
+        self.searched = self.searched or Nearest(self.base.test.features, self.resident)
+        return self.searched.search(features, number, binary)
+
+    def close(self) -> None:
+        """Part from the file, which is not held open."""
+
+    def feature(self, number: int) -> torch.Tensor:
+        """Return the features (D,) of an image."""
+        return self.base.test.features[number].float()
+
+    def any(self) -> int:
+        """Return the number of an image at random."""
+        return random.randrange(len(self))
+
+    def find(self, words: str, most: int) -> tuple[int, list[int]]:
+        """Return how many images hold all words in their path or class, and the numbers of the first ones."""
+        if self.names is None:
+            self.names = [f'{item.path} {item.label}'.lower() for item in self.items()]
+        parts = words.lower().split()
+        found = [number for number, name in enumerate(self.names) if all(part in name for part in parts)]
+        return len(found), found[:most]
+
+    def number_of(self, path: str) -> int | None:
+        """Return the number of the image of a path, below its folder or whole; None where there is none, or several."""
+        found = [number for number, image in enumerate(self.base.test.images) if path == image or path.endswith(
+            f'/{image}') and path == f'{self.item(number).folder}/{image}']
+        return found[0] if len(found) == 1 else None
+
+
+class FileCollection(SearchedImages):
+    """A collection in a data base file.
+
+    Args:
+        file: of the data base; it need not be there yet.
+        origin: what the file says of its origin, of a new one: args and whatever DataBase holds as `origin`.
+        fingerprint: of the model, of a new one.
+        dtype: of its features, None: that of the file, of a new one float32.
+
+    Raises:
+        UserError: if the file is none that embed.py made, or was made with another model.
+    """
+
+    def __init__(self, file: Path, origin: dict | None = None, fingerprint: str | None = None,
+                 dtype: torch.dtype | None = None):
+        super().__init__(load_data_base(file) if file.is_file() else None)
+        self.file, self.folder = file, Path(f'{file}.parts')
+        if self.base is not None and self.base.sources is None:
+            raise UserError(f'--data_base {file} is that of a run, whose images are its test images; name another file '
+                            'to embed into')
+        self.origin = origin if self.base is None else self.base.origin
+        self.fingerprint = fingerprint if self.base is None else self.base.sources.fingerprint
+        if fingerprint not in (None, self.fingerprint):
+            raise UserError(f'--model: {file} holds images that another model embedded, and similarities across models '
+                            'mean nothing; leave --model out, or name another --data_base')
+        self.dtype = dtype or (torch.float32 if self.base is None else self.base.test.features.dtype)
+        self.broken = {} if self.base is None else dict(self.base.sources.broken)
+        self.next_part, self.parts = 0, []
+        self.read_parts()
+
     def folders(self) -> list[str]:
         """Return the folders that images are from."""
         return list(dict.fromkeys([*([] if self.base is None else self.base.sources.folders),
                                    *(item.folder for items, _ in self.parts for item in items)]))
 
-    # ------------------------------------------------ the three methods --------------------------------------------
     def add(self, items: list[Item], features: torch.Tensor, broken: dict[str, list] | None = None) -> None:
         """Add images with their features (n, D), unit rows; one that is there is replaced. They are saved at once.
 
@@ -149,41 +193,6 @@ class FileCollection:
         gone = set(places)
         self.keep([row for row, item in enumerate(self.items()) if (item.folder, item.path) not in gone])
 
-    def search(self, features: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
-        """Return for each query (Q, D) the numbers of the nearest images with their similarity: Nearest.search."""
-        self.join()
-        if self.base is None:
-            return [[] for _ in features]
-        self.searched = self.searched or Nearest(self.base.test.features, self.resident)
-        return self.searched.search(features, number, binary)
-
-    def close(self) -> None:
-        """Part from the file, which is not held open."""
-
-    # ------------------------------------------------ by name ------------------------------------------------------
-    def feature(self, number: int) -> torch.Tensor:
-        """Return the features (D,) of an image."""
-        return self.base.test.features[number].float()
-
-    def any(self) -> int:
-        """Return the number of an image at random."""
-        return random.randrange(len(self))
-
-    def find(self, words: str, most: int) -> tuple[int, list[int]]:
-        """Return how many images hold all words in their path or class, and the numbers of the first ones."""
-        if self.names is None:
-            self.names = [f'{item.path} {item.label}'.lower() for item in self.items()]
-        parts = words.lower().split()
-        found = [number for number, name in enumerate(self.names) if all(part in name for part in parts)]
-        return len(found), found[:most]
-
-    def number_of(self, path: str) -> int | None:
-        """Return the number of the image of a path, below its folder or whole; None where there is none, or several."""
-        found = [number for number, image in enumerate(self.base.test.images) if path == image or path.endswith(
-            f'/{image}') and path == f'{self.item(number).folder}/{image}']
-        return found[0] if len(found) == 1 else None
-
-    # ------------------------------------------------ the file -----------------------------------------------------
     def relabel(self, labels: dict[tuple[str, str], str]) -> None:
         """Give images, named by folder and path, other classes."""
         items = [item._replace(label=labels.get((item.folder, item.path), item.label)) for item in self.items()]

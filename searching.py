@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from browse import load_run_model, open_run
-from collection import FileCollection
+from collection import SearchedImages
 from dataset import make_transform
 from engine.errors import UserError
 from engine.images import load_image
@@ -125,7 +125,7 @@ def open_searcher(args) -> Searcher:
         model, settings = load_run_model(run, device)
     else:
         print(f'there is no {run.files.model}: only images of the data base can be searched for')
-    return Searcher(FileCollection.of_run(run), model, settings, absent_threshold(run.data_base.origin), device)
+    return Searcher(SearchedImages.of_run(run), model, settings, absent_threshold(run.data_base.origin), device)
 
 
 def open_remote(args) -> Searcher:
