@@ -18,7 +18,7 @@ from recipes import NOT_ALWAYS
 # Where a run stands, how fast it goes and what it says: free to change between a run and its --resume, and left out of
 # its files.
 CHANGEABLE = ('data_path', 'results_dir', 'device', 'num_workers', 'shard_proxies', 'on_collapse', 'seeds', 'resume',
-              'overwrite', 'allow_seen', 'epoch0', 'log_to')
+              'overwrite', 'allow_seen', 'epoch0', 'log_to', 'given')
 
 
 class Start(NamedTuple):

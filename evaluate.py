@@ -203,15 +203,18 @@ def get_args(argv: list[str] | None = None):
     return args
 
 
-def embed(args, model: EmbeddingNet, run: dict, device: torch.device) -> DataBase:
+def embed(args, model: EmbeddingNet, run: dict, trained_size: int, device: torch.device) -> DataBase:
     """Embed the test images that the command line names, with the settings of the run where it names none.
 
     The data base's `args` are then those of the run, but for what was measured and how.
+
+    Args:
+        trained_size: side of the images of the run, in whose proportion to their short side a larger one is cut.
     """
     image_size = model.config.image_size
-    settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto', 'image_size': image_size,
-                'resize_size': resize_for(image_size), 'recalls': (1, 2, 4, 8), **run}
-    settings['resize_size'] = settings['resize_size'] * image_size // settings['image_size']
+    settings = {'data_name': 'car', 'crop_type': 'uncropped', 'batch_size': 64, 'amp': 'auto',
+                'resize_size': resize_for(trained_size), 'recalls': (1, 2, 4, 8), **run, 'image_size': image_size}
+    settings['resize_size'] = settings['resize_size'] * image_size // trained_size
     settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
     settings |= {'data_name': canonical_data_name(settings['data_name']), 'mirror': model.config.mirror}
     if 0 < settings['resize_size'] < image_size:
@@ -231,7 +234,8 @@ def open_trunk(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
     name = canonical_data_name(args.data_name or 'car')
     run = run_name(name, model.config.backbone_type, model.feature_dim, 'zero_shot')
     return model.to(device, memory_format=torch.channels_last), {
-        'args': {'run': run, 'weights': Path(args.weights or 'imagenet').name}, 'made_with': provenance(device)}
+        'args': {'run': run, 'zero_shot': True, 'weights': Path(args.weights or 'imagenet').name},
+        'made_with': provenance(device)}
 
 
 def open_model(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
@@ -296,15 +300,17 @@ def main() -> None:
         origin = {**data_base.proxies, **data_base.origin}
     else:
         model, origin = open_trunk(args, device) if args.zero_shot else open_model(args, device)
+        trained_size = model.config.image_size
         change_config(model, args)
         name = origin['args'].get('run', 'run')
         if args.resume is not None:
             name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))
         files = files_to_save(args, name) if args.save else None
-        data_base = embed(args, model, origin['args'] if args.resume is not None else {}, device)
+        data_base = embed(args, model, origin['args'] if args.resume is not None else {}, trained_size, device)
     settings = data_base.origin['args']
     both = check_seen(seen_classes(origin), data_base.class_names, args.allow_seen)
-    kinds = ('dense',) if args.zero_shot else ('dense', 'binary')  # most trunks end in a ReLU, whose signs say nothing
+    bare = bool(origin['args'].get('zero_shot'))
+    kinds = ('dense',) if bare else ('dense', 'binary')  # most trunks end in a ReLU, whose signs say nothing
     results = measure(data_base, tuple(args.recalls or settings['recalls']), device, kinds)
     results['absent'] = measure_absent(*tensors_on(data_base, device))
     results['measured_on'] = {'data_name': settings['data_name'], 'crop_type': settings['crop_type'],
@@ -312,12 +318,12 @@ def main() -> None:
                               'resize_size': settings['resize_size'],
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
-        if not args.zero_shot:
+        if not bare:
             results['made_by'] = {name: origin.get(name) for name in ('args', 'epoch', 'made_with')}
         print(json.dumps(results, default=str, skipkeys=True))
     else:
         print(format_table(results))
-        if not args.zero_shot:
+        if not bare:
             print(describe_origin(origin))
     if args.save and world_rank() == 0:
         data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},

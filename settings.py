@@ -106,7 +106,8 @@ def get_parser(description: str | None = None) -> Parser:
                        'linear layer and the proxies learn, all epochs for a frozen trunk; this is no ramp of the '
                        'learning rate. Papers: Balanced 2, Proxy Anchor 1 (5 with resnet50), the others 0')
     group.add_argument('--optimizer_type', '--optimizer', type=str.lower, help='adamw, adam, sgd (momentum 0.9); adam* '
-                       'and sgd* add --proxy_update momentum (Momentum Proxy\'s spelling)')
+                       'and sgd* add --proxy_update momentum, and without the star --recipe momentum_proxy has '
+                       '--proxy_update gradient (its spelling)')
     group.add_argument('--lr', type=float, help='learning rate of the network; papers: 1e-4, Momentum Proxy 1e-3 (its '
                        'author later used 2e-5), Asymptotic 4e-5 and Proxy Anchor 6e-4 on sop and isc')
     group.add_argument('--trunk_lr', type=float, help='learning rate of the trunk; papers: 1 x lr')
@@ -133,10 +134,10 @@ def get_parser(description: str | None = None) -> Parser:
                        'is held out and chooses the epoch in place of the test classes; 0 chooses on the test classes, '
                        'as the papers do [0]')
     group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
-                       'trained on, and say so wherever the numbers stand')
+                       'trained on; evaluate.py, report.py and export.py say so beside their numbers')
     group.add_argument('--epoch0', type=switch, default=True, metavar='{0,1}', help='measure R@1 of the untouched '
                        'trunk (average pooling, no linear layer) before the training, unless its weights are random '
-                       '[1]')
+                       'or those of --init [1]')
     group.add_argument('--seeds', type=seed_list, metavar='1,2,3', help='train a run for each seed, one after the '
                        'other, and report mean, standard deviation and 95 %% interval of R@1; with --resume those that '
                        'are complete are kept')
@@ -188,6 +189,7 @@ def get_runs(argv: list[str] | None = None, description: str | None = None) -> t
     starred = bool(args.optimizer_type) and args.optimizer_type.endswith('*')  # Momentum Proxy's adam* and sgd*
     if args.optimizer_type is not None:
         args.optimizer_type = args.optimizer_type.removesuffix('*')
+    args.given = sorted(given)
     borrowed = args.loss_name is not None and args.loss_name.startswith(PML)
     if args.loss_name is not None and not borrowed:
         check_choice('--loss_name', args.loss_name, [*LOSSES, *COMBINED_LOSSES, f'{PML}NAME'])
@@ -240,8 +242,9 @@ def settle_rule(args: argparse.Namespace, settings: dict, starred: bool) -> None
     if len(set(rules.values())) > 1:
         remedy = f'; use --loss_name {combined["loss_name"]}' if combined else '; leave one of them out'
         raise UserError(f'{" and ".join(rules)} contradict each other: the proxies move in one way{remedy}')
-    # An optimizer without a star is, in Momentum Proxy's spelling, one with proxies that learn.
-    default = settings['proxy_update'] if args.optimizer_type is None else 'gradient'
+    default = settings['proxy_update']
+    if default == 'momentum' and args.optimizer_type is not None:  # without a star, in Momentum Proxy's spelling
+        default = 'gradient'
     args.proxy_update = next(iter(rules.values()), default)
     if args.momentum is not None and args.proxy_update != 'momentum':
         raise UserError(f'--momentum {args.momentum} has no effect while the proxies move by {args.proxy_update}; add '
@@ -256,7 +259,7 @@ def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
               '--loss_args', 'momentum': 'its weights learn by the gradient', 'proxy_init': 'it starts its weights '
               'itself', 'shard_proxies': 'each process holds its weights'}
     for name, reason in others.items():
-        if getattr(args, name):
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             raise UserError(f'--{name} {getattr(args, name)} has no effect on --loss_name {args.loss_name}: {reason}')
     if starred or args.proxy_update not in (None, 'gradient'):
         raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '

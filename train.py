@@ -196,6 +196,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, args: argparse.Namespace):
             'constant': lambda: schedules.ConstantLR(optimizer, factor=1.0)}[args.lr_schedule]()
 
 
+def check_use_of_proxies(args: argparse.Namespace, criterion) -> None:
+    """Refuse flags that a loss of pytorch-metric-learning has no use for."""
+    without = f'has no effect: {args.loss_name} has no proxies; leave it out'
+    if 'proxy_lr' in args.given and not list(criterion.parameters()):
+        raise UserError(f'--proxy_lr {args.proxy_lr} {without}')
+    if args.on_collapse == 'stop' and not criterion.has_proxies:
+        raise UserError(f'--on_collapse stop {without}')
+
+
 def build_learner(args: argparse.Namespace, num_classes: int, device: torch.device, weights: str):
     """Build the network, and the learner that trains it."""
     config = NetConfig(args.backbone_type, args.feature_dim, args.pooling, args.layer_norm, args.linear_bias,
@@ -212,6 +221,7 @@ def build_learner(args: argparse.Namespace, num_classes: int, device: torch.devi
         criterion = PmlLoss(args.base_loss.removeprefix(PML), parse_keywords(args.loss_args), miner=args.miner,
                             miner_arguments=parse_keywords(args.miner_args), num_classes=num_classes,
                             feature_dim=model.feature_dim).to(device)
+        check_use_of_proxies(args, criterion)
     else:
         criterion = make_loss(args.base_loss, num_classes=num_classes, feature_dim=model.feature_dim,
                               proxy_update=args.proxy_update, momentum=args.momentum or MOMENTUM, scale=args.scale,
@@ -253,7 +263,9 @@ def prepare(args: argparse.Namespace, start: Start, device: torch.device) -> Tra
     loaders = [make_test_loaders(data._replace(split=split), plain, args.batch_size, args.num_workers, device)
                for split in splits]
     rows, names = checkpoint['rows'] if checkpoint else [], loader.dataset.class_names
-    check_seen({*seen, *names}, loaders[0]['test'].dataset.class_names, args.allow_seen)
+    both = check_seen({*seen, *names}, loaders[0]['test'].dataset.class_names, args.allow_seen)
+    if both:
+        print(f'NOT of unseen classes: {len(both):,} test classes are trained on')
     if args.val_ratio:
         check_seen(seen, loaders[1]['test'].dataset.class_names, args.allow_seen, 'classes that --val_ratio holds out')
     if checkpoint:
@@ -420,7 +432,8 @@ def main(group: str, runs: list[argparse.Namespace]) -> None:
             resume = args.resume and begun
             overwrite = args.overwrite or (args.resume and not begun)  # of a first epoch that was cut off
         # With --overwrite the seeds that come later are to be trained anew as well, after an interruption too.
-        later = [other.checkpoint for other in all_files[number:]] if args.overwrite else []
+        later = [file for other in all_files[number:] for file in (other.checkpoint, other.statistics)
+                 if args.overwrite]
         start = Start(files, resume, [*files.all(), *later])
         with claim_run(start, overwrite):
             finished[args.seed] = train(args, start, device)

@@ -222,14 +222,14 @@ def check_seen(seen, measured: list[str], allowed: bool, kind: str = 'test class
 ORIGIN = ('args', 'epoch', 'made_with', 'seen_classes', 'absent')  # what models and data bases say of their making
 
 
-def absent_threshold(origin: dict, rate: float = 0.05) -> float | None:
-    """Return the similarity above which this share of queries whose class is absent would still be answered.
+def absent_threshold(origin: dict) -> float | None:
+    """Return the similarity above which 5 % of the queries whose class is absent would still be answered.
 
     It is what metrics.absent_thresholds found for the run; None where a file does not say it.
     """
     rows = origin.get('absent')
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and row.get('rate') == rate and type(row.get('threshold')) is float:
+        if isinstance(row, dict) and row.get('rate') == 0.05 and type(row.get('threshold')) is float:
             return row['threshold']
     return None
 

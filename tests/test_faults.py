@@ -73,12 +73,12 @@ def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets,
 
 
 def test_seeds_that_are_overwritten_keep_none_of_the_old_runs(raw_sets, tmp_path):
-    words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 1, '--warm_up', 0)
+    words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 2, '--warm_up', 0)
     assert train(words, tmp_path / 'log')[0] == 0
     second = tmp_path / 'r' / f'{NAMES["gradient"]}_seed2_checkpoint.pth'
     before = load(second, 'checkpoint')
     save({**before, 'made_with': {'commit': 'old'}}, second)
-    assert train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 5))[0] == 143  # in the second run
+    assert train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 8))[0] == 143  # in the second run
     assert not second.exists()
     code, printed = train((*words, '--resume'), tmp_path / 'log3')
     assert code == 0, printed

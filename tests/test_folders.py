@@ -168,7 +168,9 @@ def test_training_on_test_classes_says_so_in_table_and_report(tmp_path):
                 write_image(tmp_path / 'mine' / subset / label / f'{number}.jpg', ord(label), number + 5 * len(subset))
     assert '2 classes are in training and test' in convert(tmp_path).stdout
     assert_one_line_error(train(tmp_path), '2 of 3 test classes were trained on', '--allow_seen')
-    assert train(tmp_path, '--allow_seen').returncode == 0
+    result = train(tmp_path, '--allow_seen')
+    assert result.returncode == 0
+    assert 'NOT of unseen classes: 2' in result.stdout
     words = ('--data_base', tmp_path / 'r' / f'{NAME}_data_base.pth')
     assert_one_line_error(type_command('evaluate.py', *words), '2 of 3 test classes were trained on')
     assert 'NOT of unseen classes: 2' in type_command('evaluate.py', *words, '--allow_seen').stdout
@@ -431,6 +433,11 @@ def test_the_untouched_trunk_is_saved_and_searched(own, weights):
     name = next((own / 'r').glob('mine_timm-test_resnet_*_zero_shot_data_base.pth'))
     look_up = ('test.py', '--data_base', name, '--data_path', own, '--results_dir', own / 'r', '--retrieval_num', 3)
     (own / 'foreign.jpg').write_bytes((own / 'mine/a/0.jpg').read_bytes())
+    for source in (('--data_base', name), ('--resume', str(name).replace('data_base', 'model'), '--data_path', own)):
+        again = type_command('evaluate.py', *source, '--results_dir', own / 'r')
+        assert again.returncode == 0
+        assert again.stdout.splitlines()[1] == result.stdout.splitlines()[1]
+        assert 'binary' not in again.stdout
     for query in (load(name, 'data base')['test_images'][0], own / 'foreign.jpg'):
         assert type_command(*look_up, '--query_img_name', query).returncode == 0
     assert type_command('report.py', '--data_base', name, '--data_path', own).returncode == 0

@@ -138,6 +138,8 @@ def test_what_cannot_be_built_is_one_line_before_the_training(words, parts, raw_
     (('pml:ProxyNCALoss', '--scale', '3'), ('--scale 3', '--loss_args')),
     (('pml:SupConLoss', '--miner_args', 'margin=1'), ('--miner_args', 'no --miner')),
     (('proxy_nca', '--loss_args', 'softmax_scale=1'), ('--loss_args', 'pml:NAME')),
+    (('pml:ContrastiveLoss', '--scale', '0'), ('--scale 0', '--loss_args')),
+    (('pml:ContrastiveLoss', '--margin', '0'), ('--margin 0', '--loss_args')),
     (('proxy_nca', '--miner', 'BatchHardMiner'), ('--miner BatchHardMiner', 'pml:NAME'))])
 def test_flags_without_effect_are_refused(words, parts):
     with pytest.raises(UserError) as caught:
@@ -204,3 +206,10 @@ def test_a_run_learns_goes_on_bit_for_bit_and_is_measured(words, name, proxies, 
     data_base = torch.load(tmp_path / f'whole/{run}_data_base.pth', weights_only=True)
     assert ('train_proxies' in data_base) == proxies
     assert (rows[0]['proxy_lr'] > 0) == ('SoftTriple' in words[0] or proxies)
+
+
+@pytest.mark.parametrize('words', [('--proxy_lr', 0.1), ('--on_collapse', 'stop')])
+def test_flags_for_proxies_are_refused_where_a_loss_has_none(words, glyph, tmp_path):
+    result = type_command('train.py', '--data_path', glyph, *SMALL_GLYPH, '--results_dir', tmp_path, '--loss_name',
+                          'pml:SupConLoss', *words)
+    assert_one_line_error(result, f'{words[0]} {words[1]} has no effect', 'pml:SupConLoss has no proxies')

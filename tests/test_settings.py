@@ -132,6 +132,7 @@ def test_data_sets_answer_to_their_second_names(given, name):
     (('--optimizer_type', 'adam*'), 'momentum', 'adam'), (('--optimizer_type', 'sgd*'), 'momentum', 'sgd'),
     (('--recipe', 'momentum_proxy'), 'momentum', 'adam'),
     (('--recipe', 'momentum_proxy', '--optimizer_type', 'adam'), 'gradient', 'adam'),
+    (('--recipe', 'whitened_margin', '--optimizer_type', 'sgd'), 'positive', 'sgd'),
     (('--recipe', 'momentum_proxy', '--proxy_update', 'positive'), 'positive', 'adam'),
     (('--loss_name', 'positive_proxy'), 'positive', 'adamw'),
     (('--recipe', 'positive_proxy', '--loss_name', 'normalized_softmax'), 'gradient', 'adamw')])
