@@ -239,6 +239,20 @@ def test_the_page_says_how_far_whitened_margin_is_above_whitened_start_on_held_o
         assert f'{gains[0]}, {gains[1]} and {gains[2]}{words}' in page
 
 
+def test_the_page_says_of_the_parts_of_whitened_margin_what_the_committed_files_say():
+    page = ' '.join((REPOSITORY / 'docs/results.md').read_text(encoding='utf-8').split())
+    for metric, better, worse, words in (
+            ('dense', 'whitened_margin', 'without-large-crops', 'large crops account for {} to {} points of dense R@1'),
+            ('dense', 'whitened_margin', 'without-batches-of-32', 'the batches of 32 for {} to {},'),
+            ('dense', 'whitened_margin', 'without-margin', 'the margin for {} to {},'),
+            ('binary', 'without-margin', 'whitened_margin', 'and it costs {} to {} in binary codes'),
+            ('dense', 'with-colors', 'whitened_margin', 'Colours change dense R@1 by {} to {} points'),
+            ('binary', 'with-colors', 'whitened_margin', 'and binary codes by {} to {}.')):
+        recalls = last_epochs('margin', f'val_{metric}_R@1')
+        gains = sorted(round(recalls[better, seed] - recalls[worse, seed], 1) for seed in (1, 2, 3))
+        assert words.format(gains[0], gains[-1]) in page, gains
+
+
 def test_the_page_says_of_the_parts_of_whitened_start_what_the_committed_files_say():
     page = ' '.join((REPOSITORY / 'docs/results.md').read_text(encoding='utf-8').split())
     recalls = last_epochs('ablation', 'val_dense_R@1')
