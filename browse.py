@@ -27,13 +27,13 @@ class OpenRun(NamedTuple):
     files: RunFiles  # of the run that made it
     roots: list[Path]  # the folders of its images: that of the data set, or those of a collection
 
-    def folder(self, subset: str, index: int) -> int:
-        """Return the number of the folder that an image lies in."""
+    def folder(self, index: int) -> int:
+        """Return the number of the folder that an image of a collection lies in, 0 for that of a run."""
         return 0 if self.data_base.sources is None else int(self.data_base.sources.numbers[index])
 
     def file(self, subset: str, index: int) -> Path:
         """Return the file of an image; raises UserError where a link leads out of its folder."""
-        return image_file(self.roots[self.folder(subset, index)], self.data_base.subsets[subset].images[index])
+        return image_file(self.roots[self.folder(index)], self.data_base.subsets[subset].images[index])
 
 
 def add_data_base_flags(parser) -> None:

@@ -404,7 +404,8 @@ def get_args(argv: list[str] | None = None):
                             (f'--seed {args.seed}', args.seed is not None and 'glyph' not in args.data_name)):
             if given:
                 raise UserError(f'{flag} has no effect on data sets with a split of their own; leave it out')
-    check_between(args, {'seed': (0, None), 'cache_size': (16, 8192)})
+    check_between(args, {'seed': (0, None), 'cache_size': (16, 8192), 'glyph_classes': (3, None),
+                         'glyph_images': (2, None)})
     return args
 
 

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import make_folder, save, write_atomically
+from engine.files import make_folder, remove_torn, save, write_atomically
 from utils import (Parser, add_device_flags, check_between, check_place, check_replaceable, refuse_without_effect,
                    run_script, user_path)
 
@@ -69,15 +69,15 @@ def get_args(argv: list[str] | None = None):
     check_place(args)
     if args.qdrant is not None:
         refuse_without_effect(args, dict.fromkeys(('duplicates', 'csv', 'npy', 'parquet'), ' with --qdrant'))
-        if args.images is not None and args.model is None:
+        if (args.images is not None or args.update) and args.model is None:
             raise UserError('--qdrant keeps no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
         raise UserError(f'--data_base {args.data_base} must end in .pth')
     if args.images is None and all(getattr(args, name) in (None, []) or getattr(args, name) is False
                                    for name in (*ACTIONS, 'dtype')):
         raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTIONS))
-    for flag, needed in (('labels', args.images), ('model', args.images)):
-        if getattr(args, flag) is not None and needed is None:
+    for flag, needed in (('labels', args.images), ('model', args.images or (args.qdrant and args.update))):
+        if getattr(args, flag) is not None and not needed:
             raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --images; leave it out')
     if args.overwrite and not (args.csv or args.npy or args.parquet):
         raise UserError('--overwrite has no effect without --csv, --npy or --parquet; leave it out')
@@ -157,7 +157,7 @@ def embed_items(items: list[Item], collection, model: EmbeddingNet, settings: di
 
 
 def open_collection(args) -> FileCollection:
-    """Open the data base that the command line names, or begin it with the model, which is copied beside it.
+    """Open the data base that the command line names, or begin it with the model.
 
     Raises:
         UserError: if there is none and no model to begin it with, or the model is another one.
@@ -176,9 +176,14 @@ def open_collection(args) -> FileCollection:
         there = load_model_file(copy)
         if fingerprint_of(there['config'], there['state_dict']) != collection.fingerprint:
             raise UserError(f'{copy} is there and another model; move it away, or name another --data_base')
-    else:
-        save(contents, copy)  # of a file, or of a folder of export.py
     return collection
+
+
+def keep_model(args) -> None:
+    """Copy the model that the command line names, a file or a folder of export.py, beside the data base."""
+    copy = RunFiles.beside(Path(args.data_base)).model
+    if not copy.exists():
+        save(load_model_file(args.model), copy)
 
 
 def open_remote(args):
@@ -188,8 +193,9 @@ def open_remote(args):
     if args.model is None:
         return QdrantCollection(args.qdrant, args.collection, dtype=args.dtype and DTYPES[args.dtype])
     contents = load_model_file(args.model)
+    origin = {key: contents[key] for key in ORIGIN if key in contents} if args.images is not None else None
     return QdrantCollection(
-        args.qdrant, args.collection, origin={key: contents[key] for key in ORIGIN if key in contents},
+        args.qdrant, args.collection, origin=origin,
         fingerprint=fingerprint_of(contents['config'], contents['state_dict']),
         dim=load_model(args.model, torch.device('cpu'))[0].feature_dim, dtype=args.dtype and DTYPES[args.dtype])
 
@@ -378,6 +384,8 @@ def change(args, collection) -> None:
         new = [item for item in new if item not in removed]
     if args.images is not None:  # what has changed below it is found a second time
         new = list({item[:2]: item for item in [*new, *add_folder(args, collection)]}.values())
+    if args.model is not None and args.qdrant is None:
+        keep_model(args)
     if new:
         device = select_device(args.device)
         model, settings = load_own_model(args, collection, device)
@@ -399,7 +407,9 @@ def main(args) -> None:
         return
     file = Path(args.data_base)
     make_folder('--data_base', file.parent)
-    with RunFiles.beside(file).locked(f'--data_base {file}: another process is at work on it; wait for it'):
+    files = RunFiles.beside(file)
+    with files.locked(f'--data_base {file}: another process is at work on it; wait for it'):
+        remove_torn(file.parent, [file.name, files.model.name])
         change_and_show(args, open_collection(args), str(file))
 
 

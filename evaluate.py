@@ -151,9 +151,10 @@ def describe_origin(origin: dict) -> str:
     run, made = origin['args'], origin.get('made_with')
     made = made if isinstance(made, dict) else {}  # of a file that others wrote
     changed = {'yes': ' with changes', 'no': '', 'unknown': ''}.get(str(made.get('changed_since')), '')
-    return (f'{run.get("run", "a run without a name")}: recipe {run.get("recipe")}, seed {run.get("seed")}, epoch '
-            f'{origin.get("epoch")}; code {str(made.get("commit"))[:12]}{changed}, torch {made.get("torch")}, '
-            f'torchvision {made.get("torchvision")}, {made.get("device")}')
+    training = 'not trained' if run.get('zero_shot') else (
+        f'recipe {run.get("recipe")}, seed {run.get("seed")}, epoch {origin.get("epoch")}')
+    return (f'{run.get("run", "a run without a name")}: {training}; code {str(made.get("commit"))[:12]}{changed}, '
+            f'torch {made.get("torch")}, torchvision {made.get("torchvision")}, {made.get("device")}')
 
 
 # ---------------------------------------------------- command line ---------------------------------------------------
@@ -305,6 +306,7 @@ def main() -> None:
         name = origin['args'].get('run', 'run')
         if args.resume is not None:
             name = run_name(name, 'on', canonical_data_name(args.data_name or origin['args']['data_name']))
+            origin['args'] = {'trained_on': origin['args']['data_name'], **origin['args']}
         files = files_to_save(args, name) if args.save else None
         data_base = embed(args, model, origin['args'] if args.resume is not None else {}, trained_size, device)
     settings = data_base.origin['args']
@@ -318,12 +320,12 @@ def main() -> None:
                               'resize_size': settings['resize_size'],
                               'classes': len(data_base.class_names), 'seen_classes': len(both)}
     if args.json:
-        if not bare:
+        if not args.zero_shot:
             results['made_by'] = {name: origin.get(name) for name in ('args', 'epoch', 'made_with')}
         print(json.dumps(results, default=str, skipkeys=True))
     else:
         print(format_table(results))
-        if not bare:
+        if not args.zero_shot:
             print(describe_origin(origin))
     if args.save and world_rank() == 0:
         data_base.origin = {**{key: origin[key] for key in ('epoch', 'made_with', 'seen_classes') if key in origin},

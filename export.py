@@ -342,11 +342,14 @@ class Bench:
 # ---------------------------------------------------- a folder for a hub -------------------------------------------
 def describe_protocol(run: dict, seen: int) -> str:
     """Say in a sentence or two what the numbers of a run's data base are numbers of."""
-    chosen = ('on held out training classes' if run['args'].get('val_ratio') else
+    settings = run['args']
+    chosen = ('on held out training classes' if settings.get('val_ratio') else
+              f'on the test classes of {settings["trained_on"]}' if 'trained_on' in settings else
               'on the test classes, as in the papers, which makes its numbers a little too good')
+    epoch = '' if settings.get('zero_shot') else f' The epoch was chosen {chosen}.'
     classes = f'{seen} of these classes were TRAINED ON' if seen else 'Classes that were not trained on'
     return (f'{classes}. Recall@K is exact: the query itself is left out by its index, tied negatives count as half; '
-            f'binary are the signs of the embeddings, by Hamming distance. The epoch was chosen {chosen}.')
+            f'binary are the signs of the embeddings, by Hamming distance.{epoch}')
 
 
 def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folder: str) -> str:
@@ -354,14 +357,15 @@ def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folde
     import jinja2
 
     settings, results, seen = run['args'], None, []
+    kinds = ('dense',) if settings.get('zero_shot') else ('dense', 'binary')
     if data_base is not None:
         seen = check_seen(seen_classes(run), data_base.class_names, allowed=True)
-        results = {**measure(data_base, tuple(settings['recalls']), CPU), 'absent': measure_absent(
+        results = {**measure(data_base, tuple(settings['recalls']), CPU, kinds), 'absent': measure_absent(
             *data_base.tensors()), 'measured_on': {
             'data_name': settings['data_name'], 'crop_type': settings['crop_type'], 'mirror': model.config.mirror,
             'image_size': model.config.image_size, 'resize_size': settings['resize_size'],
             'classes': len(data_base.class_names), 'seen_classes': len(seen)}}
-    metrics = [{'type': f'{kind} {name}', 'value': round(value, 2)} for kind in ('dense', 'binary') if results
+    metrics = [{'type': f'{kind} {name}', 'value': round(value, 2)} for kind in kinds if results
                for name, value in results[kind].items() if name not in NUMBERS_OF_QUERIES]
     template = jinja2.Template((Path(__file__).parent / 'templates/model_card.md').read_text(), trim_blocks=True,
                                undefined=jinja2.StrictUndefined)

@@ -129,9 +129,10 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
     named = {path.name.lower(): path for path in classes(root)}
     subsets, dealt = [subset for subset in SUBSETS if subset in named], {}
     if subsets in (['train', 'test'], ['train', 'query', 'gallery']):
-        if ratio is not None:
-            raise UserError(f'--test_ratio {ratio} has no effect: {root} is split into {" and ".join(subsets)} '
-                            'already; leave it out')
+        for flag, value in (('test_ratio', ratio), ('seed', seed)):
+            if value is not None:
+                raise UserError(f'--{flag} {value} has no effect: {root} is split into {" and ".join(subsets)} '
+                                'already; leave it out')
         folders = [(folder, subset) for subset in subsets for folder in classes(named[subset])]
     elif subsets:
         raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '

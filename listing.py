@@ -17,7 +17,7 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
 
     Returns:
         {path below it: (bytes, time of the last change in ns)} in the order of the paths, and what is left out: the
-        endings of other files, links that lead out of the folder, names that no data base can hold.
+        endings of other files, links to folders, links that lead out of the folder, names that no data base can hold.
 
     Raises:
         UserError: if a folder cannot be read, which is not to be taken for an empty one.
@@ -29,6 +29,7 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
     found, left_out, top = {}, Counter(), folder.resolve()
     for here, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        left_out.update('links to folders' for name in folders if os.path.islink(os.path.join(here, name)))
         for name in sorted(files):
             file = Path(here, name)
             path, suffix = file.relative_to(folder).as_posix(), file.suffix.lower()

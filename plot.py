@@ -220,7 +220,7 @@ def read_sweep(folder: str | Path, over: str, line: str, metric: str, epoch: str
 
 def summarize(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return mean, standard deviation (n - 1; 0 for one seed) and number of seeds per line and swept value."""
-    table = runs.groupby(['line', 'over'])[metric].agg(['mean', 'std', 'count']).reset_index()
+    table = runs.groupby(['line', 'over'], dropna=False)[metric].agg(['mean', 'std', 'count']).reset_index()
     return table.fillna({'std': 0.0})
 
 
@@ -230,7 +230,7 @@ def draw_sweep(summary: pd.DataFrame, over: str, line: str, metric: str, epoch: 
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(4.6, 3.4), layout='constrained')
-        for number, (name, part) in enumerate(summary.groupby('line')):
+        for number, (name, part) in enumerate(summary.groupby('line', dropna=False)):
             colour = COLOURS[number % len(COLOURS)]
             axis.plot(part['over'], part['mean'], color=colour, marker='o', markersize=3.5, label=str(name),
                       linestyle=LINES[number % len(LINES)])
@@ -297,7 +297,7 @@ def format_cells(table: pd.DataFrame, over: str, metrics: list[str]) -> str:
     return '\n'.join(lines)
 
 
-def draw_table(table: pd.DataFrame, over: str, metrics: list[str], epoch: str, target: Path) -> Path:
+def draw_table(table: pd.DataFrame, metrics: list[str], epoch: str, target: Path) -> Path:
     """Draw what `tabulate` found: a panel a metric, a row for each value, a colour a line, a bar for the interval."""
     with plot_style():
         from matplotlib import pyplot
@@ -392,7 +392,7 @@ def main() -> None:
     if args.sweep is not None:
         print(draw_sweep(summary, args.over, args.line, metric, args.epoch, target))
     elif args.table is not None:
-        print(draw_table(cells, args.over, metrics, args.epoch, target))
+        print(draw_table(cells, metrics, args.epoch, target))
     elif single:
         print(draw_curves(next(iter(tables.values())), target, run))
     else:

@@ -139,6 +139,8 @@ class Interface:
         try:
             number = int(str(value))
             self.collection.item(number)
+        except UserError:  # of a collection that cannot be reached
+            raise
         except (ValueError, IndexError):
             raise Refused(404, f'there is no image {str(value)[:40]!r}') from None
         return number
@@ -250,6 +252,10 @@ def make_app(interface: Interface, hosts: list[str], token: str | None = None):
     async def refuse(_request: Request, error: Refused) -> Response:
         return JSONResponse({'error': error.line}, error.status)
 
+    @app.exception_handler(UserError)
+    async def unreachable(_request: Request, error: UserError) -> Response:
+        return JSONResponse({'error': str(error)}, 503)
+
     add_guard(app, token)
 
     @app.get('/', response_class=HTMLResponse, include_in_schema=False)
@@ -319,9 +325,9 @@ def main(args) -> None:
     searcher = open_searcher(args)
     local = listening.getsockname()[0] in ('127.0.0.1', '::1')
     port = listening.getsockname()[1]
-    hosts = ['127.0.0.1', 'localhost', '::1', args.host] if local else ['*']
-    app = make_app(Interface(searcher, args.collection or Path(args.data_base).stem), hosts, args.token)
     name = f'[{args.host}]' if ':' in args.host else args.host
+    hosts = ['127.0.0.1', 'localhost', '[::1]', name] if local else ['*']
+    app = make_app(Interface(searcher, args.collection or Path(args.data_base).stem), hosts, args.token)
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; Ctrl-C ends it', flush=True)
     if not local:
         print('Everybody who reaches this machine over the network ' + (

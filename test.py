@@ -52,7 +52,7 @@ def find_query(name: str, run: OpenRun) -> tuple[str, int] | None:
     for subset, own in run.data_base.subsets.items():
         for index, image in enumerate(own.images):
             if image in wanted or image.endswith(tail):
-                there.setdefault((run.folder(subset, index), image), (subset, index))
+                there.setdefault((run.folder(index), image), (subset, index))
     named = [place for place in there if place[1] == name or place[1] in converted
              or '/' not in name and place[1].endswith(tail)]
     if typed.is_file():  # a file that is there is meant, and a name of the data base only if it is the same file

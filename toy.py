@@ -30,7 +30,7 @@ from metrics import retrieval_metrics
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import COMBINED_LOSSES, LOSSES, MOMENTUM
 from train import Learner, train_one_epoch
-from utils import COLOURS, GREY, Parser, check_between, plot_style, run_script, save_figure
+from utils import COLOURS, GREY, Parser, check_between, plot_style, run_script, save_figure, user_path
 
 NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
 IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
@@ -252,7 +252,8 @@ def animate(toys: dict[str, dict], target: Path) -> Path:
 def get_args(argv: list[str] | None = None):
     """Parse the command line and settle what depends on the data set and the weights."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_path', default='/home/data/stl10', help='where STL10 is or goes [%(default)s]')
+    parser.add_argument('--data_path', type=user_path, default='/home/data/stl10',
+                        help='where STL10 is or goes [%(default)s]')
     parser.add_argument('--data_name', choices=tuple(IMAGE_SIZE), default='stl10',
                         help='STL10, or ten characters that need no download [%(default)s]')
     parser.add_argument('--loss_name', default='asymptotic_proxy',
@@ -263,12 +264,13 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--batch_size', type=int, help='images in a step [128; 64 for glyph]')
     parser.add_argument('--num_epochs', type=int, default=30, help='[%(default)s]')
     parser.add_argument('--lr', type=float, help='learning rate [1e-4; 1e-3 with --weights none]')
-    parser.add_argument('--weights', help='of the ResNet18: imagenet, none, or a file [imagenet; none for glyph]')
+    parser.add_argument('--weights', type=user_path,
+                        help='of the ResNet18: imagenet, none, or a file [imagenet; none for glyph]')
     parser.add_argument('--compare', action='store_true', help='train moving and learnable proxies, side by side')
     parser.add_argument('--animate', action='store_true', help='write a GIF too, a picture per epoch')
     parser.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
     parser.add_argument('--seed', type=int, default=0, help='of weights, characters and order [%(default)s]')
-    parser.add_argument('--results_dir', default='results', help='where files go [%(default)s]')
+    parser.add_argument('--results_dir', type=user_path, default='results', help='where files go [%(default)s]')
     parser.add_argument('--overwrite', action='store_true', help='replace the files of a run of the same name')
     args = parser.parse_args(argv)
     check_choice('--loss_name', args.loss_name, ['asymptotic_proxy', *LOSSES])

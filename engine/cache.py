@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import are_texts, is_whole, load, save, stamp_of, write_atomically
+from engine.files import are_texts, is_whole, load, remove_torn, save, stamp_of, write_atomically
 from engine.images import BrokenImage, load_image
 from engine.processes import progress
 
@@ -35,6 +35,7 @@ def build_cache(root: Path, crop_type: str, size: int, images: list[str]) -> int
         if cache.places.keys() == set(images):  # one of more images may hold some that were deleted since
             return cache.total
     index_file.unlink(missing_ok=True)  # without its index a cache is not used
+    remove_torn(root, [pixels_file.name, index_file.name])
     index = {'images': images, 'shapes': [], 'checksums': [], 'stamps': [stamp_of(root / path) for path in images],
              'size': size}
 

@@ -8,8 +8,9 @@ class UserError(ValueError):
 
 def nearest(value: str, choices) -> str:
     """Return `; did you mean 'x'?` for the choice nearest to a mistyped value, or nothing."""
-    match = difflib.get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    return f'; did you mean {match[0]!r}?' if match else ''
+    spelled = {str(choice).lower(): str(choice) for choice in choices}
+    match = difflib.get_close_matches(str(value).lower(), spelled, n=1, cutoff=0.5)
+    return f'; did you mean {spelled[match[0]]!r}?' if match else ''
 
 
 def check_choice(flag: str, value: str, choices) -> str:

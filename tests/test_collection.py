@@ -198,7 +198,7 @@ def test_embed_and_serve_say_the_same_of_qdrant_as_of_a_file(photos, capsys):
     write_image(photos / 'photos/ara/0.jpg', 3, 3)
     (photos / 'photos/zebra/3.jpg').unlink()
     for where in (remote, ['--data_base', str(photos / 'm.pth')]):
-        model = ['--model', photos / 'm_model.pth', '--images', photos / 'photos'] if where is remote else []
+        model = ['--model', photos / 'm_model.pth'] if where is remote else []
         call_embed(*where, '--update', *model)
         assert '1 images have vanished and are removed' in capsys.readouterr().out
     found = []
@@ -230,6 +230,8 @@ def test_embed_and_serve_say_the_same_of_qdrant_as_of_a_file(photos, capsys):
     (['--qdrant', 'x', '--collection', 'c', '--data_base', 'm.pth', '--update'], ['one of --data_base']),
     (['--qdrant', 'x', '--collection', 'c', '--csv', 'x.csv'], ['--csv', 'no effect with --qdrant']),
     (['--qdrant', 'x', '--collection', 'c', '--images', 'x'], ['name it with --model']),
+    (['--qdrant', 'x', '--collection', 'c', '--update'], ['name it with --model']),
+    (['--qdrant', 'x', '--collection', 'c', '--model', 'x.pth', '--list'], ['--model x.pth', 'without --images']),
     (['--qdrant', 'http://127.0.0.1:1', '--collection', 'c', '--list'], ['--qdrant http://127.0.0.1:1'])])
 def test_what_cannot_be_is_one_line(words, parts):
     assert_one_line_error(type_command('embed.py', *words), *parts)

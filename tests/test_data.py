@@ -159,6 +159,9 @@ def test_missing_data_is_named(tmp_path):
     (tmp_path / 'flowers').mkdir()
     result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'flower')
     assert_one_line_error(result, "did you mean 'flowers'")
+    (tmp_path / 'flowers').rename(tmp_path / 'FLOWERS')
+    result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'FLOWRS')
+    assert_one_line_error(result, "did you mean 'FLOWERS'")
 
 
 def convert_own(tmp_path, *words):
@@ -236,6 +239,16 @@ def test_the_classification_split_of_cars_is_told_apart(tmp_path):
     write_image(tmp_path / 'car/train/Acura/1.jpg', 1, 1)
     result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'cars196')
     assert_one_line_error(result, 'cars_annos.mat', '8,144 / 8,041', '8,054 / 8,131')
+
+
+@pytest.mark.parametrize(('words', 'line'), [
+    (('glyph', '--glyph_classes', 0), '--glyph_classes 0'), (('glyph', '--glyph_images', 1), '--glyph_images 1'),
+    (('mine', '--seed', 3), '--seed 3 has no effect'),
+    (('mine', '--test_ratio', 0.3), '--test_ratio 0.3 has no effect')])
+def test_numbers_that_cannot_be_and_a_deal_of_what_is_split_are_errors(tmp_path, words, line):
+    for subset in ('train', 'test'):
+        write_image(tmp_path / 'mine' / subset / 'a/0.jpg', 0, 0)
+    assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path, '--data_name', *words), line)
 
 
 @pytest.mark.parametrize('words', [('--test_ratio', 0.3), ('--glyph_classes', 5)])

@@ -445,6 +445,28 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(museum, monk
         find_images(museum)
 
 
+def test_links_to_folders_are_counted_and_not_followed(call, museum, model, tmp_path):
+    write_image(tmp_path / 'elsewhere/0.jpg', 1, 1)
+    (museum / 'elsewhere').symlink_to(tmp_path / 'elsewhere')
+    assert '12 images, 12 to embed; left out: 1 links to folders, 1 links out' in call(
+        '--model', model, '--images', museum)
+
+
+def test_a_first_call_that_finds_no_images_keeps_no_model(call, museum, model, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='holds no images'):
+        call('--model', make_model(tmp_path / 'other_model.pth', 1), '--images', tmp_path / 'empty')
+    assert '11 images of 1 folders' in call('--model', model, '--images', museum)
+
+
+def test_what_a_killed_call_has_half_written_is_removed(call, museum, model, tmp_path):
+    left = [tmp_path / '.museum.pth.01234567', tmp_path / '.museum_model.pth.89abcdef']
+    for file in left:
+        file.write_bytes(b'half')
+    call('--model', model, '--images', museum)
+    assert not any(file.exists() for file in left)
+
+
 def test_damaged_parts_and_those_of_another_model_are_refused(call, museum, model, tmp_path):
     call('--model', model, '--images', museum)
     base = load_data_base(tmp_path / 'museum.pth')

@@ -438,6 +438,13 @@ def test_the_untouched_trunk_is_saved_and_searched(own, weights):
         assert again.returncode == 0
         assert again.stdout.splitlines()[1] == result.stdout.splitlines()[1]
         assert 'binary' not in again.stdout
+    result = type_command('export.py', '--model', str(name).replace('data_base', 'model'), '--data_path', own,
+                          '--folder', own / 'hub')
+    assert result.returncode == 0, result.stderr
+    card = (own / 'hub/README.md').read_text()
+    assert 'Not trained\nfurther: the pooled features of its weights `w.pth`' in card
+    assert 'The epoch was chosen' not in card
+    assert 'recipe' not in card.split('## Recipe')[1]
     for query in (load(name, 'data base')['test_images'][0], own / 'foreign.jpg'):
         assert type_command(*look_up, '--query_img_name', query).returncode == 0
     assert type_command('report.py', '--data_base', name, '--data_path', own).returncode == 0

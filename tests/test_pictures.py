@@ -296,6 +296,14 @@ def test_a_sweep_draws_mean_and_deviation_over_the_seeds(tmp_path, figures, call
     assert f'{spread:.4g}' in printed
 
 
+def test_a_sweep_draws_runs_without_a_remark_beside_those_with_one(tmp_path, figures, call_script):
+    for remark, offset in ((None, 0), ('cached', 1)):
+        for seed in (1, 2):
+            write_run(tmp_path, f'{remark}_seed{seed}', [40.0 + offset], momentum=0.5, seed=seed, remark=remark)
+    call_script(plot, '--sweep', tmp_path, '--line', 'remark')
+    assert sorted(y for points in points_of(figures[0].axes[0]).values() for _, y in points) == [40, 41]
+
+
 def test_a_sweep_of_the_best_epoch_says_so(tmp_path, figures, call_script):
     write_sweep(tmp_path)
     call_script(plot, '--sweep', tmp_path, '--epoch', 'best')
@@ -366,3 +374,9 @@ def test_names_around_the_circle_are_pushed_apart_in_their_order(angles):
     turned = [moved[index] for index in order] + [moved[order[0]] + 2 * math.pi]
     assert all(later - earlier > toy.LABEL_GAP - 1e-6 for earlier, later in zip(turned, turned[1:], strict=False))
     assert max(abs(new - old) for new, old in zip(moved, angles, strict=True)) <= toy.LABEL_GAP * len(angles)
+
+
+def test_paths_of_the_toy_may_begin_with_a_home_folder(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    args = toy.get_args(['--results_dir', '~/x', '--data_path', '~/y', '--weights', '~/w'])
+    assert (args.results_dir, args.data_path, args.weights) == ('/home/me/x', '/home/me/y', '/home/me/w')

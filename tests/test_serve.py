@@ -217,6 +217,24 @@ def test_another_site_cannot_pass_itself_off_as_the_server(server):
     assert server.ask('/health', Host='evil.example')[0] == 400
 
 
+def test_a_collection_that_cannot_be_reached_is_one_line(museum, monkeypatch):
+    interface = open_interface(museum / 'museum.pth')
+    server = Server(interface)
+
+    def unreachable(*_):
+        raise UserError('--qdrant http://x: connection refused')
+
+    try:
+        for name in ('item', 'any', 'find', 'number_of'):
+            monkeypatch.setattr(interface.collection, name, unreachable)
+        for address, body in (('/images/3', None), ('/any', None), ('/find?q=ara', None), ('/search', {'image': '3'}),
+                              ('/search', {'path': 'ara/0.jpg'})):
+            status, _, answer = server.ask(address, body)
+            assert (status, json.loads(answer)) == (503, {'error': '--qdrant http://x: connection refused'}), address
+    finally:
+        server.stop()
+
+
 def test_a_token_is_asked_of_everything_but_health(museum, server):
     guarded = Server(open_interface(museum / 'museum.pth'), 'let-me-in')
     try:
@@ -275,6 +293,18 @@ def test_many_clients_get_the_answers_of_one(server, museum):
         together = list(pool.map(lambda index: [found['path'] for found in server.search(
             pictures[index % 2], '?k=5')['results']], range(64)))
     assert together == [alone[index % 2] for index in range(64)]
+
+
+def test_a_local_server_answers_to_its_own_name_whatever_it_is(museum, monkeypatch):
+    hosts = []
+    monkeypatch.setattr(serve, 'make_app', lambda interface, names, token: hosts.append(names))
+    monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: sockets[0].close()))
+    for host, address in (('127.0.0.1', '127.0.0.1'), ('::1', '[::1]'), ('here.example', 'here.example')):
+        sock = SimpleNamespace(getsockname=lambda: ('127.0.0.1', 8000), close=lambda: None)
+        monkeypatch.setattr(serve, 'listen', lambda *_, sock=sock: sock)
+        serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host]))
+        assert address in hosts[-1]
+    assert all('[::1]' in names for names in hosts)  # as a browser writes it
 
 
 def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
