@@ -427,7 +427,7 @@ def weights(tmp_path):
 
 def test_the_untouched_trunk_is_saved_and_searched(own, weights):
     words = ('evaluate.py', '--zero_shot', '--data_path', own, '--data_name', 'mine', '--backbone_type',
-             'timm:test_resnet', '--weights', weights, '--image_size', 32, '--recalls', '1,2')
+             'timm:test_resnet', '--weights', weights, '--image_size', 32, '--resize_size', 0, '--recalls', '1,2')
     result = type_command(*words, '--save', '--results_dir', own / 'r')
     assert result.returncode == 0, result.stderr
     name = next((own / 'r').glob('mine_timm-test_resnet_*_zero_shot_data_base.pth'))
@@ -443,6 +443,7 @@ def test_the_untouched_trunk_is_saved_and_searched(own, weights):
     assert result.returncode == 0, result.stderr
     card = (own / 'hub/README.md').read_text()
     assert 'Not trained\nfurther: the pooled features of its weights `w.pth`' in card
+    assert 'squeeze the whole image to 32 x 32 px' in card
     assert 'The epoch was chosen' not in card
     assert 'recipe' not in card.split('## Recipe')[1]
     for query in (load(name, 'data base')['test_images'][0], own / 'foreign.jpg'):
