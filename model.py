@@ -253,8 +253,9 @@ class BalancedProxy(ProxyLoss):
     + mean_{i: y_i != c} exp(alpha (s_ic + delta))), an empty mean is 0.
 
     The few positives and the many negatives of a class are averaged, so that both weigh alike, in one logarithm.
-    The paper's text is not public; this is the definition used here. It follows the unified form that the same author
-    published just before.
+    The paper's text is not public; this is the definition used here. It is the loss of the stage before in the author's
+    own public code, which has the same command line, scale and margin (there with AdamP; the system's page adds weight
+    decay and layer norm).
 
     Source: Balanced proxy loss for fine-grained image retrieval, Pattern Recognition Letters.
     """

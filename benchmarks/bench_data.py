@@ -4,9 +4,9 @@
     python benchmarks/bench_data.py --data_path /home/data --data_name cub     # your own, converted already
 
 One thread, no workers; both take turns over the same images, with the training transform (random crop of 224 px, flip)
-and with that of the test (short side 256, centre crop). `decode` is what the five systems' pages do. Memory is what the
-process holds of its own (RssAnon) after it has read everything from the cache: the map's pages belong to the system and
-are shared by all workers. Ends with one line of JSON.
+and with that of the test (short side 256, centre crop). `decode` is what the five systems' pages do. Memory is by how
+much the process's own (RssAnon) grows when it opens the cache once more and reads all of it: the map's pages belong to
+the system and are shared by all workers. Ends with one line of JSON.
 """
 import subprocess
 import sys
@@ -65,6 +65,7 @@ def main() -> None:
             result['img_s'][name] = {source: round(speed, 1) for source, speed in speeds.items()}
             result['ratio'][name] = round(ratio, 2)
         before = own_memory()
+        cache = open_data(data_path, args.data_name, cache_size=args.cache_size).cache  # none of it is read yet
         count = sum(1 for image in map(cache.read, cache.places) if image.shape[0] == 3)
         result['own_memory_MB'] = round(own_memory() - before, 1)
         print(f'read {count:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '

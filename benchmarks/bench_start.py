@@ -38,8 +38,8 @@ def get_args():
     return parser.parse_args()
 
 
-def first_step(folder: str) -> float:
-    """Start the demo's training, wait until its bar shows a step, end it; returns the seconds until the bar began."""
+def first_step(folder: str) -> tuple[float, float]:
+    """Start the demo's training and end it after a step; returns the seconds until its bar began and showed it."""
     command = [sys.executable, REPOSITORY / 'train.py', *demo_words(), '--data_path', folder, '--results_dir', folder]
     start, began, seen = time.perf_counter(), None, b''
     terminal, its_end = pty.openpty()  # into a file the bar would write a line every half minute
@@ -53,14 +53,15 @@ def first_step(folder: str) -> float:
                 raise SystemExit(f'the training ended: {seen.decode()}') from None
             if began is None and b' 0/80 ' in seen:
                 began = time.perf_counter() - start
+        stepped = time.perf_counter() - start
         process.terminate()
     os.close(terminal)
-    return began
+    return began, stepped
 
 
 def main() -> None:
     args = get_args()
-    began = []
+    moments = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, REPOSITORY / 'data_utils.py', '--data_path', folder, '--data_name', 'glyph'],
                        check=True, capture_output=True)
@@ -69,8 +70,9 @@ def main() -> None:
                                            capture_output=True),
             'mistyped flag': lambda: subprocess.run([sys.executable, REPOSITORY / 'train.py', '--los', 'x'],
                                                     check=False, capture_output=True),
-            'first step done': lambda: began.append(first_step(folder))}, args.repetitions)
-    seconds['first batch asked for'] = began[1:]
+            'training': lambda: moments.append(first_step(folder))}, args.repetitions)
+    del seconds['training']  # with its end
+    seconds['first batch asked for'], seconds['first step done'] = zip(*moments[1:], strict=True)
     result = {name: round(median(values), 2) for name, values in seconds.items()}
     for name, value in result.items():
         print(f'{name:<24}{value:>6.2f} s')

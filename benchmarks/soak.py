@@ -68,7 +68,7 @@ def kill_processes(data: Path, folder: Path, number: int, rng) -> dict:
             printed = process.communicate()[0]
         return printed if process.returncode else ''
 
-    faults, killed, epochs = [], folder / 'two_killed', []
+    faults, killed, epochs, kills = [], folder / 'two_killed', [], 0
     for index in tqdm(range(number), desc='kill two processes', dynamic_ncols=True):
         rule = list(RULES)[index % len(RULES)]
         words = (*RULES[rule], *TINY, '--num_workers', 0, '--data_path', data, '--results_dir')
@@ -76,13 +76,14 @@ def kill_processes(data: Path, folder: Path, number: int, rng) -> dict:
         if not whole.exists():
             finish_run(*words, whole)
         printed = torchrun_killed((*words, killed), rng.uniform(0, 0.5))
+        kills += 'next:' not in printed  # else it had ended before
         epochs.append(sum(line.startswith('epoch ') and ': loss' in line for line in printed.splitlines()))
         failure = finish_run(*words, killed, '--resume')
         different = [failure] if failure else differing_results(whole, killed)
         if different:
             faults.append(f'{rule}, 2 processes: {different}')
         shutil.rmtree(killed)
-    return {'kills': number, 'epochs_before': epochs, 'faults': faults}
+    return {'kills': kills, 'epochs_before': epochs, 'faults': faults}
 
 
 def fuzz_parsers(folder: Path, number: int, rng) -> dict:

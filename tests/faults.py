@@ -185,7 +185,7 @@ def start_torchrun(words) -> subprocess.Popen:
 
 
 def torchrun_killed(words, seconds: float = 0) -> str:
-    """Start a training by torchrun and kill all its processes so long into the second epoch; returns what it printed.
+    """Start a training by torchrun and kill all its processes so long after its second epoch; returns what it printed.
 
     They are sessions of their own, and would go on if torchrun alone was killed.
     """

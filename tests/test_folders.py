@@ -452,7 +452,7 @@ def test_the_untouched_trunk_is_saved_and_searched(own, weights):
     assert_one_line_error(type_command(*words, '--save', '--results_dir', own / 'r'), 'is there already', '--overwrite')
 
 
-def test_the_floor_is_measured_first_and_a_training_below_it_is_told(own, weights):
+def test_the_floor_is_measured_first(own, weights):
     result = train(own, '--weights', weights, '--lr', 0.5, '--proxy_lr', 5.0, '--remark', 'bad')
     assert result.returncode == 0, result.stderr
     table = pd.read_csv(own / 'r' / f'{NAME}_bad_statistics.csv')
@@ -461,8 +461,6 @@ def test_the_floor_is_measured_first_and_a_training_below_it_is_told(own, weight
                                     '--recalls', '1,2', '--amp', 'off').stdout)['dense']['R@1']
     assert table['epoch0_R@1'].tolist() == [pytest.approx(floor)]
     assert f'epoch 0: R@1 {floor:.2f} of the untouched trunk' in result.stdout
-    told = f'the untouched trunk (R@1 {floor:.2f}) is better than every epoch' in result.stdout
-    assert told == (floor > table['dense_R@1'].max())
     result = train(own, '--weights', weights, '--epoch0', 0, '--remark', 'without')
     assert 'epoch 0:' not in result.stdout
     assert 'epoch0_R@1' not in pd.read_csv(own / 'r' / f'{NAME}_without_statistics.csv')

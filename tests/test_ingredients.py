@@ -82,6 +82,29 @@ def test_training_crops_are_of_the_share_that_was_asked_for(raw_sets):
     assert sum(changed) / len(changed) > 5  # grey levels; with small crops they are others in each epoch
 
 
+def test_each_epoch_has_its_own_crops_and_order_and_gradients_are_clipped_as_the_recipe_says(raw_sets):
+    words = ('--recipe', 'proxy_anchor', '--data_path', raw_sets, *TINY)
+    _, [args] = get_runs([str(word) for word in words])
+    training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
+    assert training.learner.clip_value == 10
+    seen = []
+    for epoch in (1, 2):
+        train_module.run_epoch(training, epoch)
+        images = training.loader.dataset
+        seen.append(([*training.loader.batch_sampler], torch.stack([images[index][0] for index in range(len(images))])))
+    assert seen[0][0] != seen[1][0]
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_the_untouched_trunk_is_pooled_by_the_mean():
+    torch.manual_seed(1)
+    network = EmbeddingNet(NetConfig('resnet18', 4, 'max', image_size=64), 'none').eval()
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(network.trunk(network.preprocess(images)).mean((2, 3)), dim=-1)
+        torch.testing.assert_close(network.untouched()(images), expected)
+
+
 def test_colours_change_in_training_images_alone(raw_sets):
     words = ('--data_path', raw_sets, *TINY, '--color_jitter', 0.4, '--grayscale', 1)
     _, [args] = get_runs([str(word) for word in words])

@@ -107,6 +107,7 @@ def test_pooling_is_over_the_map_or_the_patch_tokens():
 
 
 def test_layer_norm_and_bias_follow_their_flags():
+    torch.manual_seed(1)
     network = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=False, linear_bias=True), 'none')
     assert network.refactor.bias.tolist() == [0] * 6
     assert abs(network.refactor.weight.std().item() - (2 / 6) ** 0.5) < 0.02  # kaiming normal, fan_out

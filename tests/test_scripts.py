@@ -23,6 +23,7 @@ import summary
 import train as train_script
 from engine import processes
 from engine.errors import UserError
+from engine.runs import RunFiles
 from model import make_loss
 from settings import get_runs
 
@@ -458,6 +459,17 @@ def test_a_compiled_run_is_the_run(run, raw_sets, tmp_path):
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
+def test_the_network_is_compiled_frozen_and_once_more_when_it_learns(raw_sets, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setenv('CXX', sys.executable)
+    monkeypatch.setattr(torch, 'compile', lambda network: compiled.append(
+        [parameter.requires_grad for parameter in network.trunk.parameters()]) or network)
+    train_script.main(*get_runs([*map(str, (
+        *TINY, '--backbone_type', 'timm:test_resnet', '--num_epochs', 3, '--warm_up', 1, '--compile', '--data_path',
+        raw_sets, '--results_dir', tmp_path))]))
+    assert [any(learns) for learns in compiled] == [False, True]
+
+
 # ---------------------------------------------------- held out classes, seeds ---------------------------------------
 @pytest.fixture(scope='module')
 def seeds(tmp_path_factory):
@@ -468,6 +480,15 @@ def seeds(tmp_path_factory):
     result = train(data, results, *TINY, '--num_epochs', 2, '--val_ratio', 0.5, '--seeds', '5,0,7')
     assert result.returncode == 0, result.stderr
     return results, result.stdout, data
+
+
+@pytest.mark.parametrize(('floor', 'told'), [(60.5, True), (59.5, False), (None, False)])
+def test_a_training_below_the_untouched_trunk_is_told(floor, told, tmp_path, capsys):
+    rows = [{'epoch': epoch, 'dense_R@1': dense, 'binary_R@1': 40.0} | ({'epoch0_R@1': floor} if floor else {})
+            for epoch, dense in ((1, 60.0), (2, 50.0))]
+    args = SimpleNamespace(val_ratio=0, recalls=(1,), data_path='data', results_dir='results', allow_seen=False)
+    summary.print_end(rows, args, RunFiles(tmp_path, 'x'), 'a.jpg')
+    assert ('the untouched trunk (R@1 60.50) is better than every epoch' in capsys.readouterr().out) == told
 
 
 def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):
@@ -607,6 +628,7 @@ class UnitLinear(torch.nn.Linear):
 
 @pytest.mark.parametrize('clip_value', [0.0, 1e-3])
 def test_gradients_are_clipped_entry_by_entry(clip_value):
+    torch.manual_seed(1)
     model = UnitLinear(3, 2, bias=False)
     criterion = make_loss('normalized_softmax', num_classes=4, feature_dim=2, scale=100.0)
     parameters = [*model.parameters(), *criterion.parameters()]
@@ -621,8 +643,10 @@ def test_gradients_are_clipped_entry_by_entry(clip_value):
 
 def test_an_epoch_takes_one_plain_step_for_each_batch():
     generator = torch.Generator().manual_seed(0)
-    model, criterion = UnitLinear(3, 2, bias=False), make_loss('proxy_anchor', num_classes=4, feature_dim=2)
-    batches = [(torch.randn(5, 3, generator=generator), torch.tensor([0, 1, 2, 1, 0])) for _ in range(3)]
+    torch.manual_seed(1)
+    model = UnitLinear(3, 2, bias=False).double()
+    criterion = make_loss('proxy_anchor', num_classes=4, feature_dim=2).double()
+    batches = [(torch.randn(5, 3, generator=generator).double(), torch.tensor([0, 1, 2, 1, 0])) for _ in range(3)]
     expected, last = copy.deepcopy(model), copy.deepcopy(criterion)
     for images, labels in batches:
         parameters = [*expected.parameters(), *last.parameters()]
