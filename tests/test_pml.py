@@ -119,7 +119,7 @@ def test_a_batch_that_a_loss_refuses_is_one_line():
 
 # ---------------------------------------------------- errors ---------------------------------------------------------
 @pytest.mark.parametrize(('words', 'parts'), [
-    (('pml:Triplet',), ("did you mean 'SoftTripleLoss'", 'MultiSimilarityLoss')),
+    (('pml:Triplet',), ("did you mean 'TripletMarginLoss'", 'MultiSimilarityLoss')),
     (('pml:TripletMarginLoss', '--loss_args', 'margn=0.2'), ("did you mean 'margin'", 'swap')),
     (('pml:TripletMarginLoss', '--loss_args', 'margin=wide'), ('pml:TripletMarginLoss', 'wide')),
     (('pml:ArcFaceLoss', '--loss_args', 'num_classes=7'), ('num_classes', 'set by the data')),
