@@ -18,7 +18,7 @@ import torch
 
 from collection import Item
 from engine.counting import cosine_similarity
-from engine.errors import UserError, reason_of
+from engine.errors import Unreachable, UserError, reason_of
 
 AT_ONCE = 1024  # points in a request
 LARGE = 10**5  # images from which on vectors lie on the disk, and their signs in memory
@@ -91,7 +91,7 @@ class QdrantCollection:
             except UserError:
                 raise
             except (ApiException, OSError, RuntimeError, ValueError) as error:
-                raise UserError(f'--qdrant {self.place}: {reason_of(error)}') from None
+                raise Unreachable(f'--qdrant {self.place}: {reason_of(error)}') from None
 
     def create(self, origin: dict, fingerprint: str, dim: int, dtype: torch.dtype | None) -> None:
         """Create the collection and the indices of what is asked for by name."""

@@ -10,7 +10,7 @@ import torch
 from browse import load_run_model, open_run
 from collection import SearchedImages
 from dataset import make_transform
-from engine.errors import UserError
+from engine.errors import Unreachable, UserError
 from engine.images import load_image
 from engine.processes import select_device
 from engine.runs import absent_threshold, fingerprint_of
@@ -86,15 +86,10 @@ class Searcher:
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(
                     self.one_by_one, self.answer, [query for query, _ in batch])
-            except UserError as error:
-                for _, answered in batch:
-                    if not answered.done():
-                        answered.set_exception(Refused(422, str(error)))
-                continue
             except Exception as error:  # each request reports it; the next ones are to be answered
                 for _, answered in batch:
                     if not answered.done():
-                        answered.set_exception(RuntimeError(f'the search failed: {error}'))
+                        answered.set_exception(failure_of(error))
                 continue
             for (_, answered), answer in zip(batch, answers, strict=True):
                 if not answered.done():  # a client may have gone
@@ -113,6 +108,13 @@ class Searcher:
         """Read what was sent as the model wants it; raises BrokenImage."""
         return await asyncio.get_running_loop().run_in_executor(
             self.decoders, lambda: self.transform(load_image(io.BytesIO(data))))
+
+
+def failure_of(error: Exception) -> Exception:
+    """Return what a request is told of an error in its batch."""
+    if isinstance(error, Unreachable):
+        return Unreachable(str(error))
+    return Refused(422, str(error)) if isinstance(error, UserError) else RuntimeError(f'the search failed: {error}')
 
 
 def open_searcher(args) -> Searcher:

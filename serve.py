@@ -19,11 +19,12 @@ import io
 import json
 import secrets
 import socket
+import sys
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 
-from engine.errors import UserError
+from engine.errors import Unreachable, UserError
 from utils import Parser, check_between, check_place, refuse_without_effect, run_script, user_path
 
 MOST_BYTES = 20 * 10**6  # of an upload
@@ -139,7 +140,7 @@ class Interface:
         try:
             number = int(str(value))
             self.collection.item(number)
-        except UserError:  # of a collection that cannot be reached
+        except Unreachable:
             raise
         except (ValueError, IndexError):
             raise Refused(404, f'there is no image {str(value)[:40]!r}') from None
@@ -252,9 +253,10 @@ def make_app(interface: Interface, hosts: list[str], token: str | None = None):
     async def refuse(_request: Request, error: Refused) -> Response:
         return JSONResponse({'error': error.line}, error.status)
 
-    @app.exception_handler(UserError)
-    async def unreachable(_request: Request, error: UserError) -> Response:
-        return JSONResponse({'error': str(error)}, 503)
+    @app.exception_handler(Unreachable)
+    async def unreachable(_request: Request, error: Unreachable) -> Response:
+        print(error, file=sys.stderr, flush=True)  # where it is asked is no client's business
+        return JSONResponse({'error': 'the collection cannot be reached'}, 503)
 
     add_guard(app, token)
 

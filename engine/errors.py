@@ -6,6 +6,10 @@ class UserError(ValueError):
     """Something that the person at the keyboard can mend: one line with the flag or file, the value and the remedy."""
 
 
+class Unreachable(UserError):
+    """A server that is asked for a collection, and does not answer or refuses."""
+
+
 def nearest(value: str, choices) -> str:
     """Return `; did you mean 'x'?` for the choice nearest to a mistyped value, or nothing."""
     spelled = {str(choice).lower(): str(choice) for choice in choices}

@@ -31,7 +31,7 @@ import embed
 import searching
 import serve
 from browse import ABSENT, nearest_images, open_run
-from engine.errors import UserError
+from engine.errors import Unreachable, UserError
 from engine.files import save
 from engine.runs import load_data_base
 
@@ -217,20 +217,24 @@ def test_another_site_cannot_pass_itself_off_as_the_server(server):
     assert server.ask('/health', Host='evil.example')[0] == 400
 
 
-def test_a_collection_that_cannot_be_reached_is_one_line(museum, monkeypatch):
+def test_a_collection_that_cannot_be_reached_is_one_line_on_the_servers_side_alone(museum, monkeypatch, capsys):
     interface = open_interface(museum / 'museum.pth')
     server = Server(interface)
 
     def unreachable(*_):
-        raise UserError('--qdrant http://x: connection refused')
+        raise Unreachable('--qdrant http://x: connection refused')
 
     try:
+        monkeypatch.setattr(interface.collection, 'search', unreachable)
+        picture = (museum / 'outside.jpg').read_bytes()
+        assert server.ask('/search', picture)[0] == 503
         for name in ('item', 'any', 'find', 'number_of'):
             monkeypatch.setattr(interface.collection, name, unreachable)
         for address, body in (('/images/3', None), ('/any', None), ('/find?q=ara', None), ('/search', {'image': '3'}),
                               ('/search', {'path': 'ara/0.jpg'})):
             status, _, answer = server.ask(address, body)
-            assert (status, json.loads(answer)) == (503, {'error': '--qdrant http://x: connection refused'}), address
+            assert (status, json.loads(answer)) == (503, {'error': 'the collection cannot be reached'}), address
+        assert capsys.readouterr().err == 6 * '--qdrant http://x: connection refused\n'
     finally:
         server.stop()
 
