@@ -259,8 +259,9 @@ def settle_borrowed(args: argparse.Namespace, starred: bool) -> None:
               '--loss_args', 'momentum': 'its weights learn by the gradient', 'proxy_init': 'it starts its weights '
               'itself', 'shard_proxies': 'each process holds its weights'}
     for name, reason in others.items():
-        if getattr(args, name) is not None and getattr(args, name) is not False:
-            raise UserError(f'--{name} {getattr(args, name)} has no effect on --loss_name {args.loss_name}: {reason}')
+        value = getattr(args, name)
+        if value is not None and value is not False:  # 0 says something
+            raise UserError(f'--{name} {value} has no effect on --loss_name {args.loss_name}: {reason}')
     if starred or args.proxy_update not in (None, 'gradient'):
         raise UserError(f'--proxy_update {args.proxy_update or "momentum"} is not for --loss_name {args.loss_name}: '
                         'its weights are its own, and learn by the gradient of all its terms; leave it out')

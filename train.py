@@ -432,9 +432,9 @@ def main(group: str, runs: list[argparse.Namespace]) -> None:
             resume = args.resume and begun
             overwrite = args.overwrite or (args.resume and not begun)  # of a first epoch that was cut off
         # With --overwrite the seeds that come later are to be trained anew as well, after an interruption too.
-        later = [file for other in all_files[number:] for file in (other.checkpoint, other.statistics)
-                 if args.overwrite]
-        start = Start(files, resume, [*files.all(), *later])
+        later = all_files[number + 1:] if args.overwrite else []
+        replaced = [file for other in later for file in (other.checkpoint, other.statistics)]
+        start = Start(files, resume, [*files.all(), *replaced])
         with claim_run(start, overwrite):
             finished[args.seed] = train(args, start, device)
     if first.seeds and world_rank() == 0:

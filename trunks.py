@@ -92,8 +92,8 @@ def resnet(name: str, weights: str) -> Trunk:
 def googlenet(name: str, weights: str) -> Trunk:
     """Build torchvision's GoogLeNet without auxiliary heads (Szegedy et al., CVPR 2015, arXiv 1409.4842).
 
-    As in the five systems pixels are scaled like those of a ResNet, although these weights were trained on pixels in
-    [-1, 1] (torchvision's `transform_input`).
+    As in the systems that use it, pixels are scaled like those of a ResNet, although these weights were trained on
+    pixels in [-1, 1] (torchvision's `transform_input`).
     """
     from torchvision import models
 

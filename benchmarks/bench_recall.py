@@ -194,11 +194,12 @@ def main() -> None:
         ours = found.get('ours, binary' if method == 'faiss, binary' else 'ours')
         result['seconds'][method] = round(median([turn['seconds'] for turn in turns]), 2)
         result['mib'][method] = round(max(turn['mib'] for turn in turns))
-        faster = median([theirs['seconds'] / mine['seconds'] for theirs, mine in zip(turns, ours, strict=True)]) \
-            if ours else float('nan')  # ours was left out
-        result['ours_is_faster'][method] = round(faster, 2)
+        faster = ''
+        if ours:  # among --methods
+            ratio = median([theirs['seconds'] / mine['seconds'] for theirs, mine in zip(turns, ours, strict=True)])
+            result['ours_is_faster'][method], faster = round(ratio, 2), f'{ratio:.1f}x'
         shown = ', '.join(f'{name} {value:.2f}' for name, value in turns[0].items() if '@' in name)
-        print(f'{method:<16}{result["seconds"][method]:>9.1f}{result["mib"][method]:>9.0f}{faster:>9.1f}x  {shown}')
+        print(f'{method:<16}{result["seconds"][method]:>9.1f}{result["mib"][method]:>9.0f}{faster:>10}  {shown}')
     for growth in args.growth:
         turn = measure('ours', growth * args.num_images, growth * args.num_classes, args)
         result['growth'][growth] = {'seconds': round(turn['seconds'], 1), 'mib': round(turn['mib'])}
