@@ -306,16 +306,16 @@ def read_known(root: Path, data_name: str) -> tuple[list[Item], dict[str, str]]:
     return items, class_names
 
 
-def read_own(root: Path, args) -> tuple[list[Item], dict[str, str], dict]:
+def read_own(root: Path, args, seed: int | None) -> tuple[list[Item], dict[str, str], dict]:
     """Read a folder of one's own as `read_folder` does, and say what of it was left out, and what a new deal breaks."""
     manifest = open_manifest(root, ['uncropped'])
     earlier = earlier_deal(manifest)
     known = {(Path(source).name, *entry[7:9]): entry[5] for source, entry in manifest['files'].items()}
     kept = earlier
     if args.resplit:  # ratio and seed are remembered, where no others are given
-        kept = {name: earlier.get(name) for name, given in (('ratio', args.test_ratio), ('seed', args.seed))
+        kept = {name: earlier.get(name) for name, given in (('ratio', args.test_ratio), ('seed', seed))
                 if given is None}
-    items, class_names, found = read_folder(root, args.test_ratio, args.seed, kept, known)
+    items, class_names, found = read_folder(root, args.test_ratio, seed, kept, known)
     if args.resplit and not found['deal']:
         raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
     if args.resplit:
@@ -355,7 +355,8 @@ def process(data_path: Path, data_name: str, args) -> None:
         raise UserError(f'--data_name {data_name}: there is no folder {" or ".join(raw.names if raw else [data_name])} '
                         f'in {data_path}{nearest(data_name, [*there, *RAW_SETS, "glyph"])} (there are: '
                         f'{", ".join(sorted(there)) or "none"}); extract the data set there')
-    items, class_names, dealt = (*read_known(root, data_name), {}) if raw else read_own(root, args)
+    seed = None if data_name == 'glyph' else args.seed  # its seed is that of its images
+    items, class_names, dealt = (*read_known(root, data_name), {}) if raw else read_own(root, args, seed)
     result = convert(root, items, class_names, args.skip_bad, dealt)
     split = result['splits']['uncropped']
     counts = {subset: (len(split[subset]), count_images(split[subset])) for subset in SUBSETS if subset in split}
