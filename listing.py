@@ -3,12 +3,13 @@ import csv
 import fnmatch
 import io
 import os
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
 from collection import Item
 from engine.errors import UserError, nearest
-from engine.files import is_inside
+from engine.files import is_inside, read_json
 from engine.images import IMAGE_SUFFIXES
 
 
@@ -17,7 +18,8 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
 
     Returns:
         {path below it: (bytes, time of the last change in ns)} in the order of the paths, and what is left out: the
-        endings of other files, links to folders, links that lead out of the folder, names that no data base can hold.
+        endings of other files, links to folders, links that lead out of the folder, names that no data base can hold,
+        and the copies that data_utils.py made of the images beside them.
 
     Raises:
         UserError: if a folder cannot be read, which is not to be taken for an empty one.
@@ -29,6 +31,10 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
     found, left_out, top = {}, Counter(), folder.resolve()
     for here, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        for name in ('uncropped', 'cropped') if is_converted(Path(here)) else ():
+            if name in folders:
+                folders.remove(name)
+                left_out[f'copies in {name}/'] += len(os.listdir(Path(here, name)))
         left_out.update('links to folders' for name in folders if os.path.islink(os.path.join(here, name)))
         for name in sorted(files):
             file = Path(here, name)
@@ -45,6 +51,11 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
                 stamp = file.stat() if file.exists() else None
                 found[path] = (stamp.st_size, stamp.st_mtime_ns) if stamp else (0, 0)
     return dict(sorted(found.items())), left_out
+
+
+def is_converted(folder: Path) -> bool:
+    """Tell whether data_utils.py has converted a folder."""
+    return read_json(folder / 'conversion.json', {'made_by': lambda value: value == 'data_utils.py'}) is not None
 
 
 def place_of(images: Path, known: list[str]) -> tuple[str, str]:
@@ -66,6 +77,11 @@ def place_of(images: Path, known: list[str]) -> tuple[str, str]:
     return str(images), ''
 
 
+def normal(label: str) -> str:
+    """Return the name of a class in the form of Unicode in which data_utils.py writes it (NFC)."""
+    return unicodedata.normalize('NFC', label)
+
+
 def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, str] | None:
     """Return {path: class} for the paths of images below a folder, without those that have none; None: not asked for.
 
@@ -75,14 +91,14 @@ def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, st
     if flag is None:
         return None
     if flag == 'folder':
-        return {path: path.split('/')[0] for path in paths if '/' in path}
+        return {path: normal(path.split('/')[0]) for path in paths if '/' in path}
     try:
         rows = list(csv.DictReader(io.StringIO(Path(flag).read_text(encoding='utf-8-sig'))))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f'--labels {flag} is neither `folder` nor a CSV file that can be read ({error})') from None
     if not rows or not {'path', 'label'} <= rows[0].keys():
         raise UserError(f'--labels {flag} needs a first line with the columns path,label, and a line an image')
-    given = {row['path'] or '': (row['label'] or '').strip() for row in rows}
+    given = {row['path'] or '': normal((row['label'] or '').strip()) for row in rows}
     labels = {path: given[path] for path in paths if given.get(path)}
     if not labels:
         raise UserError(f'--labels {flag} names no image below {folder}; its first path is {rows[0]["path"]!r}'

@@ -452,6 +452,27 @@ def test_links_to_folders_are_counted_and_not_followed(call, museum, model, tmp_
         '--model', model, '--images', museum)
 
 
+def test_copies_of_a_conversion_are_no_images_of_their_own(call, model, tmp_path):
+    for label in 'abcd':
+        for number in range(2):
+            write_image(tmp_path / 'own' / label / f'{number}.jpg', ord(label), number)
+    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'own').returncode == 0
+    printed = call('--model', model, '--images', tmp_path / 'own', '--labels', 'folder')
+    assert '8 images, 8 to embed; left out: 8 copies in uncropped/' in printed
+    assert load_data_base(tmp_path / 'museum.pth').class_names == list('abcd')
+    assert '8 images, 8 to embed' in call('--model', model, '--images', tmp_path / 'own/uncropped', name='copies.pth')
+
+
+@pytest.mark.parametrize('named_by', ['folder', 'csv'])
+def test_classes_have_one_name_in_whatever_form_of_unicode_it_is_written(named_by, call, model, tmp_path):
+    written, name = 'cafe\u0301', 'caf\u00e9'
+    write_image(tmp_path / 'own' / written / '0.jpg', 1, 1)
+    (tmp_path / 'labels.csv').write_text(f'path,label\n{written}/0.jpg,{written}\n', encoding='utf-8')
+    call('--model', model, '--images', tmp_path / 'own', '--labels',
+         'folder' if named_by == 'folder' else tmp_path / 'labels.csv')
+    assert load_data_base(tmp_path / 'museum.pth').class_names == [name]
+
+
 def test_a_first_call_that_finds_no_images_keeps_no_model(call, museum, model, tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no images'):
