@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from engine.errors import UserError, nearest
-from engine.files import check_paths, load, make_folder, read_json, save, save_json, stamp_of
+from engine.files import check_paths, load, lock, make_folder, read_json, save, save_json, stamp_of
 from engine.images import BrokenImage, open_image
 from engine.processes import progress
 from folders import DEFAULT_RATIO, read_folder
@@ -341,21 +341,30 @@ def read_own(root: Path, args, seed: int | None) -> tuple[list[Item], dict[str, 
 
 
 def process(data_path: Path, data_name: str, args) -> None:
-    """Convert one data set and say what it holds.
+    """Find one data set, of which glyph need not be there, and convert it while no other process does.
 
     Raises:
         UserError: if it is not there, its files are broken, or a subset is empty.
     """
     root, raw = find_root(data_path, data_name), RAW_SETS.get(data_name)
-    if data_name == 'glyph':
-        root = make_folder('--data_path', root or data_path / 'glyph')
-        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed or 0)
+    if root is None and data_name == 'glyph':
+        root = data_path / 'glyph'
     if root is None:
         there = [path.name for path in data_path.iterdir() if path.is_dir()]
         raise UserError(f'--data_name {data_name}: there is no folder {" or ".join(raw.names if raw else [data_name])} '
                         f'in {data_path}{nearest(data_name, [*there, *RAW_SETS, "glyph"])} (there are: '
                         f'{", ".join(sorted(there)) or "none"}); extract the data set there')
-    seed = None if data_name == 'glyph' else args.seed  # its seed is that of its images
+    make_folder('--data_path', root)
+    with lock(root / '.conversion.lock', f'another process is converting {root}; wait for it'):
+        convert_and_tell(root, data_name, args)
+
+
+def convert_and_tell(root: Path, data_name: str, args) -> None:
+    """Convert one data set and say what it holds."""
+    raw, seed = RAW_SETS.get(data_name), args.seed
+    if data_name == 'glyph':
+        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed or 0)
+        seed = None  # it is that of the images, which are split already
     items, class_names, dealt = (*read_known(root, data_name), {}) if raw else read_own(root, args, seed)
     result = convert(root, items, class_names, args.skip_bad, dealt)
     split = result['splits']['uncropped']

@@ -1,4 +1,6 @@
 """Files that are never torn, and files of strangers that execute nothing and hold what they should."""
+import contextlib
+import glob
 import json
 import os
 import secrets
@@ -32,10 +34,31 @@ def write_atomically(path: Path, write) -> None:
         raise
 
 
+@contextlib.contextmanager
+def lock(path: Path, message: str):
+    """Hold a file as a lock; the system lets go of it when the process dies, however it does.
+
+    Raises:
+        UserError: with the message, if another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(message) from None
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)  # while it is held: who waits for it looks again
+        held.release()
+
+
 def remove_torn(folder: Path, names) -> None:
     """Remove what a process that was killed while it wrote files of these names has left."""
     for name in names:
-        for left in folder.glob(f'.{name}.????????'):
+        for left in folder.glob(f'.{glob.escape(name)}.{8 * "[0-9a-f]"}'):
             left.unlink()
 
 

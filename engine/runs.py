@@ -3,7 +3,6 @@
 Named, described and read here, and nowhere else; train.py saves a model and a checkpoint, model.py makes a network of
 the one, begin.py goes on from the other. PyTorch and pandas are imported where they are used.
 """
-import contextlib
 import hashlib
 import json
 import platform
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.errors import UserError, nearest, reason_of
-from engine.files import are_texts, check_fields, check_paths, is_folder_name, is_whole, load, save, write_atomically
+from engine.files import (are_texts, check_fields, check_paths, is_folder_name, is_whole, load, lock, save,
+                          write_atomically)
 from engine.processes import world_size
 
 if TYPE_CHECKING:
@@ -53,25 +53,9 @@ class RunFiles:
         """Return all paths, those of the pictures too."""
         return [getattr(self, kind) for kind in self.ENDINGS]
 
-    @contextlib.contextmanager
     def locked(self, message: str):
-        """Hold the run's lock; the system lets go of it when the process dies, however it does.
-
-        Raises:
-            UserError: with the message, if another process holds it.
-        """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.folder / f'.{self.name}.lock', timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(message) from None
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks again
-            lock.release()
+        """Return what holds the run's lock, see `lock`."""
+        return lock(self.folder / f'.{self.name}.lock', message)
 
 
 def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:

@@ -16,6 +16,7 @@ import raw_sets as raw
 from data_utils import check_counts
 from dataset import BatchSampler, ImageData, RetrievalDataset, make_transform, open_data
 from engine.errors import UserError
+from engine.files import lock
 from engine.images import load_image
 from metrics import retrieval_metrics
 
@@ -150,6 +151,15 @@ def test_annotation_errors_name_file_and_line(tmp_path):
     (root / 'cars_annos.mat').write_bytes(b'not MATLAB')
     assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'car'),
                           'cars_annos.mat', 'download it again')
+
+
+def test_a_folder_that_another_process_converts_is_left_alone(tmp_path):
+    make_own(tmp_path)
+    with lock(tmp_path / 'mine/.conversion.lock', ''):
+        assert_one_line_error(convert_own(tmp_path), 'another process is converting', 'mine')
+    assert not (tmp_path / 'mine/uncropped').exists()
+    assert convert_own(tmp_path).returncode == 0
+    assert not (tmp_path / 'mine/.conversion.lock').exists()
 
 
 def test_missing_data_is_named(tmp_path):
