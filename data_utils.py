@@ -196,7 +196,8 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     manifest, manifest_file = open_manifest(root, folders), root / 'conversion.json'
     if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
         check_subsets(root, items)
-        save_json({**manifest, 'deal': dealt or {}}, manifest_file)
+        manifest['deal'] = dealt or {}
+        save_json(manifest, manifest_file)
     for folder in folders:
         make_folder('the folder', root / folder)
     done, failures, todo = find_changes(root, items, class_names, manifest, folders)
@@ -204,11 +205,12 @@ def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad
     mirror(root, folders, done, manifest['files'])
     gone = len(manifest['files'].keys() - done.keys() - failures.keys())
     unchanged = list(done.items()) == list(manifest['files'].items()) and manifest.get('deal') == (dealt or {})
-    manifest |= {'files': done, 'deal': dealt or {}}
+    stops = bool(failures) and not skip_bad  # no split file says what was dealt anew
+    manifest |= {'files': done} | ({} if stops else {'deal': dealt or {}})
     if not unchanged:
         save_json(manifest, manifest_file)
         drop_stale_caches(root, done)
-    if failures and not skip_bad:
+    if stops:
         shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
         more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
         raise UserError(f'{root}: {len(failures)} of {len(items)} images are broken or missing: {shown}{more}. '

@@ -109,6 +109,20 @@ def test_another_ratio_is_refused_and_a_new_deal_says_what_it_breaks(tmp_path):
     assert f'{changed} of 10 classes changed sides: what was trained before has seen test classes' in result.stdout
 
 
+def test_a_new_deal_that_fails_changes_no_side(tmp_path):
+    make_own(tmp_path, 'abcdef')
+    assert convert(tmp_path).returncode == 0
+    before = sides_of(tmp_path)
+    seed = next(seed for seed in range(1, 50) if deal(list('abcdef'), {}, 0.5, seed) != before)
+    (tmp_path / 'mine/a/broken.jpg').touch()
+    assert_one_line_error(convert(tmp_path, '--resplit', '--seed', seed), '1 of', 'broken or missing')
+    (tmp_path / 'mine/a/broken.jpg').unlink()
+    assert convert(tmp_path).returncode == 0
+    assert sides_of(tmp_path) == before
+    assert 'classes changed sides: what was trained before' in convert(tmp_path, '--resplit', '--seed', seed).stdout
+    assert sides_of(tmp_path) == deal(list('abcdef'), {}, 0.5, seed)
+
+
 def test_a_deal_leaves_no_side_empty(tmp_path):
     for ratio in (0.001, 0.999):
         sides = deal(list('abcd'), {}, ratio, 0)
