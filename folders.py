@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import stamp_of
+from engine.files import readable, stamp_of
 from raw_sets import SUBSETS, Item
 
 DEFAULT_RATIO = 0.5  # of the classes, that become test classes
@@ -72,18 +72,26 @@ def list_folder(folder: Path, suffixes: set[str]) -> tuple[list[Path], Counter]:
     Raises:
         UserError: if the folder cannot be read, which is not to be taken for an empty one, or has no name in UTF-8.
     """
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise UserError(f'the class folder {folder} cannot be read; give yourself permission, or move it away')
+    def unreadable(here: str) -> None:
+        raise UserError(f'the folder {here} of a class cannot be read; give yourself permission, or move it away')
+
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         raise UserError(f'the name of the class folder {os.fsencode(folder)!r} is not in UTF-8; rename it') from None
-    files = [path for path in sorted(folder.rglob('*')) if path.is_file()
-             and not any(part.startswith('.') for part in path.relative_to(folder).parts)]
-    images = [path for path in files if path.suffix.lower() in suffixes]
-    return images, Counter(path.suffix.lower() or 'without ending' for path in files
-                           if path.suffix.lower() not in suffixes) + Counter(
-        'links that are not followed' for path in folder.rglob('*') if path.is_symlink() and not path.is_file())
+    images, others = [], Counter()
+    for here, folders, files in os.walk(folder, onerror=lambda error: unreadable(error.filename)):
+        if not os.access(here, os.X_OK):  # its names are known, but not its files
+            unreadable(here)
+        folders[:] = [name for name in folders if not name.startswith('.')]
+        for path in (Path(here, name) for name in [*folders, *files] if not name.startswith('.')):
+            if path.is_symlink() and not path.is_file():
+                others['links that are not followed'] += 1
+            elif path.is_file() and path.suffix.lower() in suffixes:
+                images.append(path)
+            elif path.is_file():
+                others[readable(path.suffix.lower()) or 'without ending'] += 1
+    return sorted(images), others
 
 
 def find_renamed(found: list[tuple[Path, str, str]], root: Path, sides: dict[str, str], known: dict) -> dict[str, str]:
@@ -134,18 +142,21 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
                 raise UserError(f'--{flag} {value} has no effect: {root} is split into {" and ".join(subsets)} '
                                 'already; leave it out')
         folders = [(folder, subset) for subset in subsets for folder in classes(named[subset])]
+        beside = [path for path in classes(root) if path.name.lower() not in subsets]
     elif subsets:
         raise UserError(f'{root} holds {" and ".join(subsets)}; it needs train and test, or train, query and gallery, '
                         'each with one folder per class, or just one folder per class')
     else:
-        folders = [(folder, '') for folder in classes(root)]
+        folders, beside = [(folder, '') for folder in classes(root)], []
     left_out, empty, found = Counter(), [], []
     for folder, subset in folders:
         images, others = list_folder(folder, IMAGE_SUFFIXES)
         left_out += others
         empty += [] if images else [folder.name]
         found += [(path.relative_to(root), subset, label_of(folder)) for path in images]
-    loose = [path.name for path in root.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    left_out += Counter({f'images in {folder.name}/': len(list_folder(folder, IMAGE_SUFFIXES)[0]) for folder in beside})
+    loose = [path.name for place in (root, *map(named.get, subsets)) for path in place.iterdir()
+             if path.suffix.lower() in IMAGE_SUFFIXES]
     if loose and not found:
         raise UserError(f'{root} holds {len(loose)} images, but no folder for each class; sort them into folders')
     left_out += Counter({'images beside the class folders': len(loose)} if loose else {})

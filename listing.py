@@ -9,7 +9,7 @@ from pathlib import Path
 
 from collection import Item
 from engine.errors import UserError, nearest
-from engine.files import is_inside, read_json
+from engine.files import is_inside, read_json, readable
 from engine.images import IMAGE_SUFFIXES
 
 
@@ -42,7 +42,7 @@ def find_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
             if name.startswith('.'):
                 continue
             if suffix not in IMAGE_SUFFIXES:
-                left_out[suffix or 'without ending'] += 1
+                left_out[readable(suffix) or 'without ending'] += 1
             elif not is_inside(path) or not path.isprintable():
                 left_out['names with strange letters'] += 1
             elif file.is_symlink() and not file.resolve().is_relative_to(top):

@@ -158,6 +158,11 @@ def is_whole(low: int, high: int = 2**63 - 1):
     return lambda value: type(value) is int and low <= value <= high
 
 
+def readable(name: str) -> str:
+    """Return a name of a file as it can be printed: bytes that are no UTF-8 are written as numbers."""
+    return name.encode(errors='backslashreplace').decode()
+
+
 def are_texts(value) -> bool:
     """Tell whether a value is a list of strings."""
     return isinstance(value, list) and all(isinstance(part, str) for part in value)

@@ -1,6 +1,7 @@
 """A folder of one's own photographs: splits that stay, classes that were seen, photographs that go and that are odd."""
 import importlib.util
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -16,7 +17,8 @@ from raw_trees import write_image
 from engine.errors import UserError
 from engine.files import load, save
 from engine.runs import run_name
-from folders import deal, file_stem, settle_deal
+from folders import deal, file_stem, list_folder, settle_deal
+from listing import find_images
 from metrics import retrieval_metrics
 from model import EmbeddingNet, NetConfig, make_loss
 from raw_sets import find_root
@@ -604,6 +606,44 @@ def test_what_lies_beside_the_class_folders_is_counted(tmp_path):
     write_image(flat / 'one.jpg', 1, 1)
     result = type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'flat')
     assert_one_line_error(result, 'holds 1 images, but no folder for each class')
+
+
+def test_what_lies_beside_the_folders_of_a_split_is_counted(tmp_path):
+    for subset, classes in (('train', 'ab'), ('Test', 'cd'), ('val', 'ef')):
+        for label in classes:
+            write_image(tmp_path / 'mine' / subset / label / '0.jpg', ord(label), 1)
+    write_image(tmp_path / 'mine/train/loose.jpg', 1, 1)
+    printed = convert(tmp_path).stdout
+    assert 'left out: 1 images beside the class folders, 2 images in val/' in printed
+    assert 'train 2 classes 2 images, test 2 classes 2 images' in printed
+
+
+@pytest.mark.parametrize('kind', ['listing', 'entering'])
+def test_a_folder_in_a_class_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, kind):
+    root = make_own(tmp_path)
+    write_image(root / 'a/album/0.jpg', 1, 1)  # permissions do not bind the user root
+    assert len(list_folder(root / 'a', {'.jpg'})[0]) == 4
+    scandir, access = os.scandir, os.access
+
+    def refused(folder):
+        if str(folder).endswith('album'):
+            raise PermissionError(13, 'Permission denied', str(folder))
+        return scandir(folder)
+
+    if kind == 'listing':
+        monkeypatch.setattr(os, 'scandir', refused)
+    else:
+        monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).endswith('album') and access(path, mode))
+    with pytest.raises(UserError, match='album of a class cannot be read'):
+        list_folder(root / 'a', {'.jpg'})
+
+
+def test_an_ending_that_is_not_utf8_is_counted_and_can_be_printed(tmp_path):
+    root = make_own(tmp_path)
+    (root / 'a/notes.t\udce4t').touch()
+    for others in (list_folder(root / 'a', {'.jpg'})[1], find_images(root)[1]):
+        assert others == {'.t\\udce4t': 1}
+        assert ' '.join(others).encode()
 
 
 def test_a_class_folder_not_named_in_utf8_is_named(tmp_path):
