@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files import make_folder, remove_torn, save, write_atomically
+from engine.files import make_folder, remove_torn, save, stamp_of, write_atomically
 from utils import (Parser, add_device_flags, check_between, check_place, check_replaceable, refuse_without_effect,
                    run_script, user_path)
 
@@ -247,6 +247,13 @@ def class_of_broken(known: list) -> str:
     return known[2] if len(known) > 2 else ''
 
 
+def item_of_broken(collection, file: str) -> Item:
+    """Return a file that could not be read as an image of a collection, with its size and time of now if it is there.
+    """
+    folder = next((root for root in collection.folders() if file.startswith(f'{root}/')), os.path.dirname(file))
+    return Item(folder, file[len(folder) + 1:], class_of_broken(collection.broken[file]), *(stamp_of(file) or (0, 0)))
+
+
 def update(collection) -> list[Item]:
     """Remove the images whose files have vanished, and return those that have changed, to be embedded again.
 
@@ -268,12 +275,9 @@ def update(collection) -> list[Item]:
             changed.append(item._replace(size=stamp.st_size, time=stamp.st_mtime_ns))
     if gone:
         collection.remove(gone)
-    again = {file: class_of_broken(known) for file, known in collection.broken.items() if os.path.isfile(file)}
+    # They may have been broken for a while only.
+    changed += [item_of_broken(collection, file) for file in collection.broken if os.path.isfile(file)]
     collection.broken = {}
-    for file, label in again.items():  # they may have been broken for a while only
-        stamp = os.stat(file)
-        folder = next((root for root in collection.folders() if file.startswith(f'{root}/')), os.path.dirname(file))
-        changed.append(Item(folder, file[len(folder) + 1:], label, stamp.st_size, stamp.st_mtime_ns))
     print(f'{len(gone):,} images have vanished and are removed, {len(changed):,} have changed or were broken')
     return changed
 
@@ -339,7 +343,11 @@ def export(args, collection: FileCollection) -> None:
     import pandas as pd
 
     asked = {name: Path(getattr(args, name)) for name in ('csv', 'npy', 'parquet') if getattr(args, name)}
+    taken = {path.resolve() for path in (collection.file, RunFiles.beside(collection.file).model)}
     for name, file in asked.items():
+        if file.resolve() in taken:
+            raise UserError(f'--{name} {file} is the data base, its model, or named twice; name another file')
+        taken.add(file.resolve())
         if file.exists() and not args.overwrite:
             raise UserError(f'--{name} {file} is there already; add --overwrite to replace it')
         make_folder(f'--{name}', file.parent)
@@ -375,11 +383,16 @@ def change(args, collection) -> None:
     new = update(collection) if args.update else []
     if args.remove:
         chosen = matching(list(collection.items()), args.remove)
-        if not chosen:
+        forgotten = matching([item_of_broken(collection, file) for file in collection.broken], args.remove)
+        if not chosen and not forgotten:
             raise UserError(f'--remove {" ".join(args.remove)} fits none of the {len(collection):,} images; --list '
                             'prints them')
-        collection.remove([(item.folder, item.path) for item in chosen])
-        print(f'{len(chosen):,} images removed')
+        for item in forgotten:
+            del collection.broken[f'{item.folder}/{item.path}']
+        if chosen:
+            collection.remove([(item.folder, item.path) for item in chosen])
+        print(f'{len(chosen):,} images removed'
+              + (f', {len(forgotten):,} that cannot be read are forgotten' if forgotten else ''))
         removed = set(matching(new, args.remove))
         new = [item for item in new if item not in removed]
     if args.images is not None:  # what has changed below it is found a second time

@@ -488,6 +488,28 @@ def test_what_a_killed_call_has_half_written_is_removed(call, museum, model, tmp
     assert not any(file.exists() for file in left)
 
 
+def test_an_export_replaces_neither_the_data_base_nor_another_export(call, museum, model, tmp_path):
+    call('--model', model, '--images', museum)
+    before = load(tmp_path / 'museum.pth')
+    for words in (('--csv', tmp_path / 'museum.pth'), ('--npy', tmp_path / 'museum_model.pth'),
+                  ('--csv', tmp_path / 'x', '--npy', tmp_path / 'museum/../x')):
+        with pytest.raises(UserError, match='is the data base, its model, or named twice'):
+            call(*words, '--overwrite')
+    assert differences(before, load(tmp_path / 'museum.pth')) == []
+    assert not (tmp_path / 'x').exists()
+
+
+def test_what_could_not_be_read_is_forgotten_with_its_folder(call, museum, model, tmp_path):
+    (museum / 'ara/bad.jpg').write_bytes(b'no image')
+    call('--model', model, '--images', museum)
+    assert '4 images removed, 1 that cannot be read are forgotten' in call('--remove', 'ara')
+    write_image(museum / 'ara/bad.jpg', 1, 1)
+    call('--update')
+    assert not [path for path in load_data_base(tmp_path / 'museum.pth').test.images if path.startswith('ara')]
+    assert '0 images removed, 1 that cannot be read are forgotten' in call('--remove', 'broken.png')
+    assert load_data_base(tmp_path / 'museum.pth').sources.broken == {}
+
+
 def test_damaged_parts_and_those_of_another_model_are_refused(call, museum, model, tmp_path):
     call('--model', model, '--images', museum)
     base = load_data_base(tmp_path / 'museum.pth')
