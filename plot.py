@@ -43,8 +43,8 @@ def check_metric(table: pd.DataFrame, metric: str, path: str | Path) -> None:
     if metric not in measured:
         raise UserError(f'--metric {metric} is not in {path}{nearest(metric, measured)} (there are: '
                         f'{", ".join(measured)})')
-    if not table[metric].notna().all():
-        raise UserError(f'{path}: {metric} is empty in some epochs; draw another --metric')
+    if not table[metric].abs().lt(float('inf')).all():  # nor is NaN
+        raise UserError(f'{path}: {metric} is empty or infinite in some epochs; draw another --metric')
 
 
 def title_of(metric: str) -> str:

@@ -125,7 +125,8 @@ def read_statistics(path: str | Path):
         table = pd.read_csv(path)
     except ValueError as error:  # of pandas, for an empty or ragged file, or one that is no text
         raise UserError(f'{path} is no statistics file ({reason_of(error)})') from None
-    if 'epoch' not in table or not len(table) or not pd.api.types.is_numeric_dtype(table['epoch']):
+    if 'epoch' not in table or not len(table) or not pd.api.types.is_numeric_dtype(table['epoch']) or \
+            not table['epoch'].between(0, 2**31).all():
         raise UserError(f'{path} is no statistics file: it has no rows with an epoch')
     return table
 

@@ -360,7 +360,8 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, call_script, words, parts):
 
 
 @pytest.mark.parametrize('contents', [b'', b'\x89PNG\r\n\x1a\n\xff\xfe', b'epoch\n', b'epoch,loss\nfirst,1\n',
-                                      b'epoch,dense_R@1\n1,\n', b'epoch,dense_R@1\n1,often\n', b'\0' * 40])
+                                      b'epoch,dense_R@1\n1,\n', b'epoch,dense_R@1\n1,often\n',
+                                      b'epoch,dense_R@1\ninf,1\n', b'epoch,dense_R@1\n1,inf\n', b'\0' * 40])
 def test_a_broken_statistics_file_ends_with_code_2(tmp_path, contents):
     path = tmp_path / 'x_statistics.csv'
     path.write_bytes(contents)
