@@ -59,8 +59,8 @@ def open_run(name: str, results_dir: str, data_path: str) -> OpenRun:
     data_name = data_base.origin['args']['data_name']
     root = find_root(data_path, data_name)
     if root is None:
-        raise UserError(f'--data_path {data_path} does not hold the data set {data_name} of {file.name}; name the '
-                        'folder that does')
+        raise UserError(f'--data_path {data_path} holds no folder {data_name}, the data set of {file.name}; name the '
+                        'folder that does, or give that one its name back')
     return OpenRun(data_base, RunFiles.beside(file), [root])
 
 

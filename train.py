@@ -136,7 +136,7 @@ def check_data(args: argparse.Namespace, split: dict, device: torch.device, samp
         raise UserError('--shard_proxies has no effect in one process; start several with torchrun, or leave it out')
     sizes = {args.batch_size} if sampler.drop_last else {args.batch_size, last_batch}
     if not args.freeze_bn and 1 in {size // world_size() for size in sizes}:
-        hint = '' if sampler.drop_last else 'add --drop_last 1, or '
+        hint = '' if sampler.drop_last or args.batch_size // world_size() == 1 else 'add --drop_last 1, or '
         raise UserError(f'--batch_size {args.batch_size} leaves a batch of one image, or of one in a process, which '
                         f'has no BatchNorm statistics; {hint}choose another size')
     if args.compile and device.type == 'cpu' and not shutil.which(os.environ.get('CXX', 'g++')):

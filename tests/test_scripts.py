@@ -325,6 +325,8 @@ def test_resume_notices_that_the_data_set_changed(own_car, tmp_path):
 def test_a_batch_of_one_image_is_refused_where_batchnorm_learns(raw_sets, tmp_path):
     result = train(raw_sets, tmp_path, *TINY, '--batch_size', 11, '--freeze_bn', 0)
     assert_one_line_error(result, '--batch_size 11 leaves a batch of one image', '--drop_last 1')
+    result = train(raw_sets, tmp_path, *TINY, '--freeze_bn', 0, '--batch_size', 1)
+    assert_one_line_error(result, '--batch_size 1 leaves a batch of one image', 'statistics; choose another size')
     assert train(raw_sets, tmp_path, *TINY, '--batch_size', 11, '--freeze_bn', 0, '--drop_last', 1).returncode == 0
 
 
