@@ -17,6 +17,7 @@ from raw_trees import write_image
 from engine.errors import UserError
 from engine.files import load, save
 from engine.runs import run_name
+from export import describe_protocol
 from folders import deal, file_stem, list_folder, settle_deal
 from listing import find_images
 from metrics import retrieval_metrics
@@ -210,6 +211,7 @@ def test_what_was_measured_stands_in_table_json_and_data_base(own):
     data_base = load(own / 'saved' / f'{NAME}_on_other_data_base.pth', 'data base')
     assert data_base['args']['data_name'] == 'other'
     assert set(data_base['class_names']) == {'v', 'w'}
+    assert 'The epoch was chosen on the test classes of mine.' in describe_protocol(data_base, seen=0)
 
 
 # ---------------------------------------------------- settings that would lie --------------------------------------
