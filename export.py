@@ -346,10 +346,11 @@ def describe_protocol(run: dict, seen: int) -> str:
     chosen = ('on held out training classes' if settings.get('val_ratio') else
               f'on the test classes of {settings["trained_on"]}' if 'trained_on' in settings else
               'on the test classes, as in the papers, which makes its numbers a little too good')
-    epoch = '' if settings.get('zero_shot') else f' The epoch was chosen {chosen}.'
     classes = f'{seen} of these classes were TRAINED ON' if seen else 'Classes that were not trained on'
-    return (f'{classes}. Recall@K is exact: the query itself is left out by its index, tied negatives count as half; '
-            f'binary are the signs of the embeddings, by Hamming distance.{epoch}')
+    of_training = '' if settings.get('zero_shot') else (
+        f'; binary are the signs of the embeddings, by Hamming distance. The epoch was chosen {chosen}')
+    return (f'{classes}. Recall@K is exact: the query itself is left out by its index, tied negatives count as half'
+            f'{of_training}.')
 
 
 def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folder: str) -> str:

@@ -463,6 +463,7 @@ def test_the_untouched_trunk_is_saved_and_searched(own, weights):
     assert 'Not trained\nfurther: the pooled features of its weights `w.pth`' in card
     assert 'squeeze the whole image to 32 x 32 px' in card
     assert 'The epoch was chosen' not in card
+    assert 'binary' not in card
     assert 'recipe' not in card.split('## Recipe')[1]
     for query in (load(name, 'data base')['test_images'][0], own / 'foreign.jpg'):
         assert type_command(*look_up, '--query_img_name', query).returncode == 0
