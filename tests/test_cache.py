@@ -49,6 +49,13 @@ def build(data_path, size):
     build_cache(data.root, 'uncropped', size, images_of(data.split))
 
 
+def test_what_a_killed_call_has_half_written_is_removed(data_path):
+    left = data_path / 'car/.uncropped_cache_25.bin.0123abcd'
+    left.write_bytes(b'half')
+    build(data_path, 25)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize('crop_type', ['uncropped', 'cropped'])
 def test_the_cache_holds_the_images_with_their_short_side_reduced(built, crop_type):
     cache, root, split = open_cache(built, crop_type)

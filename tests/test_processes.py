@@ -10,12 +10,15 @@ from conftest import ENVIRONMENT, REPOSITORY, type_command
 from torch import distributed, multiprocessing
 
 import metrics
+from begin import Start
+from dataset import RetrievalDataset
 from engine import counting
 from engine.processes import shard
-from engine.runs import load_data_base
+from engine.runs import RunFiles, load_data_base
 from evaluate import embed_images
 from model import EmbeddingNet, NetConfig, load_model, make_loss
-from train import Learner, distribute, train_one_epoch
+from settings import get_runs
+from train import Learner, distribute, prepare, train_one_epoch
 
 TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
         '--warm_up', 0,
@@ -146,6 +149,31 @@ def test_what_processes_with_statistics_of_their_own_measure_is_the_model_that_t
     data_base = load_data_base(tmp_path / f'{NAME}_data_base.pth')
     images = [raw_sets / 'car' / image for image in data_base.test.images]
     torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features, rtol=0, atol=1e-5)
+
+
+def start_from_images_in(rank: int, words: list, folder) -> None:
+    """Prepare a run in the first or second of two processes, and save its network."""
+    torch.set_num_threads(1)
+    distributed.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2)
+    training = prepare(get_runs(words)[1][0], Start(RunFiles(folder, 'none'), False, []), torch.device('cpu'))
+    torch.save(training.model.state_dict(), folder / f'{rank}.pth')
+    distributed.destroy_process_group()
+
+
+def test_a_start_from_images_is_of_the_statistics_that_all_processes_have(raw_sets, tmp_path):
+    words = [str(word) for word in (
+        *TINY, '--data_path', raw_sets, '--batch_size', 6, '--freeze_bn', 0, '--linear_init', 'whiten',
+        '--feature_dim', 4)]
+    multiprocessing.spawn(start_from_images_in, (words, tmp_path), nprocs=2)
+    one, two = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    training = prepare(get_runs(words)[1][0], Start(RunFiles(tmp_path, 'none'), False, []), torch.device('cpu'))
+    training.model.load_state_dict(one)
+    data, plain = training.data, training.test_loaders['test'].dataset.transform
+    images = torch.stack([image for image, _ in RetrievalDataset(data, 'train', plain)])
+    with torch.no_grad():
+        training.model.whiten(training.model.headless().eval()(images))
+    torch.testing.assert_close(training.model.refactor.weight.abs(), one['refactor.weight'].abs(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('count', [2, 3])
