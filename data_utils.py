@@ -1,49 +1,177 @@
-"""Turn raw data sets into split files.
+"""Convert raw data sets, or folders of your own photographs, to split files.
 
-    python data_utils.py --data_path /home/data                     # every known raw set that is there
+    python data_utils.py --data_path /home/data                     # every known raw data set in it
     python data_utils.py --data_path /home/data --data_name cub car
-    python data_utils.py --data_path data --data_name glyph         # made here, no download
+    python data_utils.py --data_path data --data_name glyph         # drawn here, no download
     python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/...
     python data_utils.py --data_path /home/me --data_name flowers --test_ratio 0.3         # flowers/CLASS/*.jpg
 
-Under {data_path}/{data_name} this writes the images to `uncropped/` (hard links where the file system has them) and,
-where there are bounding boxes, to `cropped/`, and the split files `uncropped_data_dicts.pth` and
-`cropped_data_dicts.pth`: {'train': {label: [path, ...]}, 'test': {...}, 'class_names': {label: name}}, for In-shop
-`train`, `query` and `gallery`; paths relative to {data_path}/{data_name}. `conversion.json` remembers what was decoded,
-so that a second run reads only what is new, and which side a class of one's own was dealt. A conversion mirrors the
-folder: of an image that is gone nothing is kept. PyTorch is imported where it is used, so that a run with nothing to do
-ends at once.
+Writes to {data_path}/{data_name}:
+
+    uncropped/                  all images as RGB; hard links to the originals where possible
+    cropped/                    the images cropped to their bounding boxes, if the data set has them
+    uncropped_data_dicts.pth    the split file of uncropped/
+    cropped_data_dicts.pth      the split file of cropped/
+    conversion.json             what was converted, so that a second run decodes only new and changed images; and which
+                                classes of your own folder are test classes
+
+A split file holds {'train': {label: [path, ...]}, 'test': {...}, 'class_names': {label: name}}, for In-shop `train`,
+`query` and `gallery`; paths are relative to {data_path}/{data_name}. What belongs to an image that is gone is removed.
 """
 import os
-import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.errors import UserError, nearest
-from engine.files import check_paths, load, lock, make_folder, read_json, save, save_json, stamp_of
-from engine.images import BrokenImage, open_image
-from engine.processes import progress
-from folders import DEFAULT_RATIO, read_folder
-from glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
-from raw_sets import (RAW_SETS, SUBSETS, Item, canonical_data_name, check_data_path, count_images, find_root,
-                      images_of)
-from utils import Parser, check_between, run_script, user_path
+from common.distributed import progress
+from common.errors import UserError, suggestion
+from common.files import check_paths, lock, make_folder, read_json, save, save_json, stamp_of
+from common.images import BrokenImage, open_image
+from imagedata.folders import DEFAULT_RATIO, MADE_BY, MANIFEST, OwnFolder, read_folder
+from imagedata.glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
+from imagedata.raw_sets import (
+    RAW_SETS,
+    SUBSETS,
+    RawImage,
+    canonical_data_name,
+    check_data_path,
+    count_images,
+    find_root,
+    images_of,
+)
+from utils import Parser, check_between, refuse_without_effect, run_script, user_path
 
 FAILURES_SHOWN = 20
+JPEG = {'quality': 95, 'subsampling': 0}  # 4:4:4, no chroma subsampling
+SUFFIX_HINTS = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
+                '.avif': ' (needs Pillow 11.3)'}
+
+
+# ---------------------------------------------------- what it writes ------------------------------------------------
+class Entry(NamedTuple):
+    """What conversion.json remembers of a converted image."""
+
+    file_name: str  # in uncropped/
+    file_size: int  # bytes, in uncropped/
+    stem: str  # in cropped/ the file is {stem}.jpg
+    box: list[int] | None
+    subset: str
+    label: str
+    class_name: str | None
+    source_size: int  # bytes
+    source_time: int  # ns, of the last change
+
+    def path(self, folder: str) -> str:
+        """Return the image's path in the split file of `uncropped` or `cropped`."""
+        return f'{folder}/{self.stem}.jpg' if folder == 'cropped' else f'{folder}/{self.file_name}'
+
+
+@dataclass
+class Manifest:
+    """The contents of conversion.json."""
+
+    made_by: str = MADE_BY
+    files: dict[str, Entry] = field(default_factory=dict)  # by the path of the source
+    splits: dict[str, list[int]] = field(default_factory=dict)  # {split file: [size, time]}
+    class_split: dict = field(default_factory=dict)  # of `choose_class_split`
+
+    def save(self, root: Path) -> None:
+        """Write conversion.json."""
+        save_json(vars(self), root / MANIFEST)
+
+
+def photographs(manifest: Manifest) -> set[tuple]:
+    """Return what tells converted photographs, and versions of one, apart."""
+    return {(entry.file_name, entry.source_size, entry.source_time) for entry in manifest.files.values()}
+
+
+def split_file(root: Path, folder: str) -> Path:
+    """Return the split file of `uncropped` or `cropped`."""
+    return root / f'{folder}_data_dicts.pth'
+
+
+def open_manifest(root: Path, folders: list[str]) -> Manifest:
+    """Return what the last conversion remembered, or an empty manifest.
+
+    Raises:
+        UserError: if files or folders of these names exist, but not from an earlier conversion.
+    """
+    def are_entries(files) -> bool:
+        return all(len(entry) == len(Entry._fields) for entry in files.values())
+
+    contents = read_json(root / MANIFEST, {'made_by': lambda value: value == MADE_BY, 'files': are_entries,
+                                           'splits': dict})
+    if contents is not None:
+        files = {source: Entry(*entry) for source, entry in contents['files'].items()}
+        return Manifest(files=files, splits=contents['splits'], class_split=contents.get('class_split', {}))
+    paths = [root / MANIFEST, *(root / folder for folder in folders), *(split_file(root, folder) for folder in folders)]
+    foreign = [path.name for path in paths if path.exists()]
+    if foreign:
+        raise UserError(f'{root} holds {", ".join(foreign)}, which this script did not write; move that away')
+    return Manifest()
+
+
+def make_split(entries: list[Entry], folder: str) -> dict:
+    """Return the contents of a split file: {subset: {label: [path, ...]}, ..., 'class_names': {label: name}}."""
+    split = {subset: {} for subset in SUBSETS if any(entry.subset == subset for entry in entries)}
+    class_names = {}
+    for entry in entries:
+        split[entry.subset].setdefault(entry.label, []).append(entry.path(folder))
+        class_names[entry.label] = entry.label if entry.class_name is None else entry.class_name
+    return {**split, 'class_names': dict(sorted(class_names.items()))}
+
+
+def remove_orphans(root: Path, folders: list[str], done: dict[str, Entry], earlier: dict[str, Entry]) -> None:
+    """Remove all files from the output folders that belong to no converted image.
+
+    Files that the earlier conversion did not know either, for instance of one that was killed, are counted on the
+    screen.
+    """
+    for folder in folders:
+        kept = {entry.path(folder) for entry in done.values()}
+        known = {entry.path(folder) for entry in earlier.values()}
+        num_unknown = 0
+        for file in (root / folder).iterdir():
+            path = f'{folder}/{file.name}'
+            if path not in kept and not file.is_dir():
+                file.unlink()
+                num_unknown += path not in known
+        if num_unknown:
+            print(f'{root.name}: removed {num_unknown} files from {folder}/ that belong to no photograph')
+
+
+def remove_caches(root: Path) -> None:
+    """Remove all caches of a data set, and say so: they hold pixels of images that are gone."""
+    for folder in ('uncropped', 'cropped'):
+        for index_file in root.glob(f'{folder}_cache_[0-9]*.pth'):
+            index_file.unlink()
+            index_file.with_suffix('.bin').unlink(missing_ok=True)
+            print(f'{root.name}: removed the cache {index_file.stem}, which held images that are gone or have changed; '
+                  'build it again with --cache_size')
 
 
 # ---------------------------------------------------- conversion ----------------------------------------------------
+class Conversion(NamedTuple):
+    """What `convert` did."""
+
+    splits: dict[str, dict]  # {'uncropped': split, 'cropped': split}
+    num_decoded: int
+    num_skipped: int  # broken or missing
+    num_gone: int  # since the last conversion
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file (of a symbolic link: what it points to), or copy it where the file system cannot."""
+    """Hard-link a file (for a symbolic link, the file it points to), or copy it where the file system cannot."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copyfile(source, target)
 
 
-def convert_item(root: Path, item: Item, stem: str) -> tuple[str, int]:
-    """Decode one image, put it into `uncropped/` and, with a box, into `cropped/`.
+def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
+    """Decode an image, put it into `uncropped/` and, if it has a box, into `cropped/`.
 
     Returns:
         file name and size in bytes in `uncropped/`.
@@ -51,398 +179,384 @@ def convert_item(root: Path, item: Item, stem: str) -> tuple[str, int]:
     Raises:
         BrokenImage: if it cannot be decoded.
     """
-    source = root / item.source
+    source = root / image.source
     rgb, is_rgb = open_image(source)
     target = root / 'uncropped' / f'{stem}{source.suffix if is_rgb else ".jpg"}'
-    target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be written through
+    target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be overwritten
     if is_rgb:
         link_or_copy(source, target)
     else:
-        rgb.save(target, quality=95, subsampling=0)
-    if item.box:
-        left, top, right, bottom = item.box
-        left, top = max(0, min(left, rgb.width - 1)), max(0, min(top, rgb.height - 1))
-        right, bottom = max(left + 1, min(right, rgb.width)), max(top + 1, min(bottom, rgb.height))
+        rgb.save(target, **JPEG)
+    if image.box:
+        left, top, right, bottom = image.box
+        left = max(0, min(left, rgb.width - 1))
+        top = max(0, min(top, rgb.height - 1))
+        right = max(left + 1, min(right, rgb.width))
+        bottom = max(top + 1, min(bottom, rgb.height))
         cropped = root / 'cropped' / f'{stem}.jpg'
         cropped.unlink(missing_ok=True)
-        rgb.crop((left, top, right, bottom)).save(cropped, quality=95, subsampling=0)
+        rgb.crop((left, top, right, bottom)).save(cropped, **JPEG)
     return target.name, target.stat().st_size
 
 
-def unique_stems(items: list[Item]) -> list[str]:
-    """Return one file name (without its ending) for each item; a name met twice, in any case, gets a number."""
+def unique_stems(images: list[RawImage]) -> list[str]:
+    """Return one file name (without suffix) per image; repeated names, in upper or lower case, get a number."""
     stems, taken = [], set()
-    for item in items:
-        stem, number = item.stem, 2
+    for image in images:
+        stem = image.stem
+        number = 1
         while stem.lower() in taken:
-            stem, number = f'{item.stem}_{number}', number + 1
+            number += 1
+            stem = f'{image.stem}_{number}'
         taken.add(stem.lower())
         stems.append(stem)
     return stems
 
 
-def open_manifest(root: Path, folders: list[str]) -> dict:
-    """Return what an earlier conversion wrote down, or an empty manifest.
-
-    {'made_by': 'data_utils.py', 'splits': {file: [size, time]}, 'files': {source: [file name and size in uncropped/,
-    stem, box, subset, label, class name, size and time of the source]}, 'deal': of folders.py}
-
-    Raises:
-        UserError: if files of these names are there, but not from an earlier conversion.
-    """
-    manifest = read_json(root / 'conversion.json', {
-        'made_by': lambda value: value == 'data_utils.py', 'files': dict, 'splits': dict})
-    if manifest:
-        return manifest
-    names = ['conversion.json', *folders, *(f'{folder}_data_dicts.pth' for folder in folders)]
-    foreign = [name for name in names if (root / name).exists()]
-    if foreign:
-        raise UserError(f'{root} holds {", ".join(foreign)} that this script did not write; move that away')
-    return {'made_by': 'data_utils.py', 'files': {}, 'splits': {}, 'deal': {}}
-
-
-def find_changes(root: Path, items: list[Item], class_names: dict[str, str], manifest: dict, folders: list[str]
-                 ) -> tuple[dict, dict[str, str], list[tuple[Item, list]]]:
-    """Compare the raw files with an earlier conversion.
+def find_changes(root: Path, images: list[RawImage], class_names: dict[str, str], earlier: dict[str, Entry],
+                 folders: list[str]) -> tuple[dict[str, Entry], dict[str, str], list[tuple[RawImage, Entry]]]:
+    """Compare the raw images with an earlier conversion.
 
     Returns:
-        what is done ({source: manifest entry}), what is missing ({source: reason}), and what is left to decode.
+        {source: entry} of the images that are converted already, {source: reason} of those that are missing, and the
+        images left to decode, with entries that lack file name and size.
     """
     sizes = {}
     for folder in folders:
-        with os.scandir(root / folder) as entries:
-            sizes[folder] = {entry.name: entry.stat().st_size for entry in entries}
-    done, failures, todo = {}, {}, []
-    top = str(root)
-    for item, stem in zip(items, unique_stems(items), strict=True):
+        with os.scandir(root / folder) as files:
+            sizes |= {f'{folder}/{file.name}': file.stat().st_size for file in files}
+    done, failures, to_decode = {}, {}, []
+    for image, stem in zip(images, unique_stems(images), strict=True):
         try:
-            status = os.stat(f'{top}/{item.source}')  # strings: pathlib takes seconds for 100,000 images
+            status = os.stat(f'{root}/{image.source}')  # pathlib takes seconds for 100,000 images
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            failures[item.source] = getattr(error, 'strerror', None) or str(error)
+            failures[image.source] = getattr(error, 'strerror', None) or str(error)
             continue
-        key = [stem, list(item.box) if item.box else None, item.subset, item.label, class_names.get(item.label),
-               status.st_size, status.st_mtime_ns]
-        name, size, *known = manifest['files'].get(item.source, [None, None])
-        whole = known == key and sizes['uncropped'].get(name) == size
-        if whole and (not item.box or sizes['cropped'].get(f'{stem}.jpg')):
-            done[item.source] = [name, size, *key]
+        new = Entry('', 0, stem, image.box and list(image.box), image.subset, image.label,
+                    class_names.get(image.label), status.st_size, status.st_mtime_ns)
+        old = earlier.get(image.source)
+        is_converted = (old is not None and old._replace(file_name='', file_size=0) == new
+                        and sizes.get(old.path('uncropped')) == old.file_size
+                        and (not old.box or sizes.get(old.path('cropped'))))
+        if is_converted:
+            done[image.source] = old
         else:
-            todo.append((item, key))
-    return done, failures, todo
+            to_decode.append((image, new))
+    return done, failures, to_decode
 
 
-def earlier_deal(manifest: dict) -> dict:
-    """Return the deal that a manifest remembers; one of before deals were remembered says it by its images."""
-    sides = {entry[5]: entry[4] for entry in manifest['files'].values()}
-    if manifest.get('deal') or set(sides.values()) != {'train', 'test'}:
-        return manifest.get('deal', {})
-    return {'sides': sides}
-
-
-def mirror(root: Path, folders: list[str], done: dict, earlier: dict) -> None:
-    """Remove from the folders that a conversion fills every file that belongs to no image of this one.
-
-    What the earlier one did not know either, as after a conversion that was killed, is counted on the screen.
-    """
-    for folder in folders:
-        kept, known = ({entry[0] if folder == 'uncropped' else f'{entry[2]}.jpg' for entry in entries.values()}
-                       for entries in (done, earlier))
-        others = [file for file in (root / folder).iterdir() if file.name not in kept and not file.is_dir()]
-        for file in others:
-            file.unlink()
-        unknown = sum(file.name not in known for file in others)
-        if unknown:
-            print(f'{root.name}: {unknown} files in {folder}/ that belonged to no photograph are removed')
-
-
-def drop_stale_caches(root: Path, done: dict) -> None:
-    """Remove caches that hold images which are not among those of this conversion, and say so."""
-    from engine.cache import INDEX
-
-    kept = {f'uncropped/{entry[0]}' for entry in done.values()} | {f'cropped/{entry[2]}.jpg' for entry in done.values()}
-    for index_file in root.glob('*cropped_cache_*.pth'):
-        if not re.fullmatch(r'(un)?cropped_cache_\d+', index_file.stem):
-            continue
+def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, Entry],
+           failures: dict[str, str]) -> None:
+    """Convert images in parallel, and add each to `done` or `failures`."""
+    def try_one(job: tuple[RawImage, Entry]):
+        image, entry = job
         try:
-            images = set(load(index_file, 'cache index', INDEX)['images'])
-        except UserError:
-            images = {None}
-        if not images <= kept:
-            index_file.unlink()
-            index_file.with_suffix('.bin').unlink(missing_ok=True)
-            what = 'cannot be read' if images == {None} else 'held images that are gone'
-            print(f'{root.name}: the cache {index_file.stem} {what} and is removed; --cache_size builds another')
-
-
-def convert(root: Path, items: list[Item], class_names: dict[str, str], skip_bad: bool = False,
-            dealt: dict | None = None) -> dict:
-    """Decode every image that is new or changed, in parallel, and write the split files.
-
-    Args:
-        items: the images, as a `read_*` gives them.
-        class_names: {label: name}.
-        skip_bad: leave broken and missing images out instead of failing.
-        dealt: of `read_folder`, to be remembered.
-
-    Returns:
-        {'decoded', 'skipped', 'gone': numbers of images, 'splits': {folder: split}}.
-
-    Raises:
-        UserError: if images are broken or missing (all of them are counted, the first twenty named), one is listed
-            twice, or a subset is empty.
-    """
-    check_twice(root, items)
-    folders = ['uncropped', 'cropped'] if any(item.box for item in items) else ['uncropped']
-    manifest, manifest_file = open_manifest(root, folders), root / 'conversion.json'
-    if not manifest_file.is_file():  # first of all, so that a conversion cut short is known as ours
-        check_subsets(root, items)
-        manifest['deal'] = dealt or {}
-        save_json(manifest, manifest_file)
-    for folder in folders:
-        make_folder('the folder', root / folder)
-    done, failures, todo = find_changes(root, items, class_names, manifest, folders)
-    decode(root, todo, done, failures)
-    mirror(root, folders, done, manifest['files'])
-    gone = len(manifest['files'].keys() - done.keys() - failures.keys())
-    unchanged = list(done.items()) == list(manifest['files'].items()) and manifest.get('deal') == (dealt or {})
-    stops = bool(failures) and not skip_bad  # no split file says what was dealt anew
-    manifest |= {'files': done} | ({} if stops else {'deal': dealt or {}})
-    if not unchanged:
-        save_json(manifest, manifest_file)
-        drop_stale_caches(root, done)
-    if stops:
-        shown = '; '.join(f'{name} ({reason})' for name, reason in list(failures.items())[:FAILURES_SHOWN])
-        more = f'; and {len(failures) - FAILURES_SHOWN} more' if len(failures) > FAILURES_SHOWN else ''
-        raise UserError(f'{root}: {len(failures)} of {len(items)} images are broken or missing: {shown}{more}. '
-                        'Mend them or unpack them again, or leave them out with --skip_bad')
-    items = [item for item in items if item.source in done]
-    try:
-        check_subsets(root, items)
-    except UserError:
-        for folder in folders:  # of an earlier conversion, whose images are gone
-            (root / f'{folder}_data_dicts.pth').unlink(missing_ok=True)
-        raise
-    splits = {folder: make_split(items, done, class_names, folder) for folder in folders}
-    stamps = {f'{folder}_data_dicts.pth': stamp_of(root / f'{folder}_data_dicts.pth') for folder in folders}
-    if not unchanged or manifest['splits'] != stamps:
-        for folder, split in splits.items():
-            save(split, root / f'{folder}_data_dicts.pth')
-        manifest['splits'] = {name: stamp_of(root / name) for name in stamps}
-        save_json(manifest, manifest_file)
-    decoded = sum(item.source not in failures for item, _ in todo)
-    return {'decoded': decoded, 'skipped': len(failures), 'gone': gone, 'splits': splits}
-
-
-def decode(root: Path, todo: list[tuple[Item, list]], done: dict, failures: dict) -> None:
-    """Convert what `find_changes` left, and add it to what is done or has failed."""
-    def try_one(job: tuple[Item, list]):
-        try:
-            return convert_item(root, job[0], job[1][0])
+            return convert_image(root, image, entry.stem)
         except BrokenImage as error:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = progress(pool.map(try_one, todo), total=len(todo), desc=root.name, unit='img')
-        for (item, key), result in zip(todo, results, strict=True):
+        results = progress(pool.map(try_one, to_decode), total=len(to_decode), desc=root.name, unit='img')
+        for (image, entry), result in zip(to_decode, results, strict=True):
             if isinstance(result, BrokenImage):
-                failures[item.source] = str(result)
+                failures[image.source] = str(result)
             else:
-                done[item.source] = [*result, *key]
+                file_name, file_size = result
+                done[image.source] = entry._replace(file_name=file_name, file_size=file_size)
 
 
-def check_subsets(root: Path, items: list[Item]) -> None:
-    """Refuse a data set without images in one of its subsets."""
-    present = {item.subset for item in items}
+def convert(root: Path, images: list[RawImage], class_names: dict[str, str], skip_bad: bool = False,
+            class_split: dict | None = None) -> Conversion:
+    """Decode all images that are new or have changed, and write the split files.
+
+    Args:
+        images: of a `read_*` function of raw_sets.py, or of `read_folder`.
+        class_names: {label: name}.
+        skip_bad: leave broken and missing images out instead of failing.
+        class_split: of `read_folder`, to be remembered.
+
+    Raises:
+        UserError: if images are broken or missing (all are counted, the first twenty named), an image is listed
+            twice, or a subset is empty.
+    """
+    check_duplicates(root, images)
+    folders = ['uncropped', 'cropped'] if any(image.box for image in images) else ['uncropped']
+    earlier = open_manifest(root, folders)
+    new = Manifest(splits=earlier.splits, class_split=class_split or {})
+    if not (root / MANIFEST).is_file():  # written first, so that an interrupted conversion is recognised as ours
+        check_subsets(root, {image.subset for image in images})
+        new.save(root)
+    for folder in folders:
+        make_folder('the folder', root / folder)
+    new.files, failures, to_decode = find_changes(root, images, class_names, earlier.files, folders)
+    decode(root, to_decode, new.files, failures)
+    remove_orphans(root, folders, new.files, earlier.files)
+    if failures and not skip_bad:  # the split files stay those of the earlier class split
+        new.class_split = earlier.class_split
+    has_changed = new.class_split != earlier.class_split or list(new.files.items()) != list(earlier.files.items())
+    if photographs(earlier) - photographs(new):
+        remove_caches(root)
+    if has_changed:
+        new.save(root)
+    if failures and not skip_bad:
+        raise UserError(describe_failures(root, failures, len(images)))
+
+    splits = write_splits(root, [image.source for image in images], new, folders, has_changed)
+    num_decoded = sum(image.source in new.files for image, _ in to_decode)
+    num_gone = len(earlier.files.keys() - new.files.keys() - failures.keys())
+    return Conversion(splits, num_decoded, len(failures), num_gone)
+
+
+def write_splits(root: Path, sources: list[str], manifest: Manifest, folders: list[str], has_changed: bool) -> dict:
+    """Return {folder: split}, and write the split files if the images or the files themselves have changed.
+
+    Raises:
+        UserError: if a subset is empty; split files of an earlier conversion are removed then.
+    """
+    entries = [manifest.files[source] for source in sources if source in manifest.files]
+    try:
+        check_subsets(root, {entry.subset for entry in entries})
+    except UserError:
+        for folder in folders:
+            split_file(root, folder).unlink(missing_ok=True)
+        raise
+    splits = {folder: make_split(entries, folder) for folder in folders}
+    files = {folder: split_file(root, folder) for folder in folders}
+    if has_changed or manifest.splits != {file.name: stamp_of(file) for file in files.values()}:
+        for folder, file in files.items():
+            save(splits[folder], file)
+        manifest.splits = {file.name: stamp_of(file) for file in files.values()}
+        manifest.save(root)
+    return splits
+
+
+def describe_failures(root: Path, failures: dict[str, str], num_images: int) -> str:
+    """Return the message about broken and missing images."""
+    named = [f'{source} ({reason})' for source, reason in list(failures.items())[:FAILURES_SHOWN]]
+    if len(failures) > FAILURES_SHOWN:
+        named.append(f'and {len(failures) - FAILURES_SHOWN} more')
+    return (f'{root}: {len(failures)} of {num_images} images are broken or missing: {"; ".join(named)}. Repair them or '
+            'unpack them again, or leave them out with --skip_bad')
+
+
+def check_subsets(root: Path, present: set[str]) -> None:
+    """Raise a UserError if a subset has no images."""
     for subset in ('train', 'query', 'gallery') if present & {'query', 'gallery'} else ('train', 'test'):
         if subset not in present:
             raise UserError(f'{root}: no images in {subset}; it needs train/CLASS/ and test/CLASS/, or one folder for '
-                            'each of at least two classes (python data_utils.py --help); where classes of one side '
-                            'are all gone, --resplit deals the others anew')
+                            'each of at least two classes (python data_utils.py --help); if all classes of one side '
+                            'are gone, --resplit splits the others again')
 
 
-def check_twice(root: Path, items: list[Item]) -> None:
-    """Refuse an image that is listed twice: it could train and test at once."""
+def check_duplicates(root: Path, images: list[RawImage]) -> None:
+    """Raise a UserError if an image is listed twice: it could be in training and test."""
     seen = set()
-    twice = next((item.source for item in items if item.source in seen or seen.add(item.source)), None)
-    if twice:
-        raise UserError(f'{root}: the image {twice} is listed twice; unpack the archive again')
+    for image in images:
+        if image.source in seen:
+            raise UserError(f'{root}: the image {image.source} is listed twice; unpack the archive again')
+        seen.add(image.source)
 
 
-def make_split(items: list[Item], done: dict, class_names: dict[str, str], folder: str) -> dict:
-    """Gather converted items into {subset: {label: [path, ...]}, ..., 'class_names': {label: name}}."""
-    split = {subset: {} for subset in SUBSETS if any(item.subset == subset for item in items)}
-    for item in items:
-        name, _, stem = done[item.source][:3]
-        name = f'{stem}.jpg' if folder == 'cropped' else name
-        split[item.subset].setdefault(item.label, []).append(f'{folder}/{name}')
-    labels = {label for subset in split.values() for label in subset}
-    return {**split, 'class_names': {label: class_names.get(label, label) for label in sorted(labels)}}
+def read_known(root: Path, data_name: str) -> tuple[list[RawImage], dict[str, str]]:
+    """Return the images and class names of a data set of RAW_SETS.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    raw_set = RAW_SETS[data_name]
+    missing = [file for file in raw_set.files if not (root / file).is_file()]
+    if missing:
+        note = ''
+        if data_name == 'car' and any((root / folder).is_dir() for folder in ('train', 'cars_train')):
+            note = (' (train and test folders, 8,144 / 8,041 images, are the classification split with every class in '
+                    'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)')
+        raise UserError(f'{root} is taken for the data set {data_name} by its name, but lacks {", ".join(missing)}'
+                        f'{note}; extract the data set\'s own archive there, or rename a folder of your own')
+    images, class_names = raw_set.read(root)
+    check_paths(root, (image.source for image in images))
+    return images, class_names
 
 
-def check_counts(counts: dict[str, tuple[int, int]], expected: dict[str, tuple[int, int]]) -> str:
-    """Compare a conversion with the complete data set and return a sentence for the screen."""
+def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bool) -> OwnFolder:
+    """Read a folder of your own photographs, with the class split of an earlier conversion unless `resplit`.
+
+    Reports what was left out, and which classes changed sides.
+    """
+    manifest = open_manifest(root, ['uncropped'])
+    known = {(Path(source).name, entry.source_size, entry.source_time): entry.label
+             for source, entry in manifest.files.items()}
+    earlier = dict(manifest.class_split)
+    if resplit:  # ratio and seed are kept unless others are given
+        earlier['sides'] = {}
+        if test_ratio is not None:
+            earlier.pop('ratio', None)
+        if seed is not None:
+            earlier.pop('seed', None)
+    folder = read_folder(root, test_ratio, seed, earlier, known)
+    if resplit and not folder.class_split:
+        raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
+    if resplit:
+        report_resplit(root.name, manifest.class_split.get('sides', {}), folder.class_split['sides'])
+    report_folder(root.name, folder)
+    return folder
+
+
+# ---------------------------------------------------- what it prints -----------------------------------------------
+def report_resplit(name: str, earlier: dict[str, str], sides: dict[str, str]) -> None:
+    """Print how many classes --resplit moved; both arguments are {label: side}."""
+    num_changed = sum(earlier.get(label, side) != side for label, side in sides.items())
+    consequence = ''
+    if num_changed:
+        consequence = ': models trained before have seen test classes, and their results do not hold on this split'
+    print(f'{name}: {num_changed} of {len(sides)} classes changed sides{consequence}')
+
+
+def report_folder(name: str, folder: OwnFolder) -> None:
+    """Print what is unusual about a folder of your own photographs."""
+    for label, old_label in folder.renamed.items():
+        print(f'{name}: {label} holds the photographs of {old_label}, which is gone, and keeps its side')
+    if folder.left_out:
+        parts = [f'{number:,} {suffix}{SUFFIX_HINTS.get(suffix, "")}'
+                 for suffix, number in sorted(folder.left_out.items())]
+        print(f'{name}: left out: {", ".join(parts)}')
+    if folder.empty:
+        print(f'{name}: {len(folder.empty)} class folders hold no image, the first: {folder.empty[0]}')
+    training = {image.label for image in folder.images if image.subset == 'train'}
+    shared = training & {image.label for image in folder.images if image.subset != 'train'}
+    if shared:
+        print(f'{name}: {len(shared)} classes are in training and test: results on them say nothing about unseen '
+              'classes')
+
+
+def report_conversion(data_name: str, conversion: Conversion) -> None:
+    """Print how many classes and images a data set has, and whether a known data set is complete."""
+    split = conversion.splits['uncropped']
+    counts = {subset: (len(split[subset]), count_images(split[subset])) for subset in SUBSETS if subset in split}
+    parts = [', '.join(f'{subset} {classes:,} classes {images:,} images'
+                       for subset, (classes, images) in counts.items()),
+             f'{conversion.num_decoded:,} decoded now']
+    if conversion.num_skipped:
+        parts.append(f'{conversion.num_skipped:,} broken or missing images left out')
+    if conversion.num_gone:
+        parts.append(f'{conversion.num_gone:,} that are gone from the folder removed')
+    print(f'{data_name}: {"; ".join(parts)}')
+    if data_name in RAW_SETS:
+        print(f'{data_name}: {compare_counts(counts, RAW_SETS[data_name].counts)}')
+
+
+def compare_counts(counts: dict[str, tuple[int, int]], expected: dict[str, tuple[int, int]]) -> str:
+    """Compare the counts {subset: (classes, images)} of a conversion with those of the complete data set."""
     if counts == expected:
         return 'the counts are those of the complete data set'
-    differ = [f'{subset} has {counts.get(subset, (0, 0))[0]:,} classes and {counts.get(subset, (0, 0))[1]:,} images '
-              f'instead of {classes:,} and {images:,}' for subset, (classes, images) in expected.items()
-              if counts.get(subset) != (classes, images)]
-    return f'not the complete data set: {"; ".join(differ)}. Numbers on it do not compare with published ones'
-
-
-def read_known(root: Path, data_name: str) -> tuple[list[Item], dict[str, str]]:
-    """Return the images of a data set of RAW_SETS and the names of its classes.
-
-    Raises:
-        UserError: if it lacks a file, or one is not what it should be.
-    """
-    raw = RAW_SETS[data_name]
-    missing = [file for file in raw.files if not (root / file).is_file()]
-    if missing:
-        mirrored = data_name == 'car' and any((root / name).is_dir() for name in ('train', 'cars_train'))
-        note = (' (train and test folders, 8,144 / 8,041 images, are the classification split with every class in '
-                'both halves; retrieval needs classes 1-98 / 99-196, 8,054 / 8,131 images)') if mirrored else ''
-        raise UserError(f'{root} is taken for the data set {data_name} by its name, and lacks {", ".join(missing)}'
-                        f'{note}; extract the data set\'s own archive there, or rename a folder of your own')
-    items, class_names = raw.read(root)
-    check_paths(root, (item.source for item in items))
-    return items, class_names
-
-
-def read_own(root: Path, args, seed: int | None) -> tuple[list[Item], dict[str, str], dict]:
-    """Read a folder of one's own as `read_folder` does, and say what of it was left out, and what a new deal breaks."""
-    manifest = open_manifest(root, ['uncropped'])
-    earlier = earlier_deal(manifest)
-    known = {(Path(source).name, *entry[7:9]): entry[5] for source, entry in manifest['files'].items()}
-    kept = earlier
-    if args.resplit:  # ratio and seed are remembered, where no others are given
-        kept = {name: earlier.get(name) for name, given in (('ratio', args.test_ratio), ('seed', seed))
-                if given is None}
-    items, class_names, found = read_folder(root, args.test_ratio, seed, kept, known)
-    if args.resplit and not found['deal']:
-        raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
-    if args.resplit:
-        before = earlier.get('sides', {})
-        changed = sum(before.get(label, side) != side for label, side in found['deal']['sides'].items())
-        print(f'{root.name}: {changed} of {len(class_names)} classes changed sides' + (
-            ': what was trained before has seen test classes, and no number of it holds on this split' if changed else
-            ''))
-    for new, old in found['renamed'].items():
-        print(f'{root.name}: {new} holds the photographs of {old}, which is gone, and keeps its side')
-    hints = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
-             '.avif': ' (needs Pillow 11.3)'}
-    if found['left_out']:
-        print(f'{root.name}: left out: ' + ', '.join(
-            f'{number:,} {ending}{hints.get(ending, "")}' for ending, number in sorted(found['left_out'].items())))
-    if found['empty']:
-        print(f'{root.name}: {len(found["empty"])} class folders hold no image, the first: {found["empty"][0]}')
-    both = len({item.label for item in items if item.subset == 'train'}
-               & {item.label for item in items if item.subset != 'train'})
-    if both:
-        print(f'{root.name}: {both} classes are in training and test: numbers on them say nothing of unseen classes')
-    return items, class_names, found['deal']
-
-
-def process(data_path: Path, data_name: str, args) -> None:
-    """Find one data set, of which glyph need not be there, and convert it while no other process does.
-
-    Raises:
-        UserError: if it is not there, its files are broken, or a subset is empty.
-    """
-    root, raw = find_root(data_path, data_name), RAW_SETS.get(data_name)
-    if root is None and data_name == 'glyph':
-        root = data_path / 'glyph'
-    if root is None:
-        there = [path.name for path in data_path.iterdir() if path.is_dir()]
-        raise UserError(f'--data_name {data_name}: there is no folder {" or ".join(raw.names if raw else [data_name])} '
-                        f'in {data_path}{nearest(data_name, [*there, *RAW_SETS, "glyph"])} (there are: '
-                        f'{", ".join(sorted(there)) or "none"}); extract the data set there')
-    make_folder('--data_path', root)
-    with lock(root / '.conversion.lock', f'another process is converting {root}; wait for it'):
-        convert_and_tell(root, data_name, args)
-
-
-def convert_and_tell(root: Path, data_name: str, args) -> None:
-    """Convert one data set and say what it holds."""
-    raw, seed = RAW_SETS.get(data_name), args.seed
-    if data_name == 'glyph':
-        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, args.seed or 0)
-        seed = None  # it is that of the images, which are split already
-    items, class_names, dealt = (*read_known(root, data_name), {}) if raw else read_own(root, args, seed)
-    result = convert(root, items, class_names, args.skip_bad, dealt)
-    split = result['splits']['uncropped']
-    counts = {subset: (len(split[subset]), count_images(split[subset])) for subset in SUBSETS if subset in split}
-    parts = ', '.join(f'{subset} {classes:,} classes {images:,} images' for subset, (classes, images) in counts.items())
-    more = f'; {result["skipped"]:,} broken or missing images left out' if result['skipped'] else ''
-    more += f'; {result["gone"]:,} that are gone from the folder removed' if result['gone'] else ''
-    print(f'{data_name}: {parts}; {result["decoded"]:,} decoded now{more}')
-    if raw:
-        print(f'{data_name}: {check_counts(counts, raw.counts)}')
-    if args.cache_size is not None:
-        from engine.cache import build_cache
-
-        for crop_type, split in result['splits'].items():
-            images = images_of(split)
-            size = build_cache(root, crop_type, args.cache_size, images)
-            print(f'{data_name}: cache of {len(images):,} {crop_type} images, {size / 1e6:,.0f} MB')
+    differences = []
+    for subset, (num_classes, num_images) in expected.items():
+        classes, images = counts.get(subset, (0, 0))
+        if (classes, images) != (num_classes, num_images):
+            differences.append(f'{subset} has {classes:,} classes and {images:,} images instead of {num_classes:,} and '
+                               f'{num_images:,}')
+    return f'not the complete data set: {"; ".join(differences)}. Results on it do not compare with published ones'
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
 def get_args(argv: list[str] | None = None):
-    """Parse the command line."""
+    """Parse and check the command line."""
     parser = Parser(description=__doc__)
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets '
                         '[%(default)s]')
     parser.add_argument('--data_name', nargs='+', default=[], metavar='NAME',
-                        help='car, cub, sop, isc, glyph, or a folder of your own; without it, every known raw set')
-    parser.add_argument('--test_ratio', type=float,
-                        help='share of the classes that become test classes, for a folder of your own with one folder '
-                             f'per class; remembered, so that a class keeps its side [{DEFAULT_RATIO}]')
-    parser.add_argument('--resplit', action='store_true', help='deal the classes of a folder of your own anew; what '
-                        'was trained before has then seen test classes')
+                        help='car, cub, sop, isc, glyph, or a folder of your own [every known raw data set]')
     parser.add_argument('--cache_size', type=int, help='also pack all images, their short side reduced to this many '
-                        'pixels, into one file for train.py --cache_size')
-    parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out')
-    parser.add_argument('--glyph_classes', type=int, help=f'characters of glyph, 2/3 train [{GLYPH_CLASSES}]')
-    parser.add_argument('--glyph_images', type=int, help=f'images per character of glyph [{GLYPH_IMAGES}]')
-    parser.add_argument('--seed', type=int, help='of glyph and of --test_ratio [0]')
+                        'pixels, into one file for train.py --cache_size [no cache]')
+    parser.add_argument('--skip_bad', action='store_true', help='leave broken and missing images out instead of '
+                        'stopping')
+    own = parser.add_argument_group('folders of your own, with one folder per class')
+    own.add_argument('--test_ratio', type=float, help='share of the classes that become test classes; remembered, and '
+                     f'each class keeps its side in later runs [{DEFAULT_RATIO}]')
+    own.add_argument('--resplit', action='store_true', help='split the classes again from scratch; models trained '
+                     'before will have seen some of the new test classes')
+    glyph = parser.add_argument_group('glyph')
+    glyph.add_argument('--glyph_classes', type=int, help='number of characters; two thirds of them are training '
+                       f'classes [{GLYPH_CLASSES}]')
+    glyph.add_argument('--glyph_images', type=int, help=f'images per character [{GLYPH_IMAGES}]')
+    parser.add_argument('--seed', type=int, help='of the images of glyph, and of the split of your own classes [0]')
     args = parser.parse_args(argv)
     args.data_name = [canonical_data_name(name) for name in args.data_name]
-    for flag in ('glyph_classes', 'glyph_images'):
-        if getattr(args, flag) is not None and 'glyph' not in args.data_name:
-            raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --data_name glyph; leave it out')
+
+    no_glyph = '' if 'glyph' in args.data_name else ' without --data_name glyph'
+    refuse_without_effect(args, {'glyph_classes': no_glyph, 'glyph_images': no_glyph})
     if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
-        for flag, given in ((f'--test_ratio {args.test_ratio}', args.test_ratio is not None),
-                            ('--resplit', args.resplit),
-                            (f'--seed {args.seed}', args.seed is not None and 'glyph' not in args.data_name)):
-            if given:
-                raise UserError(f'{flag} has no effect on data sets with a split of their own; leave it out')
+        reason = ' on data sets with a split of their own'
+        refuse_without_effect(args, {'test_ratio': reason, 'seed': reason if no_glyph else ''})
+        if args.resplit:
+            raise UserError(f'--resplit has no effect{reason}; leave it out')
     check_between(args, {'seed': (0, None), 'cache_size': (16, 8192), 'glyph_classes': (3, None),
                          'glyph_images': (2, None)})
     return args
 
 
+def find_data_set(data_path: Path, data_name: str) -> Path:
+    """Return the folder of a data set; that of glyph need not exist yet."""
+    root = find_root(data_path, data_name)
+    if root is None and data_name == 'glyph':
+        return data_path / 'glyph'
+    if root is None:
+        names = RAW_SETS[data_name].names if data_name in RAW_SETS else [data_name]
+        folders = sorted(path.name for path in data_path.iterdir() if path.is_dir())
+        raise UserError(f'--data_name {data_name}: there is no folder {" or ".join(names)} in {data_path}'
+                        f'{suggestion(data_name, [*folders, *RAW_SETS, "glyph"])} (there are: '
+                        f'{", ".join(folders) or "none"}); extract the data set there')
+    return root
+
+
+def find_known_sets(data_path: Path) -> list[str]:
+    """Return the names of the known data sets in a folder, and print which ones are missing."""
+    data_names = []
+    for data_name, raw_set in RAW_SETS.items():
+        root = find_root(data_path, data_name)
+        if root and all((root / file).is_file() for file in raw_set.files):
+            data_names.append(data_name)
+        else:
+            print(f'{data_name}: not found; looked in {data_path} for a folder {", ".join(raw_set.names)} with '
+                  f'{", ".join(raw_set.files)}')
+    if not data_names:
+        raise UserError(f'--data_path {data_path} holds no known raw data set; name your own with --data_name, or make '
+                        'one with --data_name glyph')
+    return data_names
+
+
+def process(root: Path, data_name: str, args) -> None:
+    """Convert one data set and print what it holds."""
+    class_split, seed = {}, args.seed
+    if data_name == 'glyph':
+        make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, seed or 0)
+        seed = None  # it drew the images; their classes are split already
+    if data_name in RAW_SETS:
+        images, class_names = read_known(root, data_name)
+    else:
+        folder = read_own(root, args.test_ratio, seed, args.resplit)
+        images, class_names, class_split = folder.images, folder.class_names, folder.class_split
+    conversion = convert(root, images, class_names, args.skip_bad, class_split)
+    report_conversion(data_name, conversion)
+    if args.cache_size is None:
+        return
+    from imagedata.cache import build_cache  # imports torchvision
+
+    for crop_type, split in conversion.splits.items():
+        paths = images_of(split)
+        num_bytes = build_cache(root, crop_type, args.cache_size, paths)
+        print(f'{data_name}: cache of {len(paths):,} {crop_type} images, {num_bytes / 1e6:,.0f} MB')
+
+
 def main() -> None:
-    """Convert the data sets that the command line names, or all that are there."""
+    """Convert the data sets that the command line names, or all known ones."""
     args = get_args()
     data_path = Path(args.data_path)
     if args.data_name != ['glyph']:
         check_data_path(data_path)
-    if args.data_name:
-        for data_name in args.data_name:
-            process(data_path, data_name, args)
-        return
-    found = False
-    for data_name, raw in RAW_SETS.items():
-        root = find_root(data_path, data_name)
-        if root and all((root / file).is_file() for file in raw.files):
-            process(data_path, data_name, args)
-            found = True
-        else:
-            print(f'{data_name}: not found; looked in {data_path} for a folder {", ".join(raw.names)} with '
-                  f'{", ".join(raw.files)}')
-    if not found:
-        raise UserError(f'--data_path {data_path} holds no known raw data set; name your own with --data_name, or make '
-                        'one with --data_name glyph')
+    for data_name in args.data_name or find_known_sets(data_path):
+        root = make_folder('--data_path', find_data_set(data_path, data_name))
+        with lock(root / '.conversion.lock', f'another process is converting {root}; wait for it'):
+            process(root, data_name, args)
 
 
 if __name__ == '__main__':

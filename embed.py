@@ -1,87 +1,99 @@
-"""Embed any folder of images with a trained model, into a data base that test.py and report.py search.
+"""Embed any folder of images with a trained model, into a data base that test.py, report.py and serve.py search.
 
     python embed.py --model results/RUN_model.pth --images /photos/museum --data_base museum.pth
-    python embed.py --data_base museum.pth --images /photos/new        # adds; what is there and unchanged is kept
-    python embed.py --data_base museum.pth --update                    # changed files again, vanished ones out
+    python embed.py --data_base museum.pth --images /photos/new        # adds images; unchanged ones are skipped
+    python embed.py --data_base museum.pth --update                    # embeds changed files, removes deleted ones
     python embed.py --data_base museum.pth --remove 'loans/*'
     python embed.py --data_base museum.pth --list 'birds/*'
-    python embed.py --data_base museum.pth --duplicates 0.98           # pairs above a similarity: a CSV and a sheet
+    python embed.py --data_base museum.pth --duplicates 0.98           # similar pairs, as a CSV file and a figure
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
     python embed.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth --images FOLDER
 
-The data base keeps paths relative to --images, whose place it remembers, and lies beside a copy of the model,
-museum_model.pth. It is saved every few thousand images: a call that was cut off, however it was, goes on when it is
-typed again. Files that cannot be read are counted, named and left out.
+The data base stores the absolute path of --images, and image paths relative to it. A copy of the model lies beside it,
+museum_model.pth. Embeddings are saved every few thousand images: after an interruption of any kind, the same command
+continues. Files that cannot be read are counted, named and left out.
 """
 import contextlib
 import csv
 import io
-import os
 import shlex
 import time
 from pathlib import Path
 
-from engine.errors import UserError
-from engine.files import make_folder, remove_torn, save, stamp_of, write_atomically
-from utils import (Parser, add_device_flags, check_between, check_place, check_replaceable, refuse_without_effect,
-                   run_script, user_path)
+from common.errors import UserError
+from common.files import check_replaceable, make_folder, remove_torn, save, stamp_of, write_atomically
+from utils import (Parser, add_device_flags, check_between, check_collection_flags, refuse_without_effect, run_script,
+                   user_path)
 
 SAVED_EVERY = 4096  # images
-MOST_NAMED = 5  # broken files in a line
-MOST_GROUPS, MOST_IN_A_GROUP = 60, 10  # of duplicates, in the sheet
-DUPLICATES = ['group', 'similarity', 'image', 'duplicate']  # columns of their CSV
-ACTIONS = ('update', 'remove', 'list', 'duplicates', 'csv', 'npy', 'parquet')
+MAX_NAMED = 5  # broken files in the message about them
+MAX_GROUPS, MAX_IN_GROUP = 60, 10  # of duplicates, in the figure
+DUPLICATE_COLUMNS = ['group', 'similarity', 'image', 'duplicate']
+TABLE_FLAGS = ('csv', 'npy', 'parquet')
+ACTION_FLAGS = ('update', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
 def get_args(argv: list[str] | None = None):
-    """Parse the command line."""
+    """Parse and check the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='to make or to change, .pth')
-    parser.add_argument('--qdrant', metavar='URL', help='in place of --data_base: a Qdrant server, or a folder for its '
-                        'embedded mode; --images needs --model then')
-    parser.add_argument('--collection', metavar='NAME', help='of --qdrant')
-    parser.add_argument('--model', type=user_path, metavar='FILE', help='RUN_model.pth of a training, or of '
-                        'evaluate.py --save; needed for a new data base alone')
-    parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images below it, with all its '
-                        'folders but hidden ones')
-    parser.add_argument('--labels', type=user_path, metavar='folder|CSV', help='classes: `folder` takes the first '
-                        'folder below --images, a CSV with the columns path,label names paths below it [none]')
-    parser.add_argument('--dtype', choices=('float32', 'float16'), help='of the features; float16 halves the file, and '
-                        'moves a similarity by about 0.0002 [that of the file; float32]')
-    change = parser.add_argument_group('a data base that is there')
-    change.add_argument('--update', action='store_true', help='embed again what has changed, remove what has vanished')
-    change.add_argument('--remove', nargs='+', metavar='PATTERN', help='images or folders; * and ? stand for any '
-                        'letters')
-    change.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print its images')
-    change.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='pairs of at least this similarity, '
-                        'into DATA_BASE_duplicates.csv and .png beside it')
-    for name, what in (('csv', 'a row an image: file, class, features'), ('npy', 'the features (N, D) alone, in the '
-                       'order of --list'), ('parquet', 'as --csv, the features in one column; needs pyarrow')):
-        change.add_argument(f'--{name}', type=user_path, metavar='FILE', help=f'write {what}')
-    change.add_argument('--overwrite', action='store_true', help='--csv, --npy, --parquet: replace a file')
-    parser.add_argument('--batch_size', type=int, help="images embedded at once [the model's]")
-    parser.add_argument('--num_workers', type=int, default=2, help='processes that decode images [%(default)s]')
-    parser.add_argument('--amp', choices=('auto', 'on', 'off'), help="embed in bfloat16 [as the model's run did]")
-    add_device_flags(parser)
+    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='data base to create or to change, .pth')
+    parser.add_argument('--qdrant', metavar='URL', help='instead of --data_base: a Qdrant server, or a folder for its '
+                        'embedded mode; --images and --update then need --model')
+    parser.add_argument('--collection', metavar='NAME', help='name of the collection in --qdrant')
+    parser.add_argument('--model', type=user_path, metavar='FILE', help='RUN_model.pth of train.py or of evaluate.py '
+                        '--save, or a folder of export.py; only needed for a new data base')
+    parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images in this folder and its '
+                        'subfolders; hidden ones are skipped')
+    parser.add_argument('--labels', type=user_path, metavar='folder|CSV', help='classes of --images: `folder` takes '
+                        'the first subfolder of each path; a CSV file has the columns path,label, with paths relative '
+                        'to --images [none]')
+    parser.add_argument('--dtype', choices=('float32', 'float16'), help='of the features; float16 halves the file and '
+                        'changes similarities by about 0.0002 [that of the data base; float32]')
+    group = parser.add_argument_group('an existing data base')
+    group.add_argument('--update', action='store_true', help='embed changed files again, and remove images whose files '
+                       'were deleted')
+    group.add_argument('--remove', nargs='+', metavar='PATTERN', help='remove these images or folders; * and ? are '
+                       'wildcards')
+    group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
+    group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
+                       'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
+    group.add_argument('--csv', type=user_path, metavar='FILE', help='write a row per image: file, class, features')
+    group.add_argument('--npy', type=user_path, metavar='FILE', help='write the features (N, D) in the order of --list')
+    group.add_argument('--parquet', type=user_path, metavar='FILE', help='like --csv, with all features in one '
+                       'column; needs pyarrow')
+    group.add_argument('--overwrite', action='store_true', help='let --csv, --npy and --parquet replace files')
+    group = parser.add_argument_group('computation')
+    group.add_argument('--batch_size', type=int, help='images embedded at once [that of the model]')
+    group.add_argument('--num_workers', type=int, default=2, help='processes that decode images [%(default)s]')
+    group.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model]')
+    add_device_flags(group)
     args = parser.parse_args(argv)
     check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'duplicates': (-1, 1)})
-    check_place(args)
+    check_collection_flags(args)
+    check_combinations(args)
+    return args
+
+
+def check_combinations(args) -> None:
+    """Raise a UserError for flags that do not belong together, and if there is nothing to do."""
+    def is_set(name: str) -> bool:
+        return getattr(args, name) is not None and getattr(args, name) is not False  # 0 is a similarity
+
     if args.qdrant is not None:
-        refuse_without_effect(args, dict.fromkeys(('duplicates', 'csv', 'npy', 'parquet'), ' with --qdrant'))
-        if (args.images is not None or args.update) and args.model is None:
-            raise UserError('--qdrant keeps no model: name it with --model')
+        refuse_without_effect(args, dict.fromkeys(('duplicates', *TABLE_FLAGS), ' with --qdrant'))
+        if args.model is None and (is_set('images') or args.update):
+            raise UserError('--qdrant stores no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
         raise UserError(f'--data_base {args.data_base} must end in .pth')
-    if args.images is None and all(getattr(args, name) in (None, []) or getattr(args, name) is False
-                                   for name in (*ACTIONS, 'dtype')):
-        raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTIONS))
-    for flag, needed in (('labels', args.images), ('model', args.images or (args.qdrant and args.update))):
-        if getattr(args, flag) is not None and not needed:
-            raise UserError(f'--{flag} {getattr(args, flag)} has no effect without --images; leave it out')
-    if args.overwrite and not (args.csv or args.npy or args.parquet):
+    if not any(map(is_set, ('images', 'dtype', *ACTION_FLAGS))):
+        raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTION_FLAGS))
+    if not is_set('images'):
+        updates_qdrant = args.qdrant is not None and args.update
+        refuse_without_effect(args, {'labels': ' without --images',
+                                     'model': '' if updates_qdrant else ' without --images'})
+    if args.overwrite and not any(map(is_set, TABLE_FLAGS)):
         raise UserError('--overwrite has no effect without --csv, --npy or --parquet; leave it out')
-    return args
 
 
 if __name__ == '__main__':  # --help and mistakes need not wait for the imports below
@@ -89,20 +101,23 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 
 import torch
 
-from collection import DTYPES, FileCollection, Item
-from dataset import batches_in_order, make_loader, make_transform
-from engine.images import BrokenImage, load_image
-from engine.nearest import pairs_above
-from engine.processes import progress, select_device
-from engine.runs import ORIGIN, RunFiles, fingerprint_of, load_model_file
-from evaluate import embed_batch, use_amp
-from listing import find_images, matching, place_of, read_labels
-from model import EmbeddingNet, load_model
+from common.distributed import progress, select_device, use_amp
+from common.images import BrokenImage, load_image
+from common.results import RunFiles
+from imagedata.folders import read_labels, resolve_image_folder, scan_images
+from imagedata.loading import batches_in_order, make_loader, make_transform
+from model import EmbeddingNet
+from retrieval.collection import DTYPES, CollectionItem, FileCollection, filter_items
+from retrieval.database import ORIGIN
+from retrieval.embedding import embed_batch
+from retrieval.model_file import load_model, load_model_file, model_fingerprint
+from retrieval.nearest import pairs_above
+from retrieval.qdrant import open_qdrant
 
 
 # ---------------------------------------------------- embedding -----------------------------------------------------
-class Photographs:
-    """Image files for a DataLoader: each a uint8 tensor (3, side, side), and whether it could be read."""
+class ImageFiles:
+    """A data set of image files: each a uint8 tensor (3, side, side), and whether the file could be read."""
 
     def __init__(self, files: list[str], transform, side: int):
         self.files, self.transform, self.side = files, transform, side
@@ -111,7 +126,7 @@ class Photographs:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
-        """Return the image, grey and False where the file cannot be read."""
+        """Return an image and True, or a grey one and False if its file cannot be read."""
         try:
             return self.transform(load_image(Path(self.files[index]))), True
         except BrokenImage:
@@ -119,341 +134,348 @@ class Photographs:
 
 
 @torch.inference_mode()
-def embed_items(items: list[Item], collection, model: EmbeddingNet, settings: dict, workers: int,
+def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, settings: dict, num_workers: int,
                 device: torch.device) -> None:
-    """Embed images and add them to a collection, SAVED_EVERY at a time, with the names of those that are broken.
+    """Embed images and add them to a collection, about SAVED_EVERY at a time.
 
     Args:
-        items: of the files; whole batches of them are saved, so that a call that goes on has the same ones.
-        settings: batch_size, resize_size, amp.
+        settings: batch_size, resize_size and amp.
 
     Raises:
-        UserError: if the model's embeddings are not finite.
+        UserError: if the embeddings are not finite.
     """
-    transform = make_transform(False, model.config.image_size, settings['resize_size'], model.interpolation)
-    files = [f'{item.folder}/{item.path}' for item in items]
     batch_size, amp = settings['batch_size'], use_amp(settings['amp'], device)
-    batches = batches_in_order(len(files), batch_size)
-    loader = make_loader(Photographs(files, transform, model.config.image_size), batches, workers, device)
-    whole = batch_size * max(1, SAVED_EVERY // batch_size)
-    features, readable = torch.empty(min(whole, len(files)), model.feature_dim), []
+    # Whole batches are saved, so that a call that continues has the same ones: the last bits of an embedding can
+    # depend on its batch.
+    saved_at_once = batch_size * max(1, SAVED_EVERY // batch_size)
+    image_size = model.config.image_size
+    transform = make_transform(False, image_size, settings['resize_size'], model.interpolation)
+    dataset = ImageFiles([item.file for item in items], transform, image_size)
+    loader = make_loader(dataset, batches_in_order(len(items), batch_size), num_workers, device)
+    start = end = 0  # of the items that are embedded and not saved yet
+    embeddings, readable = [], []
     with progress(None, desc='embed', total=len(items), unit='img') as bar:
-        done = 0
-        for images, sound in loader:
-            found = embed_batch(model, images, device, amp).cpu()
-            if not found.isfinite().all():
-                raise UserError(f'the embeddings of {files[done + len(readable)]} and others are not finite; the model '
-                                'is broken')
-            features[len(readable):len(readable) + len(found)] = found
-            readable += sound.tolist()
-            bar.update(len(found))
-            if len(readable) == whole or done + len(readable) == len(files):
-                own, kept = items[done:done + len(readable)], torch.tensor(readable)
-                collection.add([item for item, good in zip(own, readable, strict=True) if good],
-                               features[:len(readable)][kept],
-                               {f'{item.folder}/{item.path}': [item.size, item.time, item.label]
-                                for item, good in zip(own, readable, strict=True) if not good})
-                done, readable = done + len(readable), []
+        for images, is_readable in loader:
+            embeddings.append(embed_batch(model, images, device, amp).cpu())
+            readable.append(is_readable)
+            end += len(images)
+            bar.update(len(images))
+            if end - start == saved_at_once or end == len(items):
+                add_embedded(collection, items[start:end], torch.cat(embeddings), torch.cat(readable))
+                start, embeddings, readable = end, [], []
 
 
+def add_embedded(collection, items: list[CollectionItem], embeddings: torch.Tensor, readable: torch.Tensor) -> None:
+    """Add images with their embeddings (n, D) to a collection; those that are not readable (n,) are noted as broken."""
+    if not embeddings.isfinite().all():
+        raise UserError(f'the embeddings of {items[0].file} and the images after it are not finite; the model is '
+                        'broken')
+    flags = readable.tolist()
+    added = [item for item, is_readable in zip(items, flags, strict=True) if is_readable]
+    broken = [item for item, is_readable in zip(items, flags, strict=True) if not is_readable]
+    collection.add(added, embeddings[readable], broken)
+
+
+# ---------------------------------------------------- data base and model ------------------------------------------
 def open_collection(args) -> FileCollection:
-    """Open the data base that the command line names, or begin it with the model.
+    """Open the data base of the command line, or start a new one.
 
     Raises:
-        UserError: if there is none and no model to begin it with, or the model is another one.
+        UserError: if it does not exist and there is no model to start it with, or the model is another one.
     """
-    file = Path(args.data_base)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    if args.model is None:
-        if not file.is_file():
-            raise UserError(f'there is no data base {file}; begin it with --model RUN_model.pth --images FOLDER')
-        return FileCollection(file, dtype=dtype)
-    contents = load_model_file(args.model)
-    origin = {key: contents[key] for key in ORIGIN if key in contents}
-    collection = FileCollection(file, origin, fingerprint_of(contents['config'], contents['state_dict']), dtype)
-    copy = RunFiles.beside(file).model
-    if copy.exists():
-        there = load_model_file(copy)
-        if fingerprint_of(there['config'], there['state_dict']) != collection.fingerprint:
-            raise UserError(f'{copy} is there and another model; move it away, or name another --data_base')
-    return collection
+    file, dtype = Path(args.data_base), DTYPES.get(args.dtype)
+    if args.model is not None:
+        contents = load_model_file(args.model)
+        origin = {key: contents[key] for key in ORIGIN if key in contents}
+        return FileCollection(file, origin, model_fingerprint(contents), dtype)
+    if not file.is_file():
+        raise UserError(f'there is no data base {file}; create it with --model RUN_model.pth --images FOLDER')
+    return FileCollection(file, dtype=dtype)
 
 
-def keep_model(args) -> None:
-    """Copy the model that the command line names, a file or a folder of export.py, beside the data base."""
-    copy = RunFiles.beside(Path(args.data_base)).model
+def keep_model(model_file: str, data_base: Path) -> None:
+    """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already."""
+    copy = RunFiles.beside(data_base).model
     if not copy.exists():
-        save(load_model_file(args.model), copy)
+        save(load_model_file(model_file), copy)
 
 
-def open_remote(args):
-    """Open the collection of --qdrant, or begin it with the model."""
-    from remote import QdrantCollection
-
-    if args.model is None:
-        return QdrantCollection(args.qdrant, args.collection, dtype=args.dtype and DTYPES[args.dtype])
-    contents = load_model_file(args.model)
-    origin = {key: contents[key] for key in ORIGIN if key in contents} if args.images is not None else None
-    return QdrantCollection(
-        args.qdrant, args.collection, origin=origin,
-        fingerprint=fingerprint_of(contents['config'], contents['state_dict']),
-        dim=load_model(args.model, torch.device('cpu'))[0].feature_dim, dtype=args.dtype and DTYPES[args.dtype])
-
-
-def load_own_model(args, collection, device: torch.device) -> tuple[EmbeddingNet, dict]:
-    """Load the model of a collection; returns it and the settings of embedding.
+def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> EmbeddingNet:
+    """Load the model beside a data base.
 
     Raises:
-        UserError: if it is gone, or another one.
+        UserError: if it is missing, or another one than that of the data base.
     """
-    file = Path(args.model) if args.qdrant else RunFiles.beside(Path(args.data_base)).model
-    if not file.exists():  # with --qdrant it may be a folder of export.py
-        raise UserError(f'the model {file} of this data base is gone; name it with --model')
+    file = RunFiles.beside(data_base).model
+    if not file.exists():
+        raise UserError(f'the model of {data_base}, {file}, is missing; name it with --model')
     model, contents = load_model(file, device)
-    if fingerprint_of(contents['config'], contents['state_dict']) != collection.fingerprint:
-        raise UserError(f'{file} is not the model that embedded {args.data_base or args.collection}; put that one back')
-    given = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
-    return model, {**contents['args'], **given}
+    if model_fingerprint(contents) != fingerprint:
+        raise UserError(f'{file} is not the model that embeds {data_base}; move it away, and name that one with '
+                        '--model')
+    return model
 
 
-def add_folder(args, collection) -> list[Item]:
-    """Return the images of --images that are to be embedded; those that are there get the classes of --labels."""
-    folder, below = place_of(Path(args.images), collection.folders())
-    found, left_out = find_images(Path(folder, below))
-    others = ', '.join(f'{number:,} {what}' for what, number in left_out.most_common())
-    if not found:
-        raise UserError(f'--images {args.images} holds no images{f" (but {others})" if others else ""}')
-    labels = read_labels(args.labels, found, str(Path(folder, below)))
-    labels = labels and {below + path: label for path, label in labels.items()}
-    stamps = {below + path: stamp for path, stamp in found.items()}
-    known = {item.path: item for item in collection.items(folder)}
-    there = {path: item.label for path, item in known.items()}
-    broken = {path: collection.broken.get(f'{folder}/{path}', []) for path in stamps}
-    new = [Item(folder, path, (labels or {}).get(path, there.get(path, class_of_broken(broken[path]))), *stamp)
-           for path, stamp in stamps.items() if (path not in known or known[path][3:] != stamp)
-           and broken[path][:2] != list(stamp)]
-    changed = {(folder, path): label for path, label in (labels or {}).items()
-               if path in known and known[path].label != label}
-    print(f'{folder}: {len(found):,} images, {len(new):,} to embed'
-          + (f'; left out: {others}' if others else ''))
-    if changed:
-        collection.relabel(changed)
-        print(f'{len(changed):,} images have another class now')
-    return new
+# ---------------------------------------------------- changes -------------------------------------------------------
+def scan_folder(images: str, labels_flag: str | None, collection) -> list[CollectionItem]:
+    """Return the images of --images that are new or have changed; unchanged ones get the classes of --labels."""
+    folder, below = resolve_image_folder(Path(images), collection.folders())
+    stamps, left_out = scan_images(Path(folder, below))
+    skipped = ', '.join(f'{count:,} {reason}' for reason, count in left_out.most_common())
+    if not stamps:
+        raise UserError(f'--images {images} holds no images' + (f' (but {skipped})' if skipped else ''))
+    labels = read_labels(labels_flag, list(stamps), str(Path(folder, below))) or {}
+    known = {item.file: item for item in collection.items(folder)}
+    to_embed, relabelled = [], []
+    for path, stamp in stamps.items():
+        file = f'{folder}/{below}{path}'
+        earlier = known.get(file) or collection.broken.get(file)
+        label = labels.get(path, earlier.label if earlier else '')
+        if earlier is None or earlier.stamp != tuple(stamp):
+            to_embed.append(CollectionItem(folder, below + path, label, *stamp))
+        elif file in known and label != earlier.label:
+            relabelled.append(earlier._replace(label=label))
+    summary = f'{folder}: {len(stamps):,} images, {len(to_embed):,} to embed'
+    print(f'{summary}; left out: {skipped}' if skipped else summary)
+    if relabelled:
+        collection.relabel(relabelled)
+        print(f'{len(relabelled):,} images have a new class')
+    return to_embed
 
 
-def class_of_broken(known: list) -> str:
-    """Return the class in what a collection knows of a broken file, which once was its size and time alone."""
-    return known[2] if len(known) > 2 else ''
-
-
-def item_of_broken(collection, file: str) -> Item:
-    """Return a file that could not be read as an image of a collection, with its size and time of now if it is there.
-    """
-    folder = next((root for root in collection.folders() if file.startswith(f'{root}/')), os.path.dirname(file))
-    return Item(folder, file[len(folder) + 1:], class_of_broken(collection.broken[file]), *(stamp_of(file) or (0, 0)))
-
-
-def update(collection) -> list[Item]:
-    """Remove the images whose files have vanished, and return those that have changed, to be embedded again.
+def update(collection) -> list[CollectionItem]:
+    """Remove images whose files were deleted; return those that have changed, and broken files to try again.
 
     Raises:
-        UserError: if a whole folder is gone, as when a disk is not there.
+        UserError: if a whole folder is missing, for instance because a disk is not mounted.
     """
     for folder in collection.folders():
         if not Path(folder).is_dir():
-            raise UserError(f'--update: the folder {folder} is not there; if it is gone for good, use --remove '
+            raise UserError(f'--update: the folder {folder} is missing; if it is gone for good, use --remove '
                             f'{shlex.quote(folder)}')
-    gone, changed = [], []
+    deleted, to_embed = [], []
     for item in collection.items():
-        try:
-            stamp = os.stat(Path(item.folder, item.path))
-        except (FileNotFoundError, NotADirectoryError):
-            gone.append((item.folder, item.path))
-            continue
-        if (stamp.st_size, stamp.st_mtime_ns) != item[3:]:
-            changed.append(item._replace(size=stamp.st_size, time=stamp.st_mtime_ns))
-    if gone:
-        collection.remove(gone)
-    # They may have been broken for a while only.
-    changed += [item_of_broken(collection, file) for file in collection.broken if os.path.isfile(file)]
-    collection.broken = {}
-    print(f'{len(gone):,} images have vanished and are removed, {len(changed):,} have changed or were broken')
-    return changed
-
-
-# ---------------------------------------------------- what is asked of it ------------------------------------------
-def find_duplicates(args, collection: FileCollection) -> None:
-    """Write all pairs of images above a similarity as CSV, and groups of them as a sheet.
-
-    Raises:
-        UserError: if a file of somebody else is in the way.
-    """
-    from sheets import draw_rows
-
-    file = Path(args.data_base)
-    table, sheet = (file.with_name(f'{file.stem}_duplicates.{suffix}') for suffix in ('csv', 'png'))
-    if table.exists() and not table.read_bytes().startswith(','.join(DUPLICATES).encode()):
-        raise UserError(f'{table} is there, was not written by this script and is not replaced; move it away')
-    check_replaceable(sheet, '--duplicates')
-    items, features = list(collection.items()), collection.base.test.features
-    pairs = pairs_above(features.float(), args.duplicates)
-    group_of = {}
-    for one, other, _ in pairs:  # of each image the first one that it is like, directly or by others
-        first, second = (root_of(group_of, index) for index in (one, other))
-        group_of[max(first, second)] = min(first, second)
-    groups = {}
-    for index in sorted({index for pair in pairs for index in pair[:2]}):
-        groups.setdefault(root_of(group_of, index), []).append(index)
-    numbers = {first: number for number, first in enumerate(groups, start=1)}
-    paths = [f'{item.folder}/{item.path}' for item in items]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(DUPLICATES)
-    writer.writerows([numbers[root_of(group_of, one)], f'{similarity:.6f}', paths[one], paths[other]]
-                     for one, other, similarity in pairs)
-    write_atomically(table, lambda target: target.write(text.getvalue().encode()))
-    print(f'{len(pairs):,} pairs of at least {args.duplicates:g} in {len(groups):,} groups: {table}')
-    if not pairs:
-        return
-    answers = []
-    for first, members in list(groups.items())[:MOST_GROUPS]:
-        similar = features[members[1:]].double() @ features[first].double()
-        answers.append({'query': Path(paths[first]), 'class': items[first].label, 'note': f'group {numbers[first]}',
-                        'retrieved': [{'file': Path(paths[index]), 'class': items[index].label, 'correct': None,
-                                       'similarity': value} for index, value in
-                                      zip(members[1:], similar.tolist(), strict=True)][:MOST_IN_A_GROUP]})
-    print(draw_rows(answers, sheet))
-
-
-def root_of(group_of: dict[int, int], index: int) -> int:
-    """Return the first image of the group that an image belongs to."""
-    while index in group_of and group_of[index] != index:
-        index = group_of[index]
-    return index
-
-
-def export(args, collection: FileCollection) -> None:
-    """Write the features for other tools.
-
-    Raises:
-        UserError: if a file is there and --overwrite is not set, or pyarrow is missing.
-    """
-    import numpy as np
-    import pandas as pd
-
-    asked = {name: Path(getattr(args, name)) for name in ('csv', 'npy', 'parquet') if getattr(args, name)}
-    taken = {path.resolve() for path in (collection.file, RunFiles.beside(collection.file).model)}
-    for name, file in asked.items():
-        if file.resolve() in taken:
-            raise UserError(f'--{name} {file} is the data base, its model, or named twice; name another file')
-        taken.add(file.resolve())
-        if file.exists() and not args.overwrite:
-            raise UserError(f'--{name} {file} is there already; add --overwrite to replace it')
-        make_folder(f'--{name}', file.parent)
-    features = collection.base.test.features
-    items = list(collection.items())
-    for name, file in asked.items():
-        columns = {'image': [f'{item.folder}/{item.path}' for item in items], 'class': [item.label for item in items]}
-        if name == 'npy':
-            write_atomically(file, lambda target: np.save(target, features.numpy()))
-        elif name == 'parquet':
-            try:
-                import pyarrow
-                from pyarrow import parquet
-            except ImportError:
-                raise UserError('--parquet needs pyarrow; install it with: pip install pyarrow') from None
-            flat = pyarrow.array(features.numpy().reshape(-1))
-            table = pyarrow.table({**columns, 'features': pyarrow.FixedSizeListArray.from_arrays(
-                flat, features.shape[1])})
-            write_atomically(file, lambda target, table=table: parquet.write_table(table, target))
+        stamp = stamp_of(item.file)
+        if stamp is None:
+            deleted.append(item)
+        elif tuple(stamp) != item.stamp:
+            to_embed.append(item._replace(size=stamp[0], time=stamp[1]))
+    if deleted:
+        collection.remove(deleted)
+    for file, item in list(collection.broken.items()):
+        stamp = stamp_of(file)
+        if stamp is None:
+            del collection.broken[file]
         else:
-            def write(target, columns=columns) -> None:
-                for start in range(0, len(items), SAVED_EVERY):
-                    rows = slice(start, start + SAVED_EVERY)
-                    table = pd.DataFrame({key: values[rows] for key, values in columns.items()}).join(pd.DataFrame(
-                        features[rows].float().numpy()).add_prefix('feature_'))
-                    table.to_csv(target, index=False, header=start == 0)
-            write_atomically(file, write)
-        print(f'{file}: {len(items):,} images')
+            to_embed.append(item._replace(size=stamp[0], time=stamp[1]))
+    print(f'{len(deleted):,} deleted images are removed; {len(to_embed):,} changed or broken ones are embedded')
+    return to_embed
 
 
-def change(args, collection) -> None:
-    """Do to a data base what the command line asks for."""
-    new = update(collection) if args.update else []
+def remove(patterns: list[str], collection) -> None:
+    """Remove the images that match patterns, and forget such broken files.
+
+    Raises:
+        UserError: if there are none.
+    """
+    removed = filter_items(list(collection.items()), patterns)
+    forgotten = filter_items(list(collection.broken.values()), patterns)
+    if not removed and not forgotten:
+        raise UserError(f'--remove {" ".join(patterns)} matches none of the {len(collection):,} images; --list prints '
+                        'them')
+    if removed:
+        collection.remove(removed)
+    for item in forgotten:
+        del collection.broken[item.file]
+    print(f'{len(removed):,} images removed' + (f', {len(forgotten):,} broken files forgotten' if forgotten else ''))
+
+
+def change(args, collection, model: EmbeddingNet | None, device: torch.device) -> None:
+    """Update, remove and add images as the command line says."""
+    to_embed = {}  # file -> item: --update and --images may find the same ones
+    if args.update:
+        to_embed |= {item.file: item for item in update(collection)}
     if args.remove:
-        chosen = matching(list(collection.items()), args.remove)
-        forgotten = matching([item_of_broken(collection, file) for file in collection.broken], args.remove)
-        if not chosen and not forgotten:
-            raise UserError(f'--remove {" ".join(args.remove)} fits none of the {len(collection):,} images; --list '
-                            'prints them')
-        for item in forgotten:
-            del collection.broken[f'{item.folder}/{item.path}']
-        if chosen:
-            collection.remove([(item.folder, item.path) for item in chosen])
-        print(f'{len(chosen):,} images removed'
-              + (f', {len(forgotten):,} that cannot be read are forgotten' if forgotten else ''))
-        removed = set(matching(new, args.remove))
-        new = [item for item in new if item not in removed]
-    if args.images is not None:  # what has changed below it is found a second time
-        new = list({item[:2]: item for item in [*new, *add_folder(args, collection)]}.values())
+        remove(args.remove, collection)
+        for item in filter_items(list(to_embed.values()), args.remove):
+            del to_embed[item.file]
+    if args.images is not None:
+        to_embed |= {item.file: item for item in scan_folder(args.images, args.labels, collection)}
     if args.model is not None and args.qdrant is None:
-        keep_model(args)
-    if new:
-        device = select_device(args.device)
-        model, settings = load_own_model(args, collection, device)
+        keep_model(args.model, Path(args.data_base))
+    if to_embed:
+        model = model or load_kept_model(Path(args.data_base), collection.fingerprint, device)
+        settings = dict(collection.origin['args'])
+        settings |= {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
         start = time.perf_counter()
-        embed_items(new, collection, model, settings, args.num_workers, device)
-        print(f'{len(new):,} images in {time.perf_counter() - start:.0f} s')
+        embed_items(list(to_embed.values()), collection, model, settings, args.num_workers, device)
+        print(f'{len(to_embed):,} images in {time.perf_counter() - start:.0f} s')
     collection.finish()
     if collection.broken:
-        named = ', '.join(list(collection.broken)[:MOST_NAMED])
-        print(f'{len(collection.broken):,} images cannot be read and are left out: {named}'
-              f'{" ..." if len(collection.broken) > MOST_NAMED else ""}')
+        named = ', '.join(list(collection.broken)[:MAX_NAMED]) + (' ...' if len(collection.broken) > MAX_NAMED else '')
+        print(f'{len(collection.broken):,} images cannot be read and are left out: {named}')
+
+
+# ---------------------------------------------------- duplicates ---------------------------------------------------
+def find_duplicates(threshold: float, collection: FileCollection) -> None:
+    """Write all pairs of images of at least this cosine to a CSV file, and draw their groups.
+
+    Raises:
+        UserError: if a file of another program would be replaced.
+    """
+    stem = collection.file.with_suffix('')
+    table, figure = Path(f'{stem}_duplicates.csv'), Path(f'{stem}_duplicates.png')
+    if table.exists() and not table.read_bytes().startswith(','.join(DUPLICATE_COLUMNS).encode()):
+        raise UserError(f'{table} exists, was not written by this script and is not replaced; move it away')
+    check_replaceable(figure, '--duplicates')
+    items, features = list(collection.items()), collection.data_base.test.features
+    pairs = pairs_above(features.float(), threshold)
+    groups = group_pairs(pairs, len(items))
+    number_of = {index: number for number, group in enumerate(groups, start=1) for index in group}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(DUPLICATE_COLUMNS)
+    for one, other, similarity in pairs:
+        writer.writerow([number_of[one], f'{similarity:.6f}', items[one].file, items[other].file])
+    write_atomically(table, lambda file: file.write(text.getvalue().encode()))
+    print(f'{len(pairs):,} pairs of at least {threshold:g} in {len(groups):,} groups: {table}')
+    if groups:
+        print(draw_groups(groups[:MAX_GROUPS], items, features, figure))
+
+
+def group_pairs(pairs: list[tuple[int, int, float]], count: int) -> list[list[int]]:
+    """Return the groups of the indices below `count` that pairs (index, index, similarity) connect, in order."""
+    import numpy as np
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, columns = [one for one, _, _ in pairs], [other for _, other, _ in pairs]
+    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(count, count))
+    component_of = connected_components(graph, directed=False)[1]
+    groups = {}
+    for index in sorted({*rows, *columns}):
+        groups.setdefault(component_of[index], []).append(index)
+    return list(groups.values())
+
+
+def draw_groups(groups: list[list[int]], items: list[CollectionItem], features: torch.Tensor, target: Path) -> Path:
+    """Draw a row per group of duplicates: its first image, then the others; returns the path of the figure."""
+    from retrieval.figures import draw_rows
+
+    rows = []
+    for number, (first, *others) in enumerate(groups, start=1):
+        similarities = (features[others].double() @ features[first].double()).tolist()
+        retrieved = [{'file': Path(items[index].file), 'class': items[index].label, 'similarity': similarity,
+                      'correct': None} for index, similarity in zip(others, similarities, strict=True)]
+        rows.append({'query': Path(items[first].file), 'class': items[first].label, 'note': f'group {number}',
+                     'retrieved': retrieved[:MAX_IN_GROUP]})
+    return draw_rows(rows, target)
+
+
+# ---------------------------------------------------- tables -------------------------------------------------------
+def write_csv(target, items: list[CollectionItem], features: torch.Tensor) -> None:
+    """Write a line per image: file, class and each feature, a part at a time."""
+    import pandas as pd
+
+    for start in range(0, len(items), SAVED_EVERY):
+        part = items[start:start + SAVED_EVERY]
+        table = pd.DataFrame({'image': [item.file for item in part], 'class': [item.label for item in part]})
+        columns = pd.DataFrame(features[start:start + SAVED_EVERY].float().numpy()).add_prefix('feature_')
+        table.join(columns).to_csv(target, index=False, header=start == 0)
+
+
+def write_npy(target, items: list[CollectionItem], features: torch.Tensor) -> None:
+    """Write the features as a NumPy array (N, D)."""
+    import numpy as np
+
+    np.save(target, features.numpy())
+
+
+def write_parquet(target, items: list[CollectionItem], features: torch.Tensor) -> None:
+    """Write a row per image: file, class and a list of features."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError('--parquet needs pyarrow; install it with: pip install pyarrow') from None
+    rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.numpy().reshape(-1)), features.shape[1])
+    parquet.write_table(pyarrow.table({'image': [item.file for item in items], 'class': [item.label for item in items],
+                                       'features': rows}), target)
+
+
+TABLE_WRITERS = {'csv': write_csv, 'npy': write_npy, 'parquet': write_parquet}
+
+
+def write_tables(args, collection: FileCollection) -> None:
+    """Write the features for other programs, as --csv, --npy and --parquet say.
+
+    Raises:
+        UserError: if a file exists and --overwrite is not set, or pyarrow is missing.
+    """
+    targets = {flag: Path(getattr(args, flag)) for flag in TABLE_FLAGS if getattr(args, flag)}
+    taken = {path.resolve() for path in (collection.file, RunFiles.beside(collection.file).model)}
+    for flag, target in targets.items():
+        if target.resolve() in taken:
+            raise UserError(f'--{flag} {target} is the data base, its model, or named twice; name another file')
+        taken.add(target.resolve())
+        if target.exists() and not args.overwrite:
+            raise UserError(f'--{flag} {target} exists already; add --overwrite to replace it')
+        make_folder(f'--{flag}', target.parent)
+    items, features = list(collection.items()), collection.data_base.test.features
+    for flag, target in targets.items():
+        write_atomically(target, lambda file, write=TABLE_WRITERS[flag]: write(file, items, features))
+        print(f'{target}: {len(items):,} images')
+
+
+# ---------------------------------------------------- main ----------------------------------------------------------
+def run(args, collection, name: str, model: EmbeddingNet | None, device: torch.device) -> None:
+    """Change a collection, then print and write what the command line asks for.
+
+    Raises:
+        UserError: if the collection is new and none of its images can be read.
+    """
+    try:
+        change(args, collection, model, device)
+    except KeyboardInterrupt as stop:
+        message = ''
+        if collection.num_added:
+            message = f'{collection.num_added:,} new images are saved; the same command continues'
+        raise type(stop)(message) from None
+    if not len(collection):
+        if args.images is not None:
+            raise UserError(f'--images {args.images}: none of the images can be read')
+        print(f'{name} has no images left')
+        return
+    if args.list is not None:
+        for item in filter_items(list(collection.items()), [args.list]):
+            print(f'{item.path}  {item.label}'.rstrip())
+    if args.duplicates is not None:
+        find_duplicates(args.duplicates, collection)
+    if args.csv or args.npy or args.parquet:
+        write_tables(args, collection)
+    print(f'{name}: {len(collection):,} images of {len(collection.folders()):,} folders')
+    if args.images is not None:
+        flags = ['--data_base', args.data_base]
+        if args.qdrant is not None:
+            flags = ['--qdrant', args.qdrant, '--collection', args.collection, '--model', args.model]
+        print(f'next:\n  {shlex.join(["python", "serve.py", *flags])}')
 
 
 def main(args) -> None:
-    """Do what the command line names."""
+    """Open the data base or Qdrant collection of the command line, and do what it says."""
+    device = select_device(args.device)
     if args.qdrant is not None:
-        with contextlib.closing(open_remote(args)) as collection:
-            change_and_show(args, collection, f'{args.collection} in {args.qdrant}')
+        collection, model = open_qdrant(args.qdrant, args.collection, args.model, device,
+                                        create=args.images is not None, dtype=DTYPES.get(args.dtype))
+        with contextlib.closing(collection):
+            run(args, collection, f'{args.collection} in {args.qdrant}', model, device)
         return
     file = Path(args.data_base)
     make_folder('--data_base', file.parent)
     files = RunFiles.beside(file)
-    with files.locked(f'--data_base {file}: another process is at work on it; wait for it'):
+    with files.locked(f'--data_base {file}: another process is changing it; wait until it has finished'):
         remove_torn(file.parent, [file.name, files.model.name])
-        change_and_show(args, open_collection(args), str(file))
-
-
-def change_and_show(args, collection, name: str) -> None:
-    """Change a collection and answer what is asked of it.
-
-    Raises:
-        UserError: if it is new and none of its images can be read.
-    """
-    try:
-        change(args, collection)
-    except KeyboardInterrupt as stop:
-        kept = sum(len(items) for items, _ in collection.parts)
-        raise type(stop)(f'{kept:,} new images are kept; the same call goes on' if kept else '') from None
-    if not len(collection):
-        if args.images is not None:
-            raise UserError(f'--images {args.images}: none of its images can be read')
-        print(f'{name} holds no images any more')
-        return
-    if args.list is not None:
-        for item in matching(list(collection.items()), [args.list]):
-            print(f'{item.path}{f"  {item.label}" if item.label else ""}')
-    if args.duplicates is not None:
-        find_duplicates(args, collection)
-    if args.csv or args.npy or args.parquet:
-        export(args, collection)
-    print(f'{name}: {len(collection):,} images of {len(collection.folders()):,} folders')
-    if args.images is not None:
-        words = ['--qdrant', args.qdrant, '--collection', args.collection, '--model', args.model] if args.qdrant else \
-            ['--data_base', args.data_base]
-        print(f'next:\n  {shlex.join(["python", "serve.py", *words])}')
+        run(args, open_collection(args), str(file), None, device)
 
 
 if __name__ == '__main__':

@@ -23,8 +23,9 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from engine.errors import UserError, reason_of
-from utils import MADE_HERE, Parser, check_between, check_replaceable, run_script, user_path
+from common.errors import UserError, reason_of
+from common.files import MADE_HERE, check_replaceable
+from utils import Parser, check_between, run_script, user_path
 
 PACKAGES = {'onnx': ('onnx', 'onnxruntime', 'onnxscript'), 'folder': ('safetensors',), 'torch': ()}  # by flag
 CALIBRATION_IMAGES = 256  # of the training images, evenly spread: their activations set the ranges of --int8
@@ -88,13 +89,16 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
 import torch
 from torch import nn
 
-from dataset import RetrievalDataset, make_test_loaders, make_transform, open_data
-from engine.files import make_folder, write_atomically
-from engine.processes import progress
-from engine.runs import DataBase, RunFiles, Subset, check_seen, find_result, load_data_base, seen_classes
-from evaluate import describe_origin, format_table, make_data_base, measure
-from metrics import NUMBERS_OF_QUERIES, measure_absent
-from model import EmbeddingNet, load_model
+from common.distributed import progress
+from common.files import make_folder, write_atomically
+from common.results import RunFiles, find_result
+from imagedata.loading import RetrievalDataset, make_test_loaders, make_transform, open_data
+from model import EmbeddingNet
+from retrieval.database import DataBase, Subset, check_seen, load_data_base, seen_classes
+
+from retrieval.embedding import describe_origin, format_results, make_data_base, measure
+from retrieval.metrics import NUMBERS_OF_QUERIES, measure_open_set
+from retrieval.model_file import load_model
 
 CPU = torch.device('cpu')
 
@@ -361,9 +365,9 @@ def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folde
     kinds = ('dense',) if settings.get('zero_shot') else ('dense', 'binary')
     if data_base is not None:
         seen = check_seen(seen_classes(run), data_base.class_names, allowed=True)
-        results = {**measure(data_base, tuple(settings['recalls']), CPU, kinds), 'absent': measure_absent(
+        results = {**measure(data_base, tuple(settings['recalls']), CPU, kinds), 'open_set': measure_open_set(
             *data_base.tensors()), 'measured_on': {
-            'data_name': settings['data_name'], 'crop_type': settings['crop_type'], 'mirror': model.config.mirror,
+            'data_name': settings['data_name'], 'crop_type': settings['crop_type'], 'flip_tta': model.config.flip_tta,
             'image_size': model.config.image_size, 'resize_size': settings['resize_size'],
             'classes': len(data_base.class_names), 'seen_classes': len(seen)}}
     metrics = [{'type': f'{kind} {name}', 'value': round(value, 2)} for kind in kinds if results
@@ -373,7 +377,7 @@ def model_card(model: EmbeddingNet, run: dict, data_base: DataBase | None, folde
     return template.render(
         name=json.dumps(str(settings.get('run'))), title=settings.get('run'), made_by=MADE_HERE, settings=settings,
         config=model.config, feature_dim=model.feature_dim, interpolation=model.interpolation,
-        table=results and format_table(results), metrics=json.dumps(metrics),
+        table=results and format_results(results), metrics=json.dumps(metrics),
         data_name=json.dumps(settings['data_name']), protocol=describe_protocol(run, len(seen)),
         origin=describe_origin(run), folder=Path(folder).resolve().name)
 

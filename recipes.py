@@ -1,50 +1,47 @@
-"""The papers' hyper-parameters as data: one entry a recipe, each with its source; and what there is to choose from.
+"""The papers' hyper-parameters as data: one entry a recipe, each with its source; and the names of all choices.
 
-    python recipes.py                # the table of all recipes
+    python recipes.py                # print a table of all recipes
 
 `train.py --recipe NAME` takes its defaults from here; a flag on the command line wins. A recipe is written as its
-system's own page prints it; what that changes for a data set or a trunk stands in `overrides`, later entries win.
+system's own page prints it; `overrides` says what changes for a data set or a backbone, and later overrides win.
 
-    trunk_lr_factor the trunk's learning rate is this multiple of lr, unless --trunk_lr says otherwise
-    proxy_lr_factor the proxies' likewise, unless --proxy_lr does
-    lr_milestones   fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
+    backbone_lr_factor  the learning rate of the backbone is this multiple of lr, unless --backbone_lr is given
+    proxy_lr_factor     the same for the proxies, unless --proxy_lr is given
+    lr_milestones       fractions of num_epochs after which the learning rate is multiplied by lr_decay_gamma
 
-Losses and trunks are registered here, by the names of their class in model.py and their function in trunks.py, so that
-a command line can be read before torch is imported.
+This file imports no torch, so that the command line is read at once. The losses themselves are in model.py.
 """
 from typing import NamedTuple
 
-from engine.errors import check_choice
+from common.errors import check_choice
 
 
-class LossEntry(NamedTuple):
-    """A loss: its class in model.py and its own hyper-parameters."""
+class LossDefaults(NamedTuple):
+    """The hyper-parameters of a loss, as its paper sets them."""
 
-    class_name: str
     scale: float  # alpha
-    margin: float | None = None  # delta; None: its formula has no margin
+    margin: float | None = None  # delta; None: the formula has no margin
 
 
 LOSSES = {
-    'proxy_anchor': LossEntry('ProxyAnchor', 32.0, 0.1),
-    'balanced_proxy': LossEntry('BalancedProxy', 32.0, 0.1),
-    'balanced_proxy_split': LossEntry('BalancedProxySplit', 32.0, 0.1),
-    'normalized_softmax': LossEntry('NormalizedSoftmax', 32.0),
-    'proxy_nca': LossEntry('ProxyNCA', 9.0),  # ProxyNCA++: temperature 1/9
-    'cos_face': LossEntry('CosFace', 64.0, 0.35),
-    'arc_face': LossEntry('ArcFace', 64.0, 0.5),  # 28.6 degrees
+    'proxy_anchor': LossDefaults(32.0, 0.1),
+    'balanced_proxy': LossDefaults(32.0, 0.1),
+    'balanced_proxy_split': LossDefaults(32.0, 0.1),
+    'normalized_softmax': LossDefaults(32.0),
+    'proxy_nca': LossDefaults(9.0),  # ProxyNCA++: temperature 1/9
+    'cos_face': LossDefaults(64.0, 0.35),
+    'arc_face': LossDefaults(64.0, 0.5),  # radians: 28.6 degrees
 }
-# Two names are a loss together with a way in which the proxies move.
+# Two names stand for a loss together with a proxy update.
 COMBINED_LOSSES = {
     'asymptotic_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'momentum', 'temperature': 0.03},
     'positive_proxy': {'loss_name': 'normalized_softmax', 'proxy_update': 'positive'},
 }
 PROXY_UPDATES = ('gradient', 'positive', 'momentum')
-MOMENTUM = 0.5  # of moving proxies; Asymptotic Proxy and Momentum Proxy alike
-TRUNKS = {'resnet50': 'resnet', 'inception': 'bn_inception', 'googlenet': 'googlenet', 'resnet18': 'resnet',
-          'resnet101': 'resnet'}  # the function in trunks.py that builds it
+MOMENTUM = 0.5  # of moving proxies, in Asymptotic Proxy and Momentum Proxy
+BACKBONE_NAMES = ('resnet50', 'inception', 'googlenet', 'resnet18', 'resnet101')
 POOLINGS = ('max', 'avg', 'avg_max', 'gem', 'cls')
-LINEAR_INITS = ('random', 'whiten')
+HEAD_INITS = ('random', 'whiten')
 PROXY_INITS = ('unit', 'kaiming', 'mean')
 OPTIMIZER_NAMES = ('adamw', 'adam', 'sgd')
 SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')
@@ -52,7 +49,7 @@ SCHEDULE_NAMES = ('step', 'multistep', 'cosine', 'constant')
 # What the five systems share; each recipe below says only where it differs.
 COMMON = {
     'lr': 1e-4,
-    'trunk_lr_factor': 1.0,
+    'backbone_lr_factor': 1.0,
     'proxy_lr_factor': 100.0,
     'weight_decay': 1e-4,
     'optimizer_type': 'adamw',
@@ -74,22 +71,15 @@ COMMON = {
     'grayscale': 0.0,
     'pooling': 'max',
     'layer_norm': True,
-    'linear_bias': False,
-    'linear_init': 'random',
+    'head_bias': False,
+    'head_init': 'random',
     'proxy_init': 'unit',
     'freeze_bn': True,
-    'mirror': False,
+    'flip_tta': False,
     'recalls': (1, 2, 4, 8),
 }
-# Settings that runs of some versions do not name, and what these did: some came later, some went.
-NOT_ALWAYS = {'linear_init': 'random', 'mirror': False, 'color_jitter': 0.0, 'grayscale': 0.0, 'synthesis': 0.0,
-              'ema': 0.0}
 SOP_RECALLS = ({'data_name': ('sop',)}, {'recalls': (1, 10, 100, 1000)})
 ISC_RECALLS = ({'data_name': ('isc',)}, {'recalls': (1, 10, 20, 30, 40, 50)})
-
-# What the recipes of this repository share.
-WHITENED = {'loss_name': 'positive_proxy', 'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1,
-            'linear_init': 'whiten', 'proxy_init': 'mean'}
 
 RECIPES = {
     'balanced_proxy': {
@@ -123,7 +113,7 @@ RECIPES = {
         'source': 'Kim et al., Proxy Anchor Loss for Deep Metric Learning, CVPR 2020, arXiv 2003.13911',
         'settings': {
             'loss_name': 'proxy_anchor', 'lr_decay_step': 10, 'batch_size': 180, 'num_epochs': 60, 'warm_up': 1,
-            'clip_value': 10.0, 'drop_last': True, 'pooling': 'avg_max', 'layer_norm': False, 'linear_bias': True,
+            'clip_value': 10.0, 'drop_last': True, 'pooling': 'avg_max', 'layer_norm': False, 'head_bias': True,
             'proxy_init': 'kaiming', 'recalls': (1, 2, 4, 8, 16, 32),
         },
         'overrides': [
@@ -136,28 +126,18 @@ RECIPES = {
              {'lr': 6e-4, 'lr_decay_step': 20, 'lr_decay_gamma': 0.25, 'freeze_bn': False}),
         ],
     },
-    'whitened_start': {
-        'source': 'of no paper: Positive Proxy with a start from the images; docs/results.md',
-        'settings': WHITENED,
-        'overrides': [SOP_RECALLS, ISC_RECALLS],
-    },
     'whitened_mirror': {
-        'source': 'of no paper: whitened_start, embedding each image with its mirror image; docs/results.md',
-        'settings': {**WHITENED, 'mirror': True},
-        'overrides': [SOP_RECALLS, ISC_RECALLS],
-    },
-    'whitened_margin': {
-        'source': 'of no paper: whitened_start with a margin, for a short training; docs/results.md',
+        'source': 'this repository: Positive Proxy started from the images, with flip augmentation; docs/results.md',
         'settings': {
-            **WHITENED, 'loss_name': 'cos_face', 'proxy_update': 'positive', 'temperature': 1 / 32, 'margin': 0.1,
-            'batch_size': 32, 'num_epochs': 6, 'min_crop': 0.2,
+            'loss_name': 'positive_proxy', 'lr': 3e-4, 'proxy_lr_factor': 30.0, 'lr_schedule': 'cosine', 'warm_up': 1,
+            'head_init': 'whiten', 'proxy_init': 'mean', 'flip_tta': True,
         },
         'overrides': [SOP_RECALLS, ISC_RECALLS],
     },
     'transformer': {
-        'source': 'of no paper: what is usual with pretrained transformers; its accuracy is untested here',
+        'source': 'common practice with pretrained transformers; its accuracy is not measured here',
         'settings': {
-            'loss_name': 'positive_proxy', 'pooling': 'cls', 'trunk_lr_factor': 0.1, 'lr_schedule': 'cosine',
+            'loss_name': 'positive_proxy', 'pooling': 'cls', 'backbone_lr_factor': 0.1, 'lr_schedule': 'cosine',
             'warm_up': 1,
         },
         'overrides': [SOP_RECALLS, ISC_RECALLS],
@@ -166,66 +146,87 @@ RECIPES = {
 
 
 def canonical_backbone(name: str) -> str:
-    """Return the name of a trunk (`bn_inception` -> `inception`), or raise a UserError that lists them."""
-    name = 'inception' if name == 'bn_inception' else name
-    return name if name.startswith('timm:') else check_choice('--backbone_type', name, [*TRUNKS, 'timm:MODEL'])
-
-
-def resize_for(image_size: int) -> int:
-    """Return the side to which test images are resized before the centre crop: 224 -> 256, 256 -> 292."""
-    return image_size * 256 // 224
+    """Return the name of a backbone (`bn_inception` -> `inception`), or raise a UserError that lists the names."""
+    if name.startswith('timm:'):
+        return name
+    return check_choice('--backbone_type', 'inception' if name == 'bn_inception' else name,
+                        [*BACKBONE_NAMES, 'timm:MODEL'])
 
 
 def recipe_settings(name: str, data_name: str, backbone_type: str) -> dict:
-    """Return the flat hyper-parameters of a recipe for one data set and one trunk.
+    """Return the flat hyper-parameters of a recipe for one data set and one backbone.
 
     Args:
         name: a key of RECIPES.
         data_name: `car`, `cub`, `sop`, `isc`, or any other data set (then no override of a data set applies).
-        backbone_type: a name of TRUNKS or `timm:...`.
+        backbone_type: a name of BACKBONE_NAMES or `timm:...`.
 
     Raises:
         KeyError: if there is no recipe of that name.
     """
-    chosen = {'data_name': data_name, 'backbone_type': backbone_type}
+    run = {'data_name': data_name, 'backbone_type': backbone_type}
     settings = {**COMMON, **RECIPES[name]['settings']}
     for condition, values in RECIPES[name]['overrides']:
-        if all(chosen[key] in allowed for key, allowed in condition.items()):
+        if all(run[key] in allowed for key, allowed in condition.items()):
             settings.update(values)
     return settings
 
 
 # ---------------------------------------------------- the table ----------------------------------------------------
-def describe(recipe: str, setting: str) -> str:
-    """Return a setting of a recipe as a cell of the table: `0.0001; 4e-05 (sop, isc)`, `-` where it has no effect."""
-    def text(value) -> str:
-        if isinstance(value, bool):
-            return 'yes' if value else 'no'
-        return ', '.join(map(text, value)) if isinstance(value, tuple) else f'{value:g}' if isinstance(
-            value, float) else str(value)
-
-    own = {**COMMON, **RECIPES[recipe]['settings']}
-    own |= COMBINED_LOSSES.get(own['loss_name'], {})
-    loss = LOSSES[own['loss_name']]
-    own = {'temperature': 1 / loss.scale, 'margin': loss.margin or '-', 'momentum': MOMENTUM, **own}
-    without = {'momentum': own['proxy_update'] != 'momentum', 'proxy_lr_factor': own['proxy_update'] == 'momentum',
-               'lr_decay_step': own['lr_schedule'] != 'step', 'lr_milestones': own['lr_schedule'] != 'multistep',
-               'lr_decay_gamma': own['lr_schedule'] not in ('step', 'multistep')}
-    if without.get(setting):
-        return '-'
-    others = [f'{text(values[setting])} ({", ".join(name for names in condition.values() for name in names)})'
-              for condition, values in RECIPES[recipe]['overrides'] if setting in values]
-    return '; '.join([text(own[setting]), *others])
+def settings_without_effect(settings: dict) -> set[str]:
+    """Return the settings of a recipe that its loss, proxy update and schedule do not use."""
+    unused = set()
+    if settings['proxy_update'] == 'momentum':
+        unused.add('proxy_lr_factor')
+    else:
+        unused.add('momentum')
+    if settings['lr_schedule'] != 'step':
+        unused.add('lr_decay_step')
+    if settings['lr_schedule'] != 'multistep':
+        unused.add('lr_milestones')
+    if settings['lr_schedule'] not in ('step', 'multistep'):
+        unused.add('lr_decay_gamma')
+    if settings['margin'] is None:
+        unused.add('margin')
+    return unused
 
 
-def format_table() -> str:
+def format_value(value) -> str:
+    """Return a setting as text: `yes`, `0.0001`, `1, 2, 4, 8`."""
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, tuple):
+        return ', '.join(map(format_value, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def recipe_column(name: str) -> dict[str, str]:
+    """Return {setting: cell} of one recipe, overrides included: `0.0001; 4e-05 (sop, isc)`, `-` if it has no effect."""
+    recipe = RECIPES[name]
+    settings = {**COMMON, **recipe['settings']}
+    settings |= COMBINED_LOSSES.get(settings['loss_name'], {})
+    defaults = LOSSES[settings['loss_name']]
+    settings = {'temperature': 1 / defaults.scale, 'margin': defaults.margin, 'momentum': MOMENTUM, **settings}
+    cells = {'source': recipe['source']}
+    for setting in ('loss_name', 'proxy_update', 'temperature', 'margin', 'momentum', *COMMON):
+        values = [format_value(settings[setting])]
+        for condition, changed in recipe['overrides']:
+            if setting in changed:
+                names = ', '.join(choice for allowed in condition.values() for choice in allowed)
+                values.append(f'{format_value(changed[setting])} ({names})')
+        cells[setting] = '; '.join(values)
+    return cells | dict.fromkeys(settings_without_effect(settings), '-')
+
+
+def recipe_table() -> str:
     """Return all recipes as a Markdown table, a column each."""
-    lines = [f'| | {" | ".join(RECIPES)} |', '|---' * (1 + len(RECIPES)) + '|',
-             f'| source | {" | ".join(recipe["source"] for recipe in RECIPES.values())} |']
-    settings = dict.fromkeys(['loss_name', 'proxy_update', 'temperature', 'margin', 'momentum', *COMMON])
-    lines += [f'| {setting} | {" | ".join(describe(recipe, setting) for recipe in RECIPES)} |' for setting in settings]
+    columns = [recipe_column(name) for name in RECIPES]
+    lines = [f'| | {" | ".join(RECIPES)} |', '|---' * (1 + len(RECIPES)) + '|']
+    for setting in columns[0]:
+        cells = ' | '.join(column[setting] for column in columns)
+        lines.append(f'| {setting} | {cells} |')
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
-    print(format_table())
+    print(recipe_table())

@@ -18,17 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from browse import OpenRun, add_data_base_flags, choose_queries, nearest_images, open_run, rank_queries, tell_changes
-from engine.errors import UserError
-from engine.files import make_folder, write_atomically
-from engine.images import load_tile
-from engine.processes import progress
-from engine.runs import DataBase, check_seen, read_statistics, seen_classes
-from evaluate import measure
-from metrics import ABSENT_RATES, NUMBERS_OF_QUERIES, measure_absent
-from plot import draw_curves
-from utils import (COLOURS, GREY, MADE_HERE, Parser, check_between, check_replaceable, plot_style, run_script,
-                   user_path)
+from common.distributed import progress
+from common.errors import UserError
+from common.files import MADE_HERE, check_replaceable, make_folder, write_atomically
+from common.images import load_tile
+from training.curves import draw_curves
+from retrieval.database import DataBase, OpenDataBase, check_seen, open_data_base, seen_classes, warn_if_images_changed
+from retrieval.embedding import measure
+from retrieval.figures import COLOURS, GREY, plot_style
+from retrieval.metrics import NUMBERS_OF_QUERIES, OPEN_SET_RATES, measure_open_set
+from retrieval.search import choose_queries, nearest_images, rank_queries
+from training.statistics import read_statistics
+from utils import Parser, add_data_base_flags, check_between, run_script, user_path
 
 NUM_NEIGHBOURS = 20
 NUM_QUERIES = 8  # hardest, and easiest
@@ -205,13 +206,13 @@ def rank_and_measure(data_base: DataBase) -> tuple[dict | None, dict]:
 
 
 def absent_curve(data_base: DataBase) -> dict | None:
-    """Return what metrics.absent_thresholds says at the rates of ABSENT_CURVE, and of those that are named beside it.
+    """Return what metrics.open_set_thresholds says at the rates of ABSENT_CURVE, and of those that are named beside it.
 
     Returns:
         {'rows': of the named rates, 'rates', 'kept': lists in per cent}, None where nothing can be measured.
     """
-    rows = measure_absent(*data_base.tensors(), rates=(*ABSENT_RATES, *ABSENT_CURVE))
-    named, curve = rows[:len(ABSENT_RATES)], rows[len(ABSENT_RATES):]
+    rows = measure_open_set(*data_base.tensors(), rates=(*OPEN_SET_RATES, *ABSENT_CURVE))
+    named, curve = rows[:len(OPEN_SET_RATES)], rows[len(OPEN_SET_RATES):]
     return {'rows': named, 'rates': [100 * row['rate'] for row in curve], 'kept': [row['kept'] for row in curve]} \
         if rows else None
 
@@ -235,7 +236,7 @@ def draw_absent(curve: dict) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def gather(run: OpenRun, args) -> dict:
+def gather(run: OpenDataBase, args) -> dict:
     """Compute what the template shows.
 
     Returns:
@@ -254,7 +255,7 @@ def gather(run: OpenRun, args) -> dict:
         raise UserError(f'--max_images {args.max_images} does not hold one query and its {NUM_NEIGHBOURS} neighbours')
     shown = sorted({*neighbours, *(image for found in neighbours.values() for image, _ in found)})
     number = {image: place for place, image in enumerate(shown)}
-    thumbnails, side = make_thumbnails([run.file(*images.places[image]) for image in shown])
+    thumbnails, side = make_thumbnails([run.image_file(*images.places[image]) for image in shown])
     ranks = ranked[kind]['rank'].tolist()
     maps = map_embeddings(images.features[shown])
     absent = absent_curve(data_base) if results else None
@@ -311,7 +312,7 @@ def get_args(argv: list[str] | None = None):
 def main() -> None:
     """Write the report that the command line names."""
     args = get_args()
-    run = open_run(args.data_base, args.results_dir, args.data_path)
+    run = open_data_base(args.data_base, args.results_dir, args.data_path)
     data_base, name = run.data_base, run.files.name
     statistics = Path(args.statistics) if args.statistics is not None else run.files.statistics
     output = Path(args.output) if args.output is not None else run.files.folder / f'{name}_report.html'
@@ -320,7 +321,7 @@ def main() -> None:
     curves = None
     if args.statistics is not None or statistics.is_file():
         curves = draw_curves_inline(statistics, data_base.origin['args'].get('run'))
-    tell_changes(run)
+    warn_if_images_changed(run)
     variables = gather(run, args)
     html = render({**variables, 'run': name, 'settings': data_base.origin['args'], 'curves': curves,
                    'epoch': data_base.origin.get('epoch'), 'statistics': statistics.name}).encode()

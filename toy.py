@@ -19,18 +19,19 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dataset import BatchSampler, ImageData, RetrievalDataset, batches_in_order, make_loader, make_transform
-from engine.errors import UserError, check_choice
-from engine.files import make_folder, save, write_atomically
-from engine.processes import select_device
-from engine.runs import provenance, run_name, save_statistics
-from evaluate import extract_embeddings, use_amp
-from glyph import draw_glyph, drawable_characters
-from metrics import retrieval_metrics
+from common.distributed import progress, select_device, use_amp
+from common.errors import UserError, check_choice
+from common.files import make_folder, save, write_atomically
+from common.results import run_name
+from imagedata.glyph import draw_glyph, drawable_characters
+from imagedata.loading import BatchSampler, ImageData, RetrievalDataset, batches_in_order, make_loader, make_transform
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import COMBINED_LOSSES, LOSSES, MOMENTUM
-from train import Learner, train_one_epoch
-from utils import COLOURS, GREY, Parser, check_between, plot_style, run_script, save_figure, user_path
+from retrieval.embedding import extract_embeddings
+from retrieval.figures import COLOURS, GREY, plot_style, save_figure
+from retrieval.metrics import retrieval_metrics
+from training.statistics import provenance, save_statistics
+from utils import Parser, check_between, run_script, user_path
 
 NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
 IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
@@ -122,6 +123,26 @@ def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: t
     return {**frame, 'angle': angles.mean().item()}
 
 
+def train_one_epoch(model: EmbeddingNet, criterion, optimizer, loader, device: torch.device, amp: bool) -> dict:
+    """Train on every batch once; returns {'loss': mean, 'accuracy': per cent}."""
+    model.train()
+    criterion.train()
+    loss_sum = num_correct = num_images = 0
+    for images, labels in progress(loader, desc='train', total=len(loader)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            embeddings = model(images.to(device))
+        loss = criterion(embeddings, labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item() * len(labels)
+        num_correct += criterion.accuracy.item() * len(labels)
+        num_images += len(labels)
+        if not math.isfinite(loss_sum):
+            raise UserError(f'the loss is not finite at --lr {optimizer.param_groups[0]["lr"]:g}; lower it')
+    return {'loss': loss_sum / num_images, 'accuracy': 100 * num_correct / num_images}
+
+
 def train_toy(args, learnable: bool, device: torch.device) -> dict:
     """Train one toy and write its statistics, model and embeddings; returns {'run': name, 'best': frame with the best
     R@1, 'frames': [before the training, after each epoch]}.
@@ -133,10 +154,8 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
     loss_name = COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)
     criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, momentum=args.momentum or MOMENTUM,
                           proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
-    optimizer = torch.optim.Adam([{'role': 'network', 'params': [*model.parameters(), *criterion.parameters()]}],
-                                 lr=args.lr)
+    optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
     amp = use_amp('auto', device)
-    learner = Learner(model, criterion, optimizer, device, amp)
 
     sets = make_sets(args, model.interpolation)
     sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
@@ -150,7 +169,7 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
     for epoch in range(1, args.num_epochs + 1):
         sets['augmented'].set_epoch(epoch)
         sampler.set_epoch(epoch)
-        trained = train_one_epoch(learner, loader, f'epoch {epoch}')
+        trained = train_one_epoch(model, criterion, optimizer, loader, device, amp)
         frame = take_frame(epoch, model, criterion, sets, device, amp)
         print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy {trained["accuracy"]:.1f} '
               f'%, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from their proxies', flush=True)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import finish, median, take_turns, write_photographs
+from bench_common import finish, median, take_turns, write_photographs
 
 
 def own_memory() -> float:
@@ -39,7 +39,7 @@ def main() -> None:
     args = get_args()
     import torch
 
-    from dataset import RetrievalDataset, make_transform, open_data
+    from imagedata.loading import RetrievalDataset, make_transform, open_data
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def main() -> None:
             result['ratio'][name] = round(ratio, 2)
         before = own_memory()
         cache = open_data(data_path, args.data_name, cache_size=args.cache_size).cache  # none of it is read yet
-        count = sum(1 for image in map(cache.read, cache.places) if image.shape[0] == 3)
+        count = sum(1 for image in map(cache.read, cache.entries) if image.shape[0] == 3)
         result['own_memory_MB'] = round(own_memory() - before, 1)
         print(f'read {count:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '
               f'{result["own_memory_MB"]} MB')

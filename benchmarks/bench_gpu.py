@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import machine, median, take_turns, write_photographs
+from bench_common import machine, median, take_turns, write_photographs
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 570  # for all rows: what is left of it is a row's limit
@@ -73,7 +73,7 @@ def training_row(backbone: str, args, size: dict) -> dict:
     import torch
     from bench_train import our_step, seeds_step
 
-    from dataset import open_data
+    from imagedata.loading import open_data
 
     device = torch.device(args.device)
     settings = SimpleNamespace(image_size=size['pixels'], batch_size=size['batch'], num_workers=args.num_workers)
@@ -103,7 +103,7 @@ def recall_row(args, size: dict) -> dict:
     import torch
     from bench_recall import RECALLS, full_matrix, make_features
 
-    from metrics import retrieval_metrics
+    from retrieval.metrics import retrieval_metrics
 
     features, labels = (tensor.to(args.device) for tensor in make_features(size['images'], size['test_classes'], 512))
     found, seconds, peaks = {}, {}, {}
@@ -163,7 +163,7 @@ def loss_row(num_classes: int, args) -> dict:
 
 def train_glyph(args, folder: str, *words: str, processes: int = 1) -> tuple:
     """Train on glyph by the command line; returns its statistics and its seconds."""
-    from engine.runs import read_statistics
+    from training.statistics import read_statistics
 
     start = time.perf_counter()
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
@@ -252,7 +252,7 @@ def get_args():
 
 def main() -> None:
     args = get_args()
-    from utils import MADE_HERE, check_replaceable
+    from common.files import MADE_HERE, check_replaceable
 
     size = SIZES[args.small]
     if args.row:
@@ -260,8 +260,8 @@ def main() -> None:
         return
     import torch
 
-    from engine.errors import UserError
-    from engine.files import write_atomically
+    from common.errors import UserError
+    from common.files import write_atomically
 
     if args.device != 'cpu' and not torch.cuda.is_available():
         raise UserError('this measures a GPU, and torch finds no CUDA device on this machine; run it where one is')

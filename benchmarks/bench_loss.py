@@ -26,7 +26,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from engine.errors import UserError, check_choice  # noqa: E402  a script finds modules beside itself only
+from common.errors import UserError, check_choice  # noqa: E402  a script finds modules beside itself only
 from model import make_loss  # noqa: E402
 from utils import Parser, int_list, run_script  # noqa: E402
 

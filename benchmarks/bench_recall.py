@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import finish, median
+from bench_common import finish, median
 
 RECALLS = (1, 10, 100, 1000)
 METHODS = ('ours', 'faiss', 'pml', 'full matrix', 'blocks, loop', 'ours, binary', 'faiss, binary')
@@ -97,7 +97,7 @@ def measure_here(method: str, num_images: int, num_classes: int, dim: int, devic
     """Measure one method in this process: seconds, peak MiB above the features, and the metrics."""
     import torch
 
-    from metrics import retrieval_metrics
+    from retrieval.metrics import retrieval_metrics
 
     features, labels = make_features(num_images, num_classes, dim, 1.65 if 'binary' in method else 2.15)
 
@@ -147,7 +147,7 @@ def is_exact(args) -> bool:
     """Compare ours with a product in float64 and a sort on the first 4,000 images, one in four an exact copy."""
     import torch
 
-    from metrics import retrieval_metrics
+    from retrieval.metrics import retrieval_metrics
 
     features, labels = make_features(4000, 800, args.feature_dim)
     features[1::4] = features[::4]

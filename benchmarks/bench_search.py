@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish, median, take_turns, write_photographs
+from bench_common import finish, median, take_turns, write_photographs
 
 DIM, CLASS = 512, 50  # numbers, images a class
 
@@ -28,7 +28,7 @@ def make_data_base(file: Path, count: int) -> None:
     """Write a collection of made float16 features."""
     import torch
 
-    from engine.runs import DataBase, Sources, Subset
+    from retrieval.database import DataBase, Sources, Subset
 
     generator, features = torch.Generator().manual_seed(0), torch.empty(count, DIM, dtype=torch.float16)
     means = torch.randn(count // CLASS, DIM, generator=generator)
@@ -54,8 +54,8 @@ def measure_search(file: Path, resident: bool) -> dict:
     """Load a data base and search in it; called in a process of its own."""
     import torch
 
-    from engine.nearest import Nearest
-    from engine.runs import load_data_base
+    from retrieval.database import load_data_base
+    from retrieval.nearest import Nearest
 
     before = peak_memory()
     start = time.perf_counter()
@@ -81,18 +81,18 @@ def measure_embedding(folder: Path, count: int, trunk: str, repetitions: int) ->
     """Return images per second of embed.py's loop and of the network alone."""
     import torch
 
-    from collection import FileCollection, Item
     from embed import embed_items
-    from evaluate import use_amp
-    from listing import find_images
+    from imagedata.folders import scan_images
     from model import EmbeddingNet, NetConfig
+    from retrieval.collection import FileCollection, Item
+    from common.distributed import use_amp
 
     write_photographs(folder / 'photos', count, (500, 375))
     device = torch.device('cpu')
     network = EmbeddingNet(NetConfig(trunk, DIM), 'none').to(memory_format=torch.channels_last).eval()
     settings = {'batch_size': 64, 'resize_size': 256, 'amp': 'auto', 'data_name': 'made', 'crop_type': 'uncropped',
                 'recalls': [1]}
-    photographs = find_images(folder / 'photos')[0]
+    photographs = scan_images(folder / 'photos')[0]
     items = [Item(str(folder / 'photos'), path, '', *stamp) for path, stamp in photographs.items()]
     images = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8)
     calls = []

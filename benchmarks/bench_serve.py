@@ -21,7 +21,7 @@ import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
-from common import finish, median, write_photographs
+from bench_common import finish, median, write_photographs
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,9 +30,9 @@ def measure_model(trunk: str, weights_file: Path, repetitions: int = 7) -> dict:
     """Return the seconds of the network for one image and for 16; writes its model file where there is none."""
     import torch
 
-    from engine.files import save
-    from evaluate import use_amp
+    from common.files import save
     from model import EmbeddingNet, NetConfig
+    from common.distributed import use_amp
 
     torch.manual_seed(0)
     network = EmbeddingNet(NetConfig(trunk, 512), 'none').to(memory_format=torch.channels_last).eval()

@@ -17,7 +17,7 @@ import termios
 import time
 from pathlib import Path
 
-from common import finish, median, take_turns
+from bench_common import finish, median, take_turns
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish, median, take_turns, write_photographs
+from bench_common import finish, median, take_turns, write_photographs
 
 BACKBONES = ('resnet50', 'googlenet', 'inception')
 WAYS = ('seeds', 'ours', 'tensor', 'compile', 'other amp')
@@ -30,7 +30,7 @@ def seeds_step(backbone: str, root, split, args, device):
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    from engine.images import load_image
+    from common.images import load_image
     from model import EmbeddingNet, NetConfig, make_loss
 
     network = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
@@ -88,9 +88,9 @@ def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str =
     """Return a function that trains an epoch as train.py does, fed from `files`, a `tensor` or `one` step's tensor."""
     import torch
 
-    from dataset import BatchSampler, RetrievalDataset, make_loader, make_transform
-    from evaluate import use_amp
+    from imagedata.loading import BatchSampler, RetrievalDataset, make_loader, make_transform
     from model import EmbeddingNet, NetConfig, make_loss
+    from common.distributed import use_amp
     from train import Learner, train_one_epoch
 
     model = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
@@ -128,8 +128,8 @@ def main() -> None:
     import subprocess
     import sys
 
-    from dataset import open_data
-    from engine.processes import select_device
+    from common.distributed import select_device
+    from imagedata.loading import open_data
 
     device = select_device(args.device)
     result = {'benchmark': 'train', 'batch_size': args.batch_size, 'image_size': args.image_size,

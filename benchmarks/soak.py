@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish
+from bench_common import finish
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 
@@ -102,17 +102,19 @@ def fuzz_parsers(folder: Path, number: int, rng) -> dict:
 def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     """Read damaged files of each kind; what is not refused has to be the same."""
     import torch
+    from training.checkpoint import load_checkpoint_file
     from faults import TINY, TRUNK, damaged, differences, train
     from tqdm import tqdm
 
-    from dataset import open_data
-    from engine.cache import Cache, build_cache
-    from engine.errors import UserError
-    from engine.files import load
-    from engine.runs import load_checkpoint_file, load_data_base
-    from model import EmbeddingNet, NetConfig, load_model
-    from raw_sets import images_of, read_car
-    from trunks import load_weights
+    from common.errors import UserError
+    from common.files import load
+    from common.weights import load_weights
+    from imagedata.cache import Cache, build_cache
+    from imagedata.loading import open_data
+    from imagedata.raw_sets import images_of, read_car
+    from model import EmbeddingNet, NetConfig
+    from retrieval.database import load_data_base
+    from retrieval.model_file import load_model
 
     train((*TINY, '--num_workers', 0, '--data_path', data, '--results_dir', folder / 'run'), folder / 'run.log')
     root, split, _ = open_data(data, 'car')
@@ -170,7 +172,7 @@ def fill_disk(data: Path, folder: Path) -> dict:
     """Train onto a tmpfs without room for the second checkpoint, then make room and go on."""
     from faults import TINY, differing_results, train
 
-    from engine.files import load
+    from common.files import load
 
     disk = folder / 'disk'
     disk.mkdir()

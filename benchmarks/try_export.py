@@ -7,7 +7,7 @@ The largest difference of a number in an embedding, over batches of 1 and of 5 r
 smallest cosine of an image's two embeddings. A trunk that cannot be exported has the reason in its row. Ends with one
 line of JSON.
 """
-from common import finish
+from bench_common import finish
 
 BACKBONES = ('resnet18', 'resnet50', 'resnet101', 'inception', 'googlenet', 'timm:tf_efficientnet_lite0',
              'timm:mobilenetv3_small_050', 'timm:convnext_atto', 'timm:resnet10t', 'timm:vit_tiny_patch16_224',
@@ -21,7 +21,7 @@ def compare(backbone: str, size: int) -> dict:
     """Return what came of one trunk: numbers, or the reason why not."""
     import torch
 
-    from engine.errors import UserError
+    from common.errors import UserError
     from export import OnnxNetwork, TorchNetwork, quantise, to_onnx, to_torch, trace
     from model import EmbeddingNet, NetConfig
 

@@ -1,4 +1,8 @@
-"""What the tests share: small raw data sets in their true formats, and a way to type a command line."""
+"""Fixtures: small raw data sets in their true formats, one trained run, and two ways to call a script.
+
+A default test calls a script's main in its own process (`call_script`); tests marked slow start it (`type_command`).
+"""
+import inspect
 import multiprocessing
 import os
 import shutil
@@ -12,7 +16,7 @@ from pathlib import Path
 os.environ.update({'COLUMNS': '120', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'})
 
 import pytest  # noqa: E402
-from faults import PRELOAD, TINY, run_file, train  # noqa: E402
+from faults import PRELOAD, TINY, run_file  # noqa: E402
 from raw_trees import make_car, make_cub, make_isc, make_sop  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
@@ -20,9 +24,9 @@ ENVIRONMENT = dict(os.environ)
 
 
 def start_command(*words: str, out: Path, err: Path, cwd: Path = REPOSITORY):
-    """Start `python words...` as a user would, what it prints going to two files; returns the process.
+    """Start `python words...` as a user would, with its output in two files; returns the process.
 
-    It is forked from one that has imported torch and its kin already, which spares four seconds each time.
+    It is forked from a process that has imported torch already, which saves seconds each time.
     """
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOAD)
@@ -52,25 +56,50 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> N
         assert part in lines[0], lines[0]
 
 
+def call_main(script, *words) -> None:
+    """Call a script's main in this process with a command line."""
+    words = [str(word) for word in words]
+    if script.__name__ == 'train':
+        from training.options import parse_options
+
+        script.main(parse_options(words))
+    elif inspect.signature(script.main).parameters:
+        script.main(script.get_args(words))
+    else:
+        argv, sys.argv = sys.argv, [f'{script.__name__}.py', *words]
+        try:
+            script.main()
+        finally:
+            sys.argv = argv
+
+
 @pytest.fixture(scope='session')
 def raw_sets(tmp_path_factory) -> Path:
     """A data path with the four raw data sets, converted."""
+    import data_utils
+
     data_path = tmp_path_factory.mktemp('data')
     for make in (make_car, make_cub, make_sop, make_isc):
         make(data_path)
-    result = type_command('data_utils.py', '--data_path', data_path)
-    assert result.returncode == 0, result.stderr
+    call_main(data_utils, '--data_path', data_path)
     return data_path
 
 
-@pytest.fixture(scope='module')
-def run(raw_sets, tmp_path_factory):
-    """The folder of a short run with its files: TINY of faults.py."""
+@pytest.fixture(scope='session')
+def trained_run(raw_sets, tmp_path_factory) -> Path:
+    """The folder of a run of one epoch with its files: TINY of faults.py, on CARS196. Tests must not change it."""
+    import train
+
     folder = tmp_path_factory.mktemp('run')
-    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                           '--results_dir', folder), folder.with_suffix('.log'))
-    assert code == 0, printed
+    call_main(train, *TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
+              '--results_dir', folder)
     return folder
+
+
+@pytest.fixture
+def run(trained_run, tmp_path) -> Path:
+    """A copy of `trained_run` that a test may change."""
+    return Path(shutil.copytree(trained_run, tmp_path / 'run'))
 
 
 @pytest.fixture
@@ -81,11 +110,11 @@ def own_car(raw_sets, tmp_path) -> Path:
 
 
 @pytest.fixture
-def call_script(monkeypatch, capsys):
-    """Call a script's main in this process as if these words had been typed; returns what it printed."""
-    def call(script, *words):
-        monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, words)])
-        script.main()
+def call_script(capsys):
+    """Call a script's main in this process with a command line; returns what it printed."""
+    def call(script, *words) -> str:
+        capsys.readouterr()
+        call_main(script, *words)
         return capsys.readouterr().out
     return call
 

@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 
 # Half a million parameters: files are written, damaged and read in no time.
-TRUNK = 'timm:test_resnet'
-TINY = ('--backbone_type', TRUNK, '--feature_dim', '16', '--weights', 'none', '--image_size', '32', '--batch_size',
+BACKBONE = 'timm:test_resnet'
+TINY = ('--backbone_type', BACKBONE, '--feature_dim', '16', '--weights', 'none', '--image_size', '32', '--batch_size',
         '4', '--num_epochs', '3', '--warm_up', '1', '--freeze_bn', '0', '--recalls', '1,2', '--on_collapse', 'warn',
         '--amp', 'off')
 RULES = {'gradient': ('--proxy_update', 'gradient'), 'positive': ('--proxy_update', 'positive'),
@@ -57,7 +57,7 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
             step; ('full', bytes) can write no file of more bytes.
     """
     import train
-    from settings import get_runs
+    from training.options import parse_options
     from utils import run_script
 
     redirect(log, log)
@@ -94,7 +94,7 @@ def train_in_child(words: list, log: str, fault: tuple | None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault[1], fault[1]))
     sys.argv = ['train.py', *map(str, words)]
-    run_script(lambda: train.main(*get_runs()))
+    run_script(lambda: train.main(parse_options()))
 
 
 def embed_in_child(words: list, log: str, fault: tuple) -> None:
@@ -279,28 +279,28 @@ def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
         data: the data path with its data set, car.
         folder: for the files.
     """
-    from begin import load_checkpoint, restore
-    from dataset import open_data
-    from engine.files import load
-    from engine.runs import load_data_base
-    from evaluate import measure
-    from model import load_model, make_loss
-    from settings import get_runs
-    from train import Learner
+    from common.files import load
+    from imagedata.loading import open_data
+    from model import make_loss
+    from retrieval.database import load_data_base
+    from retrieval.embedding import measure
+    from retrieval.model_file import load_model
+    from training.checkpoint import load_checkpoint, restore
+    from training.options import parse_options
 
     good = {kind: load(next(run.glob(f'*_{kind}.pth')), kind) for kind in ('checkpoint', 'model', 'data_base')}
-    args = get_runs([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])[1][0]
+    options = parse_options([str(word) for word in (*TINY, '--num_epochs', 1, '--warm_up', 0, '--data_path', data)])[0]
     split = open_data(data, 'car').split
     cpu = torch.device('cpu')
     model = load_model(next(run.glob('*_model.pth')), cpu)[0]
-    criterion = make_loss(args.base_loss, num_classes=len(split['train']), feature_dim=args.feature_dim)
+    criterion = make_loss(options.base_loss, num_classes=len(split['train']), feature_dim=options.feature_dim)
     optimizer = torch.optim.AdamW([{'params': list(model.parameters())}, {'params': list(criterion.parameters())}])
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5)
     file = folder / 'tampered.pth'
 
     def checkpoint(contents) -> None:
         torch.save(contents, file)
-        restore(load_checkpoint(file, args, split), file, model, Learner(model, criterion, optimizer, cpu), schedule)
+        restore(load_checkpoint(file, options, split), file, model, criterion, optimizer, schedule)
 
     def data_base(contents) -> None:
         torch.save(contents, file)
@@ -324,7 +324,7 @@ def tamper(targets: dict, number: int, rng) -> list[str]:
     """Read a number of tampered files of each kind; returns the faults."""
     import traceback
 
-    from engine.errors import UserError
+    from common.errors import UserError
 
     faults = []
     for name, (good, function) in targets.items():
@@ -360,10 +360,10 @@ def fuzz_targets(folder: Path) -> dict:
 
     A function ends, or raises UserError (ArgumentTypeError from the parser of a value); all else is a fault.
     """
-    from engine.files import check_paths
-    from engine.runs import read_statistics
-    from raw_sets import RAW_SETS
-    from settings import get_runs
+    from common.files import check_paths
+    from imagedata.raw_sets import RAW_SETS
+    from training.options import parse_options
+    from training.statistics import read_statistics
     from utils import fraction_list, int_list, seed_list
 
     def on_raw_set(name: str, file: str):
@@ -388,7 +388,7 @@ def fuzz_targets(folder: Path) -> dict:
              '--loss Proxy_Anchor --model bn_inception --embedding-size 512 --batch-size 180 --warm 1 --bn-freeze 1',
              '--recalls 1,2,4 --lr_milestones 0.5,0.8 --lr_schedule multistep --temperature 0.05 --val_ratio 0.2']
     row = 'epoch,loss,dense_R@1,args.seed\n1,2.5,50.0,0\n2,1.5,60.25,0\n'
-    targets = {'command line': (lines, lambda text: get_runs(text.split())),
+    targets = {'command line': (lines, lambda text: parse_options(text.split())),
                '--recalls': (['1,2,4,8', '1,10,100,1000'], int_list), '--seeds': (['1,2,3'], seed_list),
                '--lr_milestones': (['0.5,0.8'], fraction_list), 'statistics': ([row], statistics)}
     for name, file in (('cub', 'images.txt'), ('cub', 'image_class_labels.txt'), ('cub', 'bounding_boxes.txt'),
@@ -400,7 +400,7 @@ def fuzz_targets(folder: Path) -> dict:
 
 def fuzz(targets: dict, number: int, rng) -> list[str]:
     """Try a number of inputs in turn over all targets; returns the faults: target, input, error."""
-    from engine.errors import UserError
+    from common.errors import UserError
 
     faults = []
     names = list(targets)

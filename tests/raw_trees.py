@@ -1,4 +1,4 @@
-"""Write small raw data sets in the true formats of CARS196, CUB-200-2011, SOP and In-shop."""
+"""Write small raw data sets in the formats of CARS196, CUB-200-2011, SOP and In-shop, and folders of your own."""
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ WIDTH, HEIGHT = 48, 40
 
 
 def write_image(path: Path, label: int, number: int, mode: str = 'RGB') -> None:
-    """Write a noisy image whose colours tell its label."""
+    """Write a noisy image whose colour depends on its label."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.RandomState(1000 * label + number)
     pixels = rng.randint(0, 80, (HEIGHT, WIDTH, 3)) + np.array([40 * label % 176, 70 * label % 176, 110 * label % 176])
@@ -17,7 +17,7 @@ def write_image(path: Path, label: int, number: int, mode: str = 'RGB') -> None:
 
 
 def make_car(data_path: Path, folder: str = 'car', classes=(1, 2, 98, 99, 100, 196), images: int = 4) -> Path:
-    """Write `cars_annos.mat` as MATLAB would, its `test` field at odds with the split by class, and the images."""
+    """Write the images and `cars_annos.mat` as MATLAB would; its `test` field contradicts the split by class."""
     root = data_path / folder
     fields = ('relative_im_path', 'bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'test')
     rows = []
@@ -36,7 +36,7 @@ def make_car(data_path: Path, folder: str = 'car', classes=(1, 2, 98, 99, 100, 1
 
 
 def make_cub(data_path: Path, folder: str = 'cub', classes=(1, 2, 100, 101, 102, 200), images: int = 4) -> Path:
-    """Write the text files of CUB-200-2011 and its images, one of them greyscale."""
+    """Write the images, one of them greyscale, and the text files of CUB-200-2011."""
     root = data_path / folder
     lists = {'images.txt': [], 'image_class_labels.txt': [], 'bounding_boxes.txt': []}
     for label in classes:
@@ -53,7 +53,7 @@ def make_cub(data_path: Path, folder: str = 'cub', classes=(1, 2, 100, 101, 102,
 
 
 def make_sop(data_path: Path, folder: str = 'sop', images: int = 4) -> Path:
-    """Write Ebay_train.txt and Ebay_test.txt; two super-classes hold files of the same name."""
+    """Write the images, Ebay_train.txt and Ebay_test.txt; two super-classes hold files of the same name."""
     root = data_path / folder
     number = 0
     for subset, labels in (('train', (1, 2, 3)), ('test', (11319, 11320, 11321))):
@@ -70,7 +70,7 @@ def make_sop(data_path: Path, folder: str = 'sop', images: int = 4) -> Path:
 
 
 def make_isc(data_path: Path, folder: str = 'isc', images: int = 4) -> Path:
-    """Write list_eval_partition.txt with its count line and header line; item folders share their file names."""
+    """Write the images and list_eval_partition.txt, with its count and header lines; items share file names."""
     root = data_path / folder
     lines = []
     for label, subsets in ((1, ('train',)), (2, ('train',)), (3, ('train',)), (7, ('query', 'gallery')),
@@ -83,3 +83,18 @@ def make_isc(data_path: Path, folder: str = 'isc', images: int = 4) -> Path:
     header = f'{len(lines)}\nimage_name item_id evaluation_status\n'
     (root / 'Eval' / 'list_eval_partition.txt').write_text(header + '\n'.join(lines) + '\n')
     return root
+
+
+def make_own(data_path: Path, classes: str = 'abcdef', images: int = 2, folder: str = 'mine') -> Path:
+    """Write a folder of your own photographs with one folder per class, named by a letter."""
+    for label in classes:
+        for number in range(images):
+            write_image(data_path / folder / label / f'{number}.jpg', ord(label), number)
+    return data_path / folder
+
+
+def make_own_split(data_path: Path, classes: dict[str, str], folder: str = 'mine') -> Path:
+    """Write a folder of your own photographs that is split already: {subset: its classes}, two images each."""
+    for subset, labels in classes.items():
+        make_own(data_path / folder, labels, folder=subset)
+    return data_path / folder

@@ -13,11 +13,10 @@ from test_embed import SETTINGS, make_model
 from test_serve import Server
 
 import embed
-import searching
 import serve
-from collection import FileCollection, Item
-from engine.errors import UserError
-from metrics import similarity_of
+from common.errors import UserError
+from retrieval.collection import FileCollection, Item
+from retrieval.metrics import similarity_of
 
 ORIGIN, FINGERPRINT, DIM = {'args': SETTINGS, 'absent': [{'rate': 0.05, 'threshold': 0.5}]}, 'f' * 64, 11
 
@@ -35,7 +34,7 @@ class Opened:
         if self.kind == 'file':
             self.last = FileCollection(self.folder / 'c.pth', ORIGIN, fingerprint)
         else:
-            from remote import QdrantCollection
+            from retrieval.qdrant import QdrantCollection
 
             place = os.environ['QDRANT_URL'] if self.kind == 'server' else str(self.folder / 'qdrant')
             self.last = QdrantCollection(place, self.name, ORIGIN, fingerprint, dim)
@@ -127,10 +126,10 @@ def test_it_says_what_is_in_it(place):
     assert sorted(collection.items()) == sorted(items)
     assert sorted(collection.items('/photos/1')) == sorted(item for item in items if item.folder == '/photos/1')
     assert sorted(collection.folders()) == ['/photos/0', '/photos/1']
-    number = collection.number_of('birds/004.jpg')
+    number = collection.index_of('birds/004.jpg')
     assert collection.item(number) == items[4]
-    assert collection.number_of('/photos/0/birds/004.jpg') == number
-    assert collection.number_of('/photos/1/birds/004.jpg') is None
+    assert collection.index_of('/photos/0/birds/004.jpg') == number
+    assert collection.index_of('/photos/1/birds/004.jpg') is None
     torch.testing.assert_close(collection.feature(number), features[4], atol=0, rtol=0)
     count, found = collection.find('ARA birds', 3)
     assert count == 7
@@ -142,7 +141,7 @@ def test_it_says_what_is_in_it(place):
         with pytest.raises(IndexError):
             collection.item(wrong)
     collection.relabel({('/photos/0', 'birds/004.jpg'): 'Kiwi'})
-    assert collection.item(collection.number_of('birds/004.jpg')).label == 'Kiwi'
+    assert collection.item(collection.index_of('birds/004.jpg')).label == 'Kiwi'
     assert collection.find('kiwi', 9)[0] == 1
 
 
@@ -151,8 +150,8 @@ def test_a_path_in_two_folders_is_no_name(place):
     collection = place.open()
     collection.add([items[0], items[0]._replace(folder='/photos/1')], features)
     collection.finish()
-    assert collection.number_of('birds/000.jpg') is None
-    assert collection.item(collection.number_of('/photos/1/birds/000.jpg')).folder == '/photos/1'
+    assert collection.index_of('birds/000.jpg') is None
+    assert collection.item(collection.index_of('/photos/1/birds/000.jpg')).folder == '/photos/1'
 
 
 def test_another_model_and_a_strange_collection_are_refused(place):

@@ -16,17 +16,18 @@ from PIL import Image
 from raw_trees import write_image
 
 import embed
-from browse import nearest_images, rank_queries
-from collection import FileCollection, Item
-from dataset import make_transform
-from engine.errors import UserError
-from engine.files import save
-from engine.images import load_image
-from engine.nearest import ROWS_AT_ONCE, Nearest, pairs_above
-from engine.runs import load_data_base
-from listing import find_images, matching, read_labels
-from metrics import similarity_of
-from model import EmbeddingNet, NetConfig, load_model
+from common.errors import UserError
+from common.files import save
+from common.images import load_image
+from imagedata.folders import read_labels, scan_images
+from imagedata.loading import make_transform
+from model import EmbeddingNet, NetConfig
+from retrieval.collection import FileCollection, Item, matching
+from retrieval.database import load_data_base
+from retrieval.metrics import similarity_of
+from retrieval.model_file import load_model
+from retrieval.nearest import ROWS_AT_ONCE, Nearest, pairs_above
+from retrieval.search import nearest_images, rank_queries
 
 SETTINGS = {'data_name': 'birds', 'crop_type': 'uncropped', 'batch_size': 4, 'resize_size': 36, 'amp': 'off',
             'recalls': [1, 2], 'run': 'birds_run'}
@@ -442,7 +443,7 @@ def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(museum, monk
 
     monkeypatch.setattr('os.walk', walk)
     with pytest.raises(UserError, match='locked cannot be read'):
-        find_images(museum)
+        scan_images(museum)
 
 
 def test_links_to_folders_are_counted_and_not_followed(call, museum, model, tmp_path):

@@ -6,15 +6,16 @@ import sys
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import TRUNK
+from faults import BACKBONE
 from torch import nn
 
 import export
-from engine.errors import UserError
-from engine.runs import load_data_base, load_model_file
-from evaluate import embed_images, measure
-from export import (CPU, OnnxNetwork, TorchNetwork, check_equal, first_classes, get_args, quantise, to_onnx, trace)
-from model import EmbeddingNet, NetConfig, load_model
+from common.errors import UserError
+from export import CPU, OnnxNetwork, TorchNetwork, check_equal, first_classes, get_args, quantise, to_onnx, trace
+from model import EmbeddingNet, NetConfig
+from retrieval.database import load_data_base
+from retrieval.embedding import embed_images, measure
+from retrieval.model_file import load_model, load_model_file
 
 onnx = pytest.importorskip('onnx')
 for name in ('onnxruntime', 'onnxscript', 'safetensors'):
@@ -86,9 +87,9 @@ def test_8_bit_integers_are_a_third_of_the_size_and_near(run, exported):
 
 def test_the_ranges_of_8_bit_integers_are_those_of_the_calibration_images():
     torch.manual_seed(0)
-    whole = to_onnx(trace(EmbeddingNet(NetConfig(TRUNK, 7, image_size=32), 'none')), {}, TRUNK)
+    whole = to_onnx(trace(EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32), 'none')), {}, BACKBONE)
     ranges = [sorted(onnx.numpy_helper.to_array(value).item() for value in onnx.load_from_string(
-        quantise(whole, batch, {}, TRUNK)).graph.initializer if value.name.endswith('_scale') and not value.dims)
+        quantise(whole, batch, {}, BACKBONE)).graph.initializer if value.name.endswith('_scale') and not value.dims)
         for batch in (images(4), images(4) // 8)]
     assert len(ranges[0]) > 10
     assert ranges[0] != ranges[1]
@@ -96,13 +97,13 @@ def test_the_ranges_of_8_bit_integers_are_those_of_the_calibration_images():
 
 def test_the_mirror_image_comes_through_in_floats_and_in_8_bit_integers():
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig(TRUNK, 7, image_size=32, mirror=True), 'none').eval()
+    model = EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32, mirror=True), 'none').eval()
     with torch.no_grad():
         expected, alone = model(images(6)), model.embed(images(6))
     assert (expected * alone).sum(1).min() < 0.98
-    whole = to_onnx(trace(model), {}, TRUNK)
+    whole = to_onnx(trace(model), {}, BACKBONE)
     torch.testing.assert_close(OnnxNetwork(whole, 7)(images(6)), expected, rtol=0, atol=5e-6)
-    small = OnnxNetwork(quantise(whole, images(6), {}, TRUNK), 7)
+    small = OnnxNetwork(quantise(whole, images(6), {}, BACKBONE), 7)
     assert (small(images(6)) * expected).sum(1).min() > 0.99
 
 
@@ -151,7 +152,7 @@ def test_the_onnx_file_says_how_images_are_made_and_names_no_place(exported):
     told = {entry.key: entry.value for entry in model.metadata_props}
     assert told['images'] == 'uint8 RGB (N, 3, 32, 32), 0 to 255'
     assert told['resize_size'] == '36'
-    assert json.loads(told['network'])['backbone_type'] == TRUNK
+    assert json.loads(told['network'])['backbone_type'] == BACKBONE
     for file in exported[0].rglob('*.*'):
         for place in (exported[0], REPOSITORY, sys.prefix):
             assert str(place).encode() not in file.read_bytes(), file.name
@@ -195,7 +196,7 @@ def test_the_card_has_recipe_results_protocol_and_provenance(run, exported):
     found = measure(load_data_base(run / f'{NAME}_data_base.pth'), (1, 2), CPU)
     assert metrics['dense R@1'] == round(found['dense']['R@1'], 2)
     assert metrics['binary R@2'] == round(found['binary']['R@2'], 2)
-    for part in (f'`{TRUNK}`', 'recipe `balanced_proxy`', '12 queries of 3 test classes', 'not trained on',
+    for part in (f'`{BACKBONE}`', 'recipe `balanced_proxy`', '12 queries of 3 test classes', 'not trained on',
                  'chosen on the test classes', f'code {contents["made_with"]["commit"][:12]}', 'seed 0'):
         assert part in card, part
 
@@ -220,10 +221,10 @@ class Branching(nn.Module):
 
 
 def test_a_trunk_that_cannot_be_exported_is_named_in_one_line():
-    model = EmbeddingNet(NetConfig(TRUNK, 7, image_size=32), 'none')
+    model = EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32), 'none')
     model.trunk.network = nn.Sequential(model.trunk.network)
     model.trunk.network.forward_features = Branching()
-    with pytest.raises(UserError, match=f'{TRUNK} cannot be exported') as error:
+    with pytest.raises(UserError, match=f'{BACKBONE} cannot be exported') as error:
         trace(model)
     assert '\n' not in str(error.value)
 

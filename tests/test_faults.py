@@ -14,9 +14,9 @@ from conftest import REPOSITORY, assert_one_line_error, type_command
 from faults import RULES, TINY, children_of, differing_results, start_torchrun, start_train, torchrun_killed, train
 from PIL import Image
 
-from engine.errors import UserError
-from engine.files import load, save
-from engine.runs import RunFiles
+from common.errors import UserError
+from common.files import load, save
+from common.results import RunFiles
 
 NAME = 'car_timm-test_resnet_{}_16'
 NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('balanced_proxy') + '_positive',

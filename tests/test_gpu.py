@@ -10,23 +10,23 @@ import itertools
 import re
 from types import SimpleNamespace
 
+import engine.similarities
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
+from engine import counting, processes
+from engine.similarities import Pairs, Similarities
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-import engine.similarities
-import metrics
 import train
-from engine import counting, processes
-from engine.similarities import Pairs, Similarities
-from metrics import measure_absent, plain_metrics, retrieval_metrics
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import LOSSES, PROXY_UPDATES
+from retrieval import metrics
+from retrieval.metrics import measure_open_set, plain_metrics, retrieval_metrics
 
 GPU = torch.device('cuda', 0)
 
@@ -93,7 +93,7 @@ def test_every_kind_of_trunk_embeds_on_its_device(name, pooling):
     network = place(EmbeddingNet(NetConfig(name, 5, pooling, image_size=64), 'none'), mode).train()
     with mode:
         images = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device=GPU)
-        embeddings, floor = network(images), network.untouched()(images)
+        embeddings, floor = network(images), network.pretrained_baseline()(images)
     assert embeddings.device == floor.device == GPU
     assert embeddings.dtype == floor.dtype == torch.float32
 
@@ -107,7 +107,7 @@ def test_a_start_from_images_reaches_network_and_proxies_on_their_device(monkeyp
     mode = FakeTensorMode()
     network = place(EmbeddingNet(NetConfig('resnet18', 5, image_size=64), 'none'), mode)
     criterion = place(make_loss('proxy_nca', num_classes=3, feature_dim=5), mode)
-    args = SimpleNamespace(linear_init='whiten', proxy_init='mean', batch_size=2, num_workers=0)
+    args = SimpleNamespace(head_init='whiten', proxy_init='mean', batch_size=2, num_workers=0)
     with mode:
         train.start_from_images(train.Learner(network, criterion, None, GPU), Images(range(6)), args)
     assert network.refactor.weight.device == criterion.proxies.device == GPU
@@ -201,9 +201,9 @@ def test_metrics_on_a_gpu_are_those_of_the_definition(binary, gallery, monkeypat
         placed = [tensor.to(GPU) for tensor in arguments]
         assert {tensor.device for tensor in placed} == {GPU}
         found = retrieval_metrics(*placed, recalls=(1, 5, 20), binary=binary)
-        absent = measure_absent(*placed)
+        absent = measure_open_set(*placed)
     assert found == pytest.approx(expected, abs=1e-9)
-    assert absent == measure_absent(*arguments)
+    assert absent == measure_open_set(*arguments)
 
 
 def test_metrics_with_a_tensor_on_the_wrong_device_are_seen(monkeypatch):

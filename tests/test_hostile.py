@@ -13,21 +13,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import TRUNK, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets
+from training.checkpoint import load_checkpoint_file
+from faults import BACKBONE, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from raw_trees import make_car, make_cub, make_isc, make_sop
 from scipy.io import loadmat, savemat
 
-from dataset import open_data
-from engine.cache import Cache, build_cache
-from engine.errors import UserError
-from engine.files import check_paths, image_file, load, save
-from engine.images import BrokenImage, load_image
-from engine.runs import load_checkpoint_file, load_data_base, run_name
-from model import EmbeddingNet, NetConfig, load_model
-from raw_sets import RAW_SETS, images_of, read_car
+from common.errors import UserError
+from common.files import check_paths, image_file, load, save
+from common.images import BrokenImage, load_image
+from common.results import run_name
+from imagedata.cache import Cache, build_cache
+from imagedata.loading import open_data
+from imagedata.raw_sets import RAW_SETS, images_of, read_car
+from model import EmbeddingNet, NetConfig
+from retrieval.database import load_data_base
+from retrieval.model_file import load_model
 from utils import int_list, seed_list
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
@@ -63,7 +66,7 @@ def test_a_damaged_file_is_refused_or_the_same(run, tmp_path, kind):
 
 
 def test_damaged_weights_are_refused_or_the_same(tmp_path):
-    network = EmbeddingNet(NetConfig(TRUNK, 4), 'none')
+    network = EmbeddingNet(NetConfig(BACKBONE, 4), 'none')
     torch.save(network.trunk.state_dict(), tmp_path / 'w.pth')
     good, data = load(tmp_path / 'w.pth', 'weights file'), (tmp_path / 'w.pth').read_bytes()
     rng = np.random.default_rng(1)

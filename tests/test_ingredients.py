@@ -12,14 +12,17 @@ from torch.nn import functional as F
 
 import recipes
 import train as train_module
-from begin import Start
-from dataset import RetrievalDataset, make_transform, open_data
-from engine.errors import UserError
-from engine.runs import RunFiles, load_data_base
-from evaluate import change_config, embed_images
-from model import EmbeddingNet, NetConfig, load_model, make_loss
+from common.errors import UserError
+from common.results import RunFiles
+from evaluate import change_config
+from imagedata.loading import RetrievalDataset, make_transform, open_data
+from model import EmbeddingNet, NetConfig, make_loss
 from recipes import PROXY_UPDATES
-from settings import get_runs
+from retrieval.database import load_data_base
+from retrieval.embedding import embed_images
+from retrieval.model_file import load_model
+from training.checkpoint import Start
+from training.options import parse_options
 
 
 # ---------------------------------------------------- pooling, rates -------------------------------------------------
@@ -40,12 +43,12 @@ def test_gem_is_the_mean_of_powers_and_learns_the_power():
 
 
 @pytest.mark.parametrize(('words', 'trunk', 'proxies'), [
-    (('--lr', '0.2'), 0.2, 20.0), (('--lr', '0.2', '--trunk_lr', '0.01'), 0.01, 20.0),
-    (('--lr', '0.2', '--trunk_lr', '0.01', '--proxy_lr', '3'), 0.01, 3.0)])
+    (('--lr', '0.2'), 0.2, 20.0), (('--lr', '0.2', '--backbone_lr', '0.01'), 0.01, 20.0),
+    (('--lr', '0.2', '--backbone_lr', '0.01', '--proxy_lr', '3'), 0.01, 3.0)])
 def test_trunk_head_and_proxies_have_their_rates(words, trunk, proxies):
     from train import build_optimizer
 
-    _, [args] = get_runs(['--recipe', 'proxy_anchor', '--data_name', 'cub', *words])
+    _, [args] = parse_options(['--recipe', 'proxy_anchor', '--data_name', 'cub', *words])
     network = EmbeddingNet(NetConfig('resnet18', 4, image_size=32), 'none')
     criterion = build('proxy_anchor', torch.randn(C, 4))
     rates = {id(parameter): group['lr'] for group in build_optimizer(network, criterion, args).param_groups
@@ -63,14 +66,14 @@ def test_the_recipe_for_transformers_trains_a_class_token_at_a_small_rate(raw_se
     [file] = tmp_path.glob('*_checkpoint.pth')
     contents = torch.load(file, weights_only=True)
     assert contents['args']['pooling'] == 'cls'
-    assert contents['args']['trunk_lr'] == pytest.approx(contents['args']['lr'] / 10)
+    assert contents['args']['backbone_lr'] == pytest.approx(contents['args']['lr'] / 10)
     assert contents['rows'][1]['lr'] == pytest.approx(contents['rows'][0]['lr'] / 2)  # cosine: half way
     with pytest.raises(UserError, match='class token'):
         EmbeddingNet(NetConfig('resnet18', 4, pooling=contents['args']['pooling'], image_size=32), 'none')
 
 
 def test_training_crops_are_of_the_share_that_was_asked_for(raw_sets):
-    _, [args] = get_runs([str(word) for word in ('--data_path', raw_sets, *TINY, '--min_crop', 1, '--flip', 0)])
+    _, [args] = parse_options([str(word) for word in ('--data_path', raw_sets, *TINY, '--min_crop', 1, '--flip', 0)])
     training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
     images = training.loader.dataset
     first = [images[index][0] for index in range(len(images))]
@@ -84,7 +87,7 @@ def test_training_crops_are_of_the_share_that_was_asked_for(raw_sets):
 
 def test_each_epoch_has_its_own_crops_and_order_and_gradients_are_clipped_as_the_recipe_says(raw_sets):
     words = ('--recipe', 'proxy_anchor', '--data_path', raw_sets, *TINY)
-    _, [args] = get_runs([str(word) for word in words])
+    _, [args] = parse_options([str(word) for word in words])
     training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
     assert training.learner.clip_value == 10
     seen = []
@@ -102,12 +105,12 @@ def test_the_untouched_trunk_is_pooled_by_the_mean():
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         expected = torch.nn.functional.normalize(network.trunk(network.preprocess(images)).mean((2, 3)), dim=-1)
-        torch.testing.assert_close(network.untouched()(images), expected)
+        torch.testing.assert_close(network.pretrained_baseline()(images), expected)
 
 
 def test_colours_change_in_training_images_alone(raw_sets):
     words = ('--data_path', raw_sets, *TINY, '--color_jitter', 0.4, '--grayscale', 1)
-    _, [args] = get_runs([str(word) for word in words])
+    _, [args] = parse_options([str(word) for word in words])
     training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
     for images, grey in ((training.loader.dataset, True), (training.test_loaders['test'].dataset, False)):
         assert all(torch.equal(image[0], image[1]) and torch.equal(image[1], image[2]) for image, _ in images) == grey
@@ -126,7 +129,7 @@ def test_color_jitter_changes_brightness_by_up_to_its_share_and_the_hue_by_half_
 
 
 # ---------------------------------------------------- all at once --------------------------------------------------
-EXTRAS = ('--trunk_lr', '1e-4', '--pooling', 'gem', '--linear_init', 'whiten', '--proxy_init', 'mean', '--mirror', '1',
+EXTRAS = ('--backbone_lr', '1e-4', '--pooling', 'gem', '--head_init', 'whiten', '--proxy_init', 'mean', '--flip_tta', '1',
           '--color_jitter', '0.3', '--grayscale', '0.2')
 
 
@@ -170,7 +173,7 @@ def test_fewer_images_than_features_still_give_a_layer_of_full_rank():
 
 def test_more_numbers_than_the_trunk_has_are_refused_before_anything_is_measured(raw_sets, tmp_path):
     result = train(raw_sets, tmp_path, *TINY, '--recipe', 'whitened_start', '--feature_dim', 513)
-    assert_one_line_error(result, '513 numbers of the 512 of resnet18', '--feature_dim 512 or less', '--linear_init')
+    assert_one_line_error(result, '513 numbers of the 512 of resnet18', '--feature_dim 512 or less', '--head_init')
     assert result.stdout == ''
 
 
@@ -194,8 +197,8 @@ def test_proxies_start_at_the_means_of_their_classes(rule):
 
 @pytest.mark.parametrize('layer_norm', [0, 1])
 def test_a_run_starts_from_its_training_images(raw_sets, tmp_path, layer_norm):
-    words = ('--linear_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off',
-             '--layer_norm', layer_norm, '--epoch0', 0)
+    words = ('--head_init', 'whiten', '--proxy_init', 'mean', '--lr', 1e-30, '--freeze_bn', 1, '--amp', 'off',
+             '--layer_norm', layer_norm, '--pretrained_baseline', 0)
     assert train(raw_sets, tmp_path, *TINY, *words, '--num_epochs', 1, '--warm_up', 0).returncode == 0
     model, contents = load_model(tmp_path / f'{NAME}_model.pth')
     paths = open_data(raw_sets, 'car').split['train'].values()
@@ -220,9 +223,9 @@ def test_a_run_starts_from_its_training_images(raw_sets, tmp_path, layer_norm):
 def test_a_start_fits_the_statistics_that_the_training_normalises_by(raw_sets):
     nearest = {}
     for freeze_bn in (0, 1):
-        words = ['--data_path', raw_sets, *TINY, '--linear_init', 'whiten', '--proxy_init', 'mean', '--amp', 'off',
+        words = ['--data_path', raw_sets, *TINY, '--head_init', 'whiten', '--proxy_init', 'mean', '--amp', 'off',
                  '--freeze_bn', freeze_bn]
-        args = get_runs([str(word) for word in words])[1][0]
+        args = parse_options([str(word) for word in words])[1][0]
         training = train_module.prepare(args, Start(RunFiles(raw_sets, 'none'), False, []), torch.device('cpu'))
         plain = make_transform(False, 32, args.resize_size, training.model.interpolation)
         pixels = RetrievalDataset(training.data, 'train', plain)
@@ -238,12 +241,12 @@ def test_a_start_fits_the_statistics_that_the_training_normalises_by(raw_sets):
 @pytest.mark.parametrize('layer_norm', [False, True])
 def test_means_are_those_of_the_embeddings_where_the_linear_layer_has_a_bias(monkeypatch, layer_norm):
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=layer_norm, linear_bias=True, image_size=32), 'none')
+    model = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=layer_norm, head_bias=True, image_size=32), 'none')
     torch.nn.init.normal_(model.refactor.bias)
     criterion = make_loss('proxy_anchor', num_classes=2, feature_dim=6)
     images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), [0, 1, 1, 0]
     monkeypatch.setattr(train_module, 'make_loader', lambda *_: [(images, None)])
-    args = SimpleNamespace(linear_init='random', proxy_init='mean', batch_size=4, num_workers=0)
+    args = SimpleNamespace(head_init='random', proxy_init='mean', batch_size=4, num_workers=0)
     data = type('Images', (list,), {'labels': labels})(range(4))
     train_module.start_from_images(train_module.Learner(model, criterion, None, torch.device('cpu')), data, args)
     embeddings = model.eval()(images).detach()
@@ -257,7 +260,7 @@ def test_all_processes_start_from_the_whitening_of_the_first(monkeypatch):
     monkeypatch.setattr(train_module, 'make_loader', lambda *_: None)
     monkeypatch.setattr(train_module, 'extract_embeddings', lambda *_: torch.eye(2, 512))
     monkeypatch.setattr(train_module, 'broadcast', lambda tensor: tensor.copy_(of_first))
-    args = SimpleNamespace(linear_init='whiten', proxy_init='mean', batch_size=4, num_workers=0)
+    args = SimpleNamespace(head_init='whiten', proxy_init='mean', batch_size=4, num_workers=0)
     data = type('Images', (list,), {'labels': [1, 0]})(range(2))
     train_module.start_from_images(train_module.Learner(model, criterion, None, torch.device('cpu')), data, args)
     assert torch.equal(model.refactor.weight, of_first)
@@ -266,17 +269,17 @@ def test_all_processes_start_from_the_whitening_of_the_first(monkeypatch):
 
 def test_what_a_recipe_says_of_the_start_gives_way_to_a_model_and_to_losses_with_weights_of_their_own(monkeypatch):
     monkeypatch.setitem(recipes.RECIPES['proxy_anchor'], 'settings', recipes.RECIPES['proxy_anchor']['settings'] | {
-        'linear_init': 'whiten', 'proxy_init': 'mean'})
+        'head_init': 'whiten', 'proxy_init': 'mean'})
     words = ['--recipe', 'proxy_anchor']
-    assert get_runs(words)[1][0].linear_init == 'whiten'
-    tuned = get_runs([*words, '--init', 'a_model.pth'])[1][0]
-    assert (tuned.linear_init, tuned.proxy_init) == ('random', 'mean')
-    borrowed = get_runs([*words, '--loss_name', 'pml:SupConLoss'])[1][0]
-    assert (borrowed.linear_init, borrowed.proxy_init) == ('whiten', 'unit')
-    still = get_runs([*words, '--proxy_update', 'momentum', '--proxy_init', 'unit'])[1][0]
+    assert parse_options(words)[1][0].head_init == 'whiten'
+    tuned = parse_options([*words, '--init', 'a_model.pth'])[1][0]
+    assert (tuned.head_init, tuned.proxy_init) == ('random', 'mean')
+    borrowed = parse_options([*words, '--loss_name', 'pml:SupConLoss'])[1][0]
+    assert (borrowed.head_init, borrowed.proxy_init) == ('whiten', 'unit')
+    still = parse_options([*words, '--proxy_update', 'momentum', '--proxy_init', 'unit'])[1][0]
     assert (still.proxy_update, still.proxy_init) == ('momentum', 'unit')
-    with pytest.raises(UserError, match='--linear_init whiten and --init contradict each other'):
-        get_runs([*words, '--init', 'a_model.pth', '--linear_init', 'whiten'])
+    with pytest.raises(UserError, match='--head_init whiten and --init contradict each other'):
+        parse_options([*words, '--init', 'a_model.pth', '--head_init', 'whiten'])
 
 
 # ---------------------------------------------------- the mirror image ----------------------------------------------
@@ -294,7 +297,7 @@ def test_outside_the_training_an_embedding_is_the_mean_with_that_of_the_mirror_i
 
 
 def test_a_run_with_the_mirror_image_is_searched_and_exported_as_it_was_measured(raw_sets, tmp_path):
-    words = ('--mirror', 1, '--num_epochs', 1, '--warm_up', 0, '--amp', 'off')
+    words = ('--flip_tta', 1, '--num_epochs', 1, '--warm_up', 0, '--amp', 'off')
     assert train(raw_sets, tmp_path, *TINY, *words).returncode == 0
     (tmp_path / 'car').symlink_to(raw_sets / 'car')
     data_base, file = load_data_base(tmp_path / f'{NAME}_data_base.pth'), tmp_path / f'{NAME}_model.pth'
@@ -321,7 +324,7 @@ def test_a_finished_run_is_measured_with_the_mirror_image_and_saved_so(raw_sets,
     words = ('evaluate.py', '--resume', finished / f'{NAME}_model.pth', '--data_path', raw_sets, '--results_dir',
              finished, '--save')
     for mirror in (0, 1):
-        result = type_command(*words, '--mirror', mirror, *(['--overwrite'] if mirror else []))
+        result = type_command(*words, '--flip_tta', mirror, *(['--overwrite'] if mirror else []))
         assert result.returncode == 0, result.stderr
         model, contents = load_model(finished / f'{NAME}_on_car_model.pth')
         data_base = load_data_base(finished / f'{NAME}_on_car_data_base.pth')
@@ -357,7 +360,7 @@ def test_a_trunk_that_takes_one_size_says_so():
 # ---------------------------------------------------- runs from before --------------------------------------------
 def test_a_run_of_an_earlier_version_goes_on_and_is_started_from(raw_sets, finished):
     checkpoint, model = (finished / f'{NAME}_{kind}.pth' for kind in ('checkpoint', 'model'))
-    later = ('linear_init', 'mirror', 'color_jitter', 'grayscale')
+    later = ('head_init', 'mirror', 'color_jitter', 'grayscale')
     for file, part, names in ((checkpoint, 'args', later), (model, 'config', ('mirror',))):
         contents = torch.load(file, weights_only=True)
         for name in names:

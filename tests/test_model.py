@@ -5,13 +5,13 @@ import hashlib
 import numpy as np
 import pytest
 import torch
+import trunks
 from torch import nn
 
-import trunks
-from engine.errors import UserError
+from common.errors import UserError
+from common.weights import load_weights
 from model import EmbeddingNet, NetConfig
 from recipes import TRUNKS
-from trunks import load_weights
 
 
 def images(size, n=2):
@@ -108,7 +108,7 @@ def test_pooling_is_over_the_map_or_the_patch_tokens():
 
 def test_layer_norm_and_bias_follow_their_flags():
     torch.manual_seed(1)
-    network = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=False, linear_bias=True), 'none')
+    network = EmbeddingNet(NetConfig('resnet18', 6, layer_norm=False, head_bias=True), 'none')
     assert network.refactor.bias.tolist() == [0] * 6
     assert abs(network.refactor.weight.std().item() - (2 / 6) ** 0.5) < 0.02  # kaiming normal, fan_out
     assert EmbeddingNet(NetConfig('resnet18', 6), 'none').refactor.bias is None

@@ -1,4 +1,4 @@
-"""The toy experiment, curves and sweeps: what they draw is what was measured."""
+"""The toy experiment: what it draws is what was measured."""
 import math
 import sys
 
@@ -6,18 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_one_line_error, type_command
 from PIL import Image
 
-import plot
 import toy
-from engine.errors import UserError
-from engine.runs import save_statistics
-from metrics import retrieval_metrics
-from model import load_model
+from common.errors import UserError
+from retrieval.metrics import retrieval_metrics
+from retrieval.model_file import load_model
 
-
-# ---------------------------------------------------- toy -----------------------------------------------------------
 EPOCHS = 3
 MOVING, LEARNABLE = 'toy_glyph_asymptotic_proxy_moving_m0.5_t0.03', 'toy_glyph_asymptotic_proxy_learnable_t0.03'
 
@@ -201,171 +196,6 @@ def test_a_toy_that_fails_says_so_in_one_line(tmp_path, call_script, monkeypatch
 def test_a_toy_never_replaces_another_in_silence(toys, call_script):
     with pytest.raises(UserError, match='--overwrite'):
         call_script(toy, '--data_name', 'glyph', '--results_dir', toys[0])
-
-
-# ---------------------------------------------------- plot ----------------------------------------------------------
-def write_run(folder, name, recalls, **settings):
-    """Write the statistics of a run whose R@1 takes these values."""
-    rows = [{'epoch': epoch, 'loss': 5.0 / epoch, 'accuracy': 10.0 * epoch, 'img_s': 100.0, 'lr': 1e-4,
-             'proxy_lr': 1e-2, 'dense_R@1': recall, 'binary_R@1': recall / 2}
-            for epoch, recall in enumerate(recalls, start=1)]
-    settings = {'seed': 0, 'loss_name': 'asymptotic_proxy', 'num_epochs': len(recalls), 'momentum': 0.5, **settings}
-    path = folder / f'{name}_statistics.csv'
-    save_statistics(rows, {**settings, 'run': name}, path)
-    return path
-
-
-def points_of(axis):
-    """Return {label: [(x, y), ...]} of the labelled lines of an axis."""
-    return {line.get_label(): list(zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True))
-            for line in axis.lines if not line.get_label().startswith('_')}
-
-
-def test_curves_show_the_statistics_and_mark_the_best_epoch(tmp_path, figures, call_script):
-    path = write_run(tmp_path, 'run', [10.0, 30.0, 20.0])
-    call_script(plot, path)
-    loss, accuracy, rate, recall = figures[0].axes
-    assert points_of(loss)['dense'] == [(1, 5.0), (2, 2.5), (3, 5 / 3)]
-    assert points_of(accuracy)['dense'] == [(1, 10.0), (2, 20.0), (3, 30.0)]
-    assert points_of(rate) == {'network': [(1, 1e-4), (2, 1e-4), (3, 1e-4)],
-                               'proxies': [(1, 1e-2), (2, 1e-2), (3, 1e-2)]}
-    assert points_of(recall) == {'dense': [(1, 10.0), (2, 30.0), (3, 20.0)], 'binary': [(1, 5.0), (2, 15.0), (3, 10.0)],
-                                 'best: epoch 2, 30.0 %': [(2, 30.0)]}
-
-
-def test_several_runs_are_named_by_what_differs(tmp_path, figures, call_script):
-    paths = [write_run(tmp_path, f'car_resnet50_{loss}_512', [1.0, 2.0]) for loss in ('proxy_nca', 'arc_face')]
-    call_script(plot, *paths, '--metric', 'dense_R@1', 'loss')
-    recall, loss = figures[0].axes
-    assert points_of(recall) == {name: [(1, 1.0), (2, 2.0)] for name in ('proxy_nca_512', 'arc_face_512')}
-    assert set(points_of(loss)) == {'proxy_nca_512', 'arc_face_512'}
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ['proxy_nca_512', 'arc_face_512']
-
-
-def test_twelve_runs_in_one_plot_all_look_different(tmp_path, figures, call_script):
-    paths = [write_run(tmp_path, f'run_{number}', [1.0, 2.0]) for number in range(12)]
-    call_script(plot, *paths, '--metric', 'loss')
-    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in figures[0].axes[0].lines}
-    assert len(looks) == 12
-    assert len({look[:2] for look in looks}) == 12  # colour and marker alone tell them apart
-
-
-def test_the_untouched_trunk_is_a_line_in_the_curves(tmp_path, figures, call_script):
-    path = write_run(tmp_path, 'car_resnet50_proxy_nca_512', [20.0, 30.0])
-    table = pd.read_csv(path)
-    table['epoch0_R@1'] = 25.0
-    table.to_csv(path, index=False)
-    call_script(plot, path)
-    recall = figures[0].axes[3]
-    assert any(line.get_label() == 'untouched trunk' and set(line.get_ydata()) == {25.0} for line in recall.lines)
-
-
-def test_pictures_are_written_as_png_and_pdf(tmp_path):
-    path = write_run(tmp_path, 'a_run_with_m0.5', [10.0, 30.0])
-    for words in ([path], [path, '--metric', 'loss', '--output', tmp_path / 'new' / 'x.png']):
-        result = type_command('plot.py', *words)
-        assert result.returncode == 0, result.stderr
-    for stem in ('a_run_with_m0.5_curves', 'new/x'):
-        with Image.open(tmp_path / f'{stem}.png') as image:
-            assert min(image.size) > 400
-        assert (tmp_path / f'{stem}.pdf').read_bytes().startswith(b'%PDF')
-
-
-SWEPT = {(momentum, seed): 50 * momentum + 3 * seed ** 2 for momentum in (0.1, 0.5, 0.9) for seed in (1, 2, 3)}
-
-
-def write_sweep(folder, **settings):
-    for (momentum, seed), recall in SWEPT.items():
-        for loss, offset in (('asymptotic_proxy', 0), ('proxy_nca', 1)):
-            write_run(folder, f'{loss}_m{momentum}_seed{seed}', [99.0, recall + offset], momentum=momentum, seed=seed,
-                      loss_name=loss, scale=9.0 + offset, **settings)
-
-
-def test_a_sweep_draws_mean_and_deviation_over_the_seeds(tmp_path, figures, call_script):
-    write_sweep(tmp_path)
-    printed = call_script(plot, '--sweep', tmp_path)
-    lines = points_of(figures[0].axes[0])
-    mean = 3 * (1 + 4 + 9) / 3
-    for name, offset in (('asymptotic_proxy', 0), ('proxy_nca', 1)):
-        assert [x for x, _ in lines[name]] == [0.1, 0.5, 0.9]
-        assert [y for _, y in lines[name]] == pytest.approx([50 * m + mean + offset for m in (0.1, 0.5, 0.9)])
-    spread = 3 * math.sqrt(((1 - 14 / 3) ** 2 + (4 - 14 / 3) ** 2 + (9 - 14 / 3) ** 2) / 2)
-    band = figures[0].axes[0].collections[0].get_paths()[0].vertices
-    assert band[:, 1].max() == pytest.approx(45 + mean + spread)
-    assert f'{5 + mean:.4g}' in printed
-    assert f'{spread:.4g}' in printed
-
-
-def test_a_sweep_draws_runs_without_a_remark_beside_those_with_one(tmp_path, figures, call_script):
-    for remark, offset in ((None, 0), ('cached', 1)):
-        for seed in (1, 2):
-            write_run(tmp_path, f'{remark}_seed{seed}', [40.0 + offset], momentum=0.5, seed=seed, remark=remark)
-    call_script(plot, '--sweep', tmp_path, '--line', 'remark')
-    assert sorted(y for points in points_of(figures[0].axes[0]).values() for _, y in points) == [40, 41]
-
-
-def test_a_sweep_of_the_best_epoch_says_so(tmp_path, figures, call_script):
-    write_sweep(tmp_path)
-    call_script(plot, '--sweep', tmp_path, '--epoch', 'best')
-    axis = figures[0].axes[0]
-    assert all(y == 99.0 for line in points_of(axis).values() for _, y in line)
-    assert axis.get_ylabel() == 'R@1, dense (%), best epoch'
-
-
-def test_what_follows_the_setting_that_is_swept_may_differ(tmp_path, figures, call_script):
-    for rate in (1e-4, 1e-3):
-        write_run(tmp_path, f'r{rate}', [50.0], lr=rate, trunk_lr=rate, proxy_lr=100 * rate, loss_name='a', seed=0)
-    call_script(plot, '--sweep', tmp_path, '--over', 'lr')
-    assert points_of(figures[0].axes[0])['a'] == [(1e-4, 50.0), (1e-3, 50.0)]
-
-
-def test_runs_that_differ_in_more_than_the_sweep_are_not_averaged(tmp_path, call_script):
-    write_sweep(tmp_path)
-    write_run(tmp_path, 'other', [1.0, 2.0], momentum=0.7, seed=1, scale=9.0, batch_size=7)
-    with pytest.raises(UserError, match='asymptotic_proxy differ in batch_size'):
-        call_script(plot, '--sweep', tmp_path)
-
-
-def test_a_sweep_refuses_a_run_that_is_not_finished(tmp_path, call_script):
-    write_run(tmp_path, 'half', [1.0, 2.0], num_epochs=3)
-    with pytest.raises(UserError, match=r'half_statistics.csv: 2 of 3 epochs.*--resume'):
-        call_script(plot, '--sweep', tmp_path)
-
-
-def test_the_same_run_twice_is_refused(tmp_path, call_script):
-    write_run(tmp_path, 'one', [1.0])
-    write_run(tmp_path, 'two', [2.0])
-    with pytest.raises(UserError, match='two_statistics.csv has the loss_name, momentum and seed of another run'):
-        call_script(plot, '--sweep', tmp_path)
-
-
-@pytest.mark.parametrize(('words', 'parts'), [
-    (['{0}', '--metric', 'dense_R@2'], ['dense_R@2', "'dense_R@1'"]),
-    (['{0}', '--metric', 'epoch'], ['--metric epoch']),
-    (['{0}', '--metric', 'args.seed'], ['--metric args.seed']), ([], ['nothing to draw']),
-    (['{0}', '--sweep', '{2}'], ['one of them']), (['{0}', '{0}'], ['twice']), (['{1}'], ['no statistics file']),
-    (['{2}/none.csv'], ['none.csv']), (['--sweep', '{2}/nothing'], ['nothing', '--results_dir']),
-    (['--sweep', '{2}', '--over', 'momentun'], ['momentun', "'momentum'"]),
-    (['--sweep', '{2}', '--line', 'los'], ['--line los']), (['--sweep', '{2}', '--over', 'loss_name', '--line', 'seed'],
-                                                            ['--over loss_name', 'number']),
-    (['{0}', '--epoch', 'best'], ['--epoch best', '--sweep']), (['{0}', '--output', 'x.jpg'], ['x.jpg', '.png']),
-    (['--sweep', '{2}', '--metric', 'loss', 'lr'], ['one metric'])])
-def test_what_cannot_be_drawn_is_one_line(tmp_path, call_script, words, parts):
-    good = write_run(tmp_path, 'good', [1.0])
-    (tmp_path / 'bad.csv').write_text('these are\nno, statistics, at all\n')
-    with pytest.raises(UserError) as error:
-        call_script(plot, *[word.format(good, tmp_path / 'bad.csv', tmp_path) for word in words])
-    assert all(part in str(error.value) for part in parts), error.value
-    assert '\n' not in str(error.value)
-
-
-@pytest.mark.parametrize('contents', [b'', b'\x89PNG\r\n\x1a\n\xff\xfe', b'epoch\n', b'epoch,loss\nfirst,1\n',
-                                      b'epoch,dense_R@1\n1,\n', b'epoch,dense_R@1\n1,often\n',
-                                      b'epoch,dense_R@1\ninf,1\n', b'epoch,dense_R@1\n1,inf\n', b'\0' * 40])
-def test_a_broken_statistics_file_ends_with_code_2(tmp_path, contents):
-    path = tmp_path / 'x_statistics.csv'
-    path.write_bytes(contents)
-    assert_one_line_error(type_command('plot.py', path, '--metric', 'dense_R@1'), 'x_statistics.csv')
 
 
 @pytest.mark.parametrize('angles', [[1.0, 1.01, 1.02, 1.0, 1.2], [3.1, -3.1, 3.14], [0.5, 0.5], [2.0]])

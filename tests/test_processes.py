@@ -1,203 +1,211 @@
-"""Several processes equal one: steps of the training, whole runs and evaluations under torchrun."""
-import json
-import subprocess
-import sys
+"""Several processes over Gloo against one: every loss, every way in which proxies move, whole and sharded proxies."""
+import itertools
+import time
+from datetime import timedelta
 
-import pandas as pd
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, type_command
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.nn import functional as F
 
-import metrics
-from begin import Start
-from dataset import RetrievalDataset
-from engine import counting
-from engine.processes import shard
-from engine.runs import RunFiles, load_data_base
-from evaluate import embed_images
-from model import EmbeddingNet, NetConfig, load_model, make_loss
-from settings import get_runs
-from train import Learner, distribute, prepare, train_one_epoch
+import model
+from common.distributed import check_same, gather_rows, shard, world_rank, world_size
+from common.errors import UserError
+from model import make_loss
+from recipes import LOSSES, PROXY_UPDATES
+from training.pml import PmlLoss
 
-TINY = ('--backbone_type', 'resnet18', '--feature_dim', 16, '--weights', 'none', '--image_size', 32, '--num_workers', 0,
-        '--warm_up', 0,
-        '--recalls', '1,2', '--amp', 'off')
-
-
-def torchrun(count, *words, timeout=200):
-    """Run a script in several processes as a user would."""
-    engine = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(count)]
-    return subprocess.run([*engine, *map(str, words)], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True,
-                          text=True, timeout=timeout, check=False)
+C, D, IMAGE = 5, 4, 6
+STEPS = 3
+SHARES = {1: [7], 2: [5, 2], 3: [4, 0, 3]}  # samples of the batch in each process, by their number
+LABELS = torch.tensor([[3, 0, 3, 1, 3, 0, 1], [0, 0, 0, 4, 4, 1, 0], [1, 1, 1, 1, 1, 1, 1]])  # class 2 never occurs
+OPTIMIZERS = {'sgd': lambda groups: torch.optim.SGD(groups, momentum=0.9), 'adam': torch.optim.AdamW}
+SHARDED = [name for name, entry in LOSSES.items() if getattr(model, entry.class_name).negatives != 'matrix']
+CASES = [*itertools.product(SHARDED, PROXY_UPDATES, ['adam']), ('arc_face', 'gradient', 'sgd')]
+# Losses whose proxies are not shared out: of pytorch-metric-learning, and with a miner that draws.
+WHOLE = [('pml:ProxyAnchorLoss', 'gradient', 'adam'), ('pml:TripletMarginLoss', 'gradient', 'adam')]
+SECONDS = 90  # until processes that wait for each other are ended
 
 
-# ---------------------------------------------------- steps ---------------------------------------------------------
-def train_small(rank: int, size: int, folder, shard_proxies: bool) -> None:
-    """Train a ResNet18 in float64 for three epochs, the first one frozen, and save what came out."""
-    torch.set_num_threads(1)
-    if size > 1:
-        distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
+# ---------------------------------------------------- what each process does -----------------------------------------
+def build(name: str, rule: str, optimizer: str, shard_proxies: bool):
+    """Build a small network, a loss and an optimizer; the same values in any number of processes."""
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig('resnet18', 5), 'none').double()
-    criterion = make_loss('proxy_anchor', num_classes=6, feature_dim=5,
-                          shard_proxies=shard_proxies and size > 1).double()
-    optimizer = torch.optim.AdamW([{'params': list(model.parameters())},
-                                   {'params': list(criterion.parameters()), 'lr': 1e-2}], lr=1e-3, weight_decay=1e-2)
-    images = torch.randint(0, 256, (14, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(0, 6, (14,))
-    batches = []
-    for rows in (range(0, 7), range(7, 14)):  # 7 images do not divide by 2
-        own = [rows[place] for place in shard(len(rows))]
-        batches.append((images[own], labels[own]))
-    learner, statistics = Learner(model, criterion, optimizer, torch.device('cpu'), clip_value=0.5), []
-    for epoch in (1, 2, 3):
-        if epoch < 3:
-            learner.network = model
-            model.freeze_trunk(epoch == 1)
-            learner.network = distribute(model, torch.device('cpu'))
-        trained = train_one_epoch(learner, batches, '')
-        statistics.append([trained['loss'], trained['accuracy']])
-    proxies = criterion.all_proxies()
-    if rank == 0:
-        torch.save({'model': model.state_dict(), 'proxies': proxies, 'statistics': torch.tensor(statistics)},
-                   folder / f'{size}.pth')
-    if size > 1:
-        distributed.destroy_process_group()
+    network = torch.nn.Linear(IMAGE, D).double()
+    sizes = {'num_classes': C, 'feature_dim': D}
+    if name.startswith('pml:'):
+        miner = 'DistanceWeightedMiner' if name == 'pml:TripletMarginLoss' else ''
+        criterion = PmlLoss(name.removeprefix('pml:'), {}, miner=miner, miner_arguments={}, **sizes).double()
+    else:
+        criterion = make_loss(name, **sizes, proxy_update=rule, shard_proxies=shard_proxies).double()
+    groups = [{'params': list(network.parameters()), 'lr': 0.05}, {'params': list(criterion.parameters()), 'lr': 0.5}]
+    return network, criterion, OPTIMIZERS[optimizer]([group for group in groups if group['params']])
 
 
-@pytest.mark.parametrize('shard_proxies', [False, True])
-def test_two_processes_train_as_one_through_the_end_of_the_warm_up(tmp_path, shard_proxies):
-    train_small(0, 1, tmp_path, shard_proxies)
-    multiprocessing.spawn(train_small, (2, tmp_path, shard_proxies), nprocs=2)
-    one, two = (torch.load(tmp_path / f'{size}.pth', weights_only=True) for size in (1, 2))
-    for name, value in one['model'].items():
-        torch.testing.assert_close(two['model'][name], value, rtol=1e-10, atol=1e-10, msg=name)
-    torch.testing.assert_close(two['proxies'], one['proxies'], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(two['statistics'], one['statistics'], rtol=1e-6, atol=1e-6)  # the meter is float32
+def train(network, criterion, optimizer, steps: range) -> list[torch.Tensor]:
+    """Train on this process's share of each batch, as the training loop does; returns loss and accuracy of each."""
+    if world_size() > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
+    if world_rank() > 0:  # what a loss draws is drawn by the first process
+        torch.manual_seed(1000 + world_rank())
+    start = sum(SHARES[world_size()][:world_rank()])
+    mine = slice(start, start + SHARES[world_size()][world_rank()])
+    seen = []
+    for step in steps:
+        images = torch.randn(7, IMAGE, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        loss = criterion(F.normalize(network(images[mine]), dim=-1), LABELS[step][mine])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(torch.stack([loss.detach(), criterion.accuracy.double()]))
+    return seen
 
 
-# ---------------------------------------------------- metrics --------------------------------------------------------
-def measure_shared(rank: int, size: int, folder) -> None:
-    """Measure retrieval in tiles of 16 images that the processes share, and save what each of them finds."""
+def run_case(case: tuple, shard_proxies: bool) -> dict:
+    """Train, and return all that a checkpoint holds."""
+    network, criterion, optimizer = build(*case, shard_proxies)
+    seen = train(network, criterion, optimizer, range(STEPS))
+    return {'seen': seen, 'network': network.state_dict(), 'criterion': criterion.full_state_dict(),
+            'optimizer': criterion.full_optimizer_state(optimizer)['state']}
+
+
+def run_all(shard_proxies: bool) -> dict:
+    return {case: run_case(case, shard_proxies) for case in (CASES if shard_proxies else CASES + WHOLE)}
+
+
+def resume(shard_proxies: bool) -> dict:
+    """Train, stop before the last step, and go on from what was saved with a network and proxies of another start."""
+    case = ('proxy_anchor', 'gradient', 'adam')
+    network, criterion, optimizer = build(*case, shard_proxies)
+    train(network, criterion, optimizer, range(STEPS - 1))
+    saved = [network.state_dict(), criterion.full_state_dict(), criterion.full_optimizer_state(optimizer)]
+    network, criterion, optimizer = build(*case, shard_proxies)
+    criterion.proxies.data.add_(1)
+    network.load_state_dict(saved[0])
+    criterion.load_full_state_dict(saved[1])
+    criterion.load_full_optimizer_state(optimizer, saved[2])
+    train(network, criterion, optimizer, range(STEPS - 1, STEPS))
+    return {case: {'network': network.state_dict(), 'criterion': criterion.full_state_dict(),
+                   'optimizer': criterion.full_optimizer_state(optimizer)['state']}}
+
+
+def gather_unequal_rows() -> dict:
+    """Gather rows 10 r, 10 r + 1, ... of process r, and a gradient that is weighted by 1 + r in process r."""
+    rank = world_rank()
+    rows = (10.0 * rank + torch.arange(SHARES[world_size()][rank]))[:, None].double().requires_grad_()
+    gathered = gather_rows(rows)
+    (gathered.square().sum() * (1 + rank)).backward()
+    return {'rows': rows.detach(), 'gathered': gathered.detach(), 'gradient': rows.grad,
+            'labels': gather_rows(rows.detach()[:, 0].long())}
+
+
+def other_seed(shard_proxies: bool) -> str:
+    torch.manual_seed(world_rank())
+    try:
+        make_loss('proxy_anchor', num_classes=C, feature_dim=D, shard_proxies=shard_proxies)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def drift_apart() -> dict:
+    criterion = build('proxy_nca', 'gradient', 'sgd', False)[1]
+    first = criterion.proxies.detach().clone()
+    criterion.proxies.data.add_(world_rank())
+    criterion.synchronise()
+    return {'first': first, 'proxies': criterion.proxies.detach()}
+
+
+def work(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    if size > 1:
-        distributed.init_process_group('gloo', f'file://{folder}/meet_{size}', rank=rank, world_size=size)
-    counting.TILE_SIDE['cpu'], counting.SAMPLED_IMAGES = 16, 20
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 9, (101,), generator=generator)
-    features = torch.nn.functional.normalize(torch.randn(101, 12, generator=generator), dim=1)
-    found = [metrics.retrieval_metrics(*sets, recalls=(1, 5, 50), binary=binary) for binary in (False, True)
-             for sets in ((features, labels), (features[:40], labels[:40], features[40:], labels[40:]))]
-    (folder / f'{size}_{rank}.json').write_text(json.dumps(found))
-    if size > 1:
-        distributed.destroy_process_group()
-
-
-def test_processes_that_share_the_tiles_find_the_same_to_the_last_digit(tmp_path):
-    measure_shared(0, 1, tmp_path)
-    for size in (2, 3):
-        multiprocessing.spawn(measure_shared, (size, tmp_path), nprocs=size)
-    found = [json.loads(file.read_text()) for file in tmp_path.glob('*.json')]
-    assert len(found) == 6
-    assert all(other == found[0] for other in found)
-
-
-# ---------------------------------------------------- scripts -------------------------------------------------------
-@pytest.fixture(scope='module')
-def runs(raw_sets, tmp_path_factory):
-    """The same training in one process and in two, and what the two printed."""
-    folder = tmp_path_factory.mktemp('processes')
-    words = ('train.py', *TINY, '--data_path', raw_sets, '--batch_size', 5, '--num_epochs', 2, '--warm_up', 1,
-             '--linear_init', 'whiten', '--proxy_init', 'mean')
-    one = type_command(*words, '--results_dir', folder / '1')
-    two = torchrun(2, *words, '--results_dir', folder / '2')
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    return folder, two.stdout
-
-
-NAME = 'car_resnet18_balanced_proxy_16'
-
-
-def test_torchrun_gives_the_run_of_one_process_to_rounding(runs):
-    one, two = (pd.read_csv(runs[0] / size / f'{NAME}_statistics.csv').drop(columns=['img_s', 'made.processes'])
-                for size in '12')
-    pd.testing.assert_frame_equal(two, one, rtol=1e-3, atol=1e-3)
-    features = [torch.load(runs[0] / size / f'{NAME}_data_base.pth', weights_only=True)['test_features']
-                for size in '12']
-    torch.testing.assert_close(*features, rtol=1e-3, atol=1e-3)
-
-
-def test_a_trunk_of_timm_with_parts_that_features_do_not_pass_trains_in_two_processes(raw_sets, tmp_path):
-    result = torchrun(2, 'train.py', *TINY, '--data_path', raw_sets, '--batch_size', 4, '--num_epochs', 1, '--warm_up',
-                      0, '--backbone_type', 'timm:test_convnext', '--results_dir', tmp_path)
-    assert result.returncode == 0, result.stderr
-
-
-def test_only_the_first_process_prints(runs):
-    assert runs[1].count('epoch 1/2: loss') == 1
-    assert runs[1].count('next:') == 1
-
-
-def test_what_processes_with_statistics_of_their_own_measure_is_the_model_that_they_save(raw_sets, tmp_path):
-    words = (*TINY, '--data_path', raw_sets, '--batch_size', 6, '--num_epochs', 1, '--freeze_bn', 0, '--drop_last', 1,
-             '--results_dir', tmp_path)
-    result = torchrun(2, 'train.py', *words)
-    assert result.returncode == 0, result.stderr
-    model, contents = load_model(tmp_path / f'{NAME}_model.pth')
-    data_base = load_data_base(tmp_path / f'{NAME}_data_base.pth')
-    images = [raw_sets / 'car' / image for image in data_base.test.images]
-    torch.testing.assert_close(embed_images(model, images, contents), data_base.test.features, rtol=0, atol=1e-5)
-
-
-def start_from_images_in(rank: int, words: list, folder) -> None:
-    """Prepare a run in the first or second of two processes, and save its network."""
-    torch.set_num_threads(1)
-    distributed.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2)
-    training = prepare(get_runs(words)[1][0], Start(RunFiles(folder, 'none'), False, []), torch.device('cpu'))
-    torch.save(training.model.state_dict(), folder / f'{rank}.pth')
+    distributed.init_process_group('gloo', f'file://{folder}/store', timedelta(seconds=SECONDS), world, rank)
+    results = {'whole': run_all(False), 'sharded': run_all(True), 'resumed': resume(True),
+               'rows': gather_unequal_rows(), 'other_seed': [other_seed(False), other_seed(True)],
+               'drift': drift_apart(), 'shard': list(shard(C)), 'held': len(build(*CASES[0], True)[1].proxies)}
+    check_same('the shape of what came out', torch.tensor([len(results)]))
+    torch.save(results, f'{folder}/{rank}.pth')
     distributed.destroy_process_group()
 
 
-def test_a_start_from_images_is_of_the_statistics_that_all_processes_have(raw_sets, tmp_path):
-    words = [str(word) for word in (
-        *TINY, '--data_path', raw_sets, '--batch_size', 6, '--freeze_bn', 0, '--linear_init', 'whiten',
-        '--feature_dim', 4)]
-    multiprocessing.spawn(start_from_images_in, (words, tmp_path), nprocs=2)
-    one, two = (torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    training = prepare(get_runs(words)[1][0], Start(RunFiles(tmp_path, 'none'), False, []), torch.device('cpu'))
-    training.model.load_state_dict(one)
-    data, plain = training.data, training.test_loaders['test'].dataset.transform
-    images = torch.stack([image for image, _ in RetrievalDataset(data, 'train', plain)])
-    with torch.no_grad():
-        training.model.whiten(training.model.headless().eval()(images))
-    torch.testing.assert_close(training.model.refactor.weight.abs(), one['refactor.weight'].abs(), rtol=1e-3, atol=1e-4)
+def fail(rank: int, world: int, folder: str) -> None:
+    distributed.init_process_group('gloo', f'file://{folder}/store', timedelta(seconds=SECONDS), world, rank)
+    if rank == 1:
+        raise RuntimeError('process 1 gives up')
+    gather_rows(torch.zeros(2, 2))
 
 
-@pytest.mark.parametrize('count', [2, 3])
-def test_evaluation_does_not_depend_on_the_number_of_processes(runs, raw_sets, count):
-    words = ('evaluate.py', '--resume', runs[0] / '1' / f'{NAME}_model.pth', '--data_path', raw_sets, '--batch_size', 5,
-             '--num_workers', 0, '--json')
-    one, several = type_command(*words), torchrun(count, *words)
-    assert several.returncode == 0, several.stderr
-    assert json.loads(several.stdout) == json.loads(one.stdout)
+def start(function, world: int, folder) -> None:
+    """Run `function(rank, world, folder)` in processes; if one fails or none gets on, all end."""
+    context = torch.multiprocessing.spawn(function, (world, str(folder)), world, join=False)
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f'{world} processes did not end within {SECONDS} s'
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
-def test_a_process_that_fails_takes_the_others_down_with_its_message(own_car, tmp_path):
-    (own_car / 'car/uncropped/000003.jpg').write_bytes(b'no image')
-    result = torchrun(2, 'train.py', *TINY, '--data_path', own_car, '--batch_size', 6, '--num_epochs', 1,
-                      '--results_dir', tmp_path)
-    assert result.returncode != 0
-    assert '000003.jpg is missing or broken' in result.stderr
+# ---------------------------------------------------- claims ---------------------------------------------------------
+@pytest.fixture(scope='module')
+def alone():
+    return run_all(shard_proxies=False)
 
 
-def test_flags_that_need_several_processes_say_so(raw_sets, tmp_path):
-    result = type_command('train.py', *TINY, '--shard_proxies', '--batch_size', 4, '--data_path', raw_sets,
-                          '--results_dir', tmp_path)
-    assert result.returncode == 2
-    assert '--shard_proxies has no effect in one process' in result.stderr
-    result = torchrun(2, 'train.py', *TINY, '--batch_size', 1, '--data_path', raw_sets, '--results_dir', tmp_path)
-    assert result.returncode != 0
-    assert result.stderr.count('error: --batch_size 1') == 2  # each process has seen it
+def flat(value, path: str = ''):
+    """Yield every tensor and number in nested dicts and lists with its path."""
+    if isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flat(part, f'{path} {key}')
+    elif value is not None:
+        yield path, torch.as_tensor(value, dtype=torch.float64)
+
+
+def assert_equal_runs(ours: dict, theirs: dict) -> None:
+    """Compare runs case by case: every number to 1e-10."""
+    for case, parts in ours.items():
+        mine, other = dict(flat(parts)), dict(flat({name: theirs[case][name] for name in parts}))
+        assert mine.keys() == other.keys(), case
+        for path, value in mine.items():
+            torch.testing.assert_close(value, other[path], rtol=1e-10, atol=1e-10,
+                                       msg=lambda text, case=case, path=path: f'{case}{path}: {text}')
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_several_processes_equal_one(world, alone, tmp_path):
+    """One start of the processes for all claims about them, since a start takes seconds."""
+    start(work, world, tmp_path)
+    results = [torch.load(tmp_path / f'{rank}.pth', weights_only=True) for rank in range(world)]
+    for result in results:  # each process ends with the same
+        assert_equal_runs(result['whole'], alone)
+        assert_equal_runs(result['sharded'], alone)
+        assert_equal_runs(result['resumed'], alone)
+        assert all('--seed' in message for message in result['other_seed'])
+        torch.testing.assert_close(result['drift']['proxies'], result['drift']['first'], rtol=0, atol=0)
+        assert result['held'] == len(result['shard']) < C
+    assert sum((result['shard'] for result in results), []) == list(range(C))
+
+    rows = [result['rows'] for result in results]
+    expected = torch.cat([part['rows'] for part in rows])
+    factor = world * (world + 1) / 2  # the sum of 1 + rank
+    for part in rows:
+        torch.testing.assert_close(part['gathered'], expected, rtol=0, atol=0)
+        assert torch.equal(part['labels'], expected[:, 0].long())
+        torch.testing.assert_close(part['gradient'], 2 * factor * part['rows'], rtol=1e-12, atol=0)
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    with pytest.raises(Exception, match='process 1 gives up'):
+        start(fail, 2, tmp_path)
+
+
+def test_in_one_process_sharding_changes_nothing(alone):
+    assert (world_rank(), world_size(), shard(C)) == (0, 1, range(C))
+    assert_equal_runs({case: run_case(case, True) for case in CASES[::4]}, alone)
+    assert_equal_runs(resume(True), alone)
+
+
+def test_more_processes_than_classes_are_refused(monkeypatch):
+    monkeypatch.setattr('proxies.world_size', lambda: C + 1)
+    with pytest.raises(UserError, match='--shard_proxies'):
+        make_loss('proxy_anchor', num_classes=C, feature_dim=D, shard_proxies=True)

@@ -10,13 +10,14 @@ from PIL import Image
 from test_readme import TRAIN
 
 import evaluate
-from browse import nearest_images
-from dataset import open_data
-from engine.errors import UserError
-from engine.runs import load_data_base
-from evaluate import embed_images
-from metrics import plain_metrics
-from model import load_model, make_loss
+from common.errors import UserError
+from imagedata.loading import open_data
+from model import make_loss
+from retrieval.database import load_data_base
+from retrieval.embedding import embed_images
+from retrieval.metrics import plain_metrics
+from retrieval.model_file import load_model
+from retrieval.search import nearest_images
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
 

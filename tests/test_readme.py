@@ -13,14 +13,14 @@ from conftest import ENVIRONMENT, REPOSITORY, type_command
 from raw_trees import write_image
 
 import recipes
-from settings import get_runs
+from training.options import parse_options
 
 PAGES = sorted([REPOSITORY / 'README.md', *(REPOSITORY / 'docs').glob('*.md')])
 LONGEST, MOST_LINES = 119, 220
 # What makes a printed command small; a later flag wins.
 TRAIN = ('--weights', 'none', '--image_size', '32', '--batch_size', '4', '--num_epochs', '1', '--warm_up', '0',
          '--recalls', '1,2', '--num_workers', '0', '--on_collapse', 'warn', '--amp', 'off', '--overwrite')
-TRUNK = 'timm:test_resnet'
+BACKBONE = 'timm:test_resnet'
 # Printed commands that are parsed and not run: page, beginning of the command, reason.
 PARSED = [
     ('docs/command_lines.md', '', 'tests/test_scripts.py runs these lines, and test.py and evaluate.py after them'),
@@ -139,7 +139,7 @@ def parse(words: list[str], monkeypatch) -> None:
     monkeypatch.setattr(sys, 'argv', [str(script), *words])
     monkeypatch.syspath_prepend(script.parent)
     if script.name == 'train.py':
-        get_runs(words)
+        parse_options(words)
         return
     spec = importlib.util.spec_from_file_location(f'script_{script.stem}', script)
     module = importlib.util.module_from_spec(spec)
@@ -154,12 +154,12 @@ class Workspace:
     """A folder in which commands are typed: small data, and what they leave."""
 
     def __init__(self, folder: Path, raw_sets: Path):
-        from engine.files import save
+        from common.files import save
         from model import EmbeddingNet, NetConfig
 
         self.folder = folder
         self.weights = str(folder / 'weights.pth')
-        save(EmbeddingNet(NetConfig(TRUNK, 4, image_size=32), 'none').trunk.network.state_dict(), Path(self.weights))
+        save(EmbeddingNet(NetConfig(BACKBONE, 4, image_size=32), 'none').trunk.network.state_dict(), Path(self.weights))
         for label in range(6):
             for number in range(4):
                 write_image(folder / f'me/flowers/{label}/{number}.jpg', label, number)
@@ -184,12 +184,12 @@ class Workspace:
         """Return the flags that make a command small."""
         if script == 'train.py':
             seeds = ('--seeds', '1,2') if '--seeds' in words else ()
-            narrow = ('--feature_dim', '64') if {'whitened_start', 'whitened_mirror'} & {*words} else ()  # than TRUNK
-            return [*TRAIN, *seeds, *narrow, *(('--backbone_type', TRUNK) if 'resnet18' not in words else ())]
+            narrow = ('--feature_dim', '64') if {'whitened_start', 'whitened_mirror'} & {*words} else ()  # than BACKBONE
+            return [*TRAIN, *seeds, *narrow, *(('--backbone_type', BACKBONE) if 'resnet18' not in words else ())]
         if script == 'data_utils.py' and 'glyph' in words:
             return ['--glyph_classes', '9', '--glyph_images', '4']
         if script == 'evaluate.py' and '--zero_shot' in words:
-            return ['--backbone_type', TRUNK, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
+            return ['--backbone_type', BACKBONE, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
                     '--num_workers', '0']
         if script == 'export.py' or script == 'evaluate.py' and '--resume' in words:
             return ['--num_workers', '0']
@@ -314,7 +314,7 @@ def type_in(copy: Path, *words) -> str:
 
 def test_the_readme_adds_a_loss(copy, raw_sets):
     follow(copy, 'model.py', 'recipes.LOSSES')
-    type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', TRUNK, '--loss_name', 'proxy_hinge',
+    type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--loss_name', 'proxy_hinge',
             *SMALL_RUN)
     assert (copy / 'results/new/car_timm-test_resnet_proxy_hinge_8_statistics.csv').is_file()
 
@@ -335,5 +335,5 @@ def test_the_readme_adds_a_data_set(copy):
     (copy / 'data/flora/labels.csv').write_text(''.join(lines))
     printed = type_in(copy, 'data_utils.py', '--data_path', 'data', '--data_name', 'flora')
     assert 'flora: the counts are those of the complete data set' in printed
-    type_in(copy, 'train.py', '--data_path', 'data', '--data_name', 'flora', '--backbone_type', TRUNK, *SMALL_RUN)
+    type_in(copy, 'train.py', '--data_path', 'data', '--data_name', 'flora', '--backbone_type', BACKBONE, *SMALL_RUN)
     assert (copy / 'results/new/flora_timm-test_resnet_balanced_proxy_8_statistics.csv').is_file()

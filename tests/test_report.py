@@ -14,11 +14,12 @@ from PIL import Image
 from raw_trees import write_image
 
 import report
-from browse import choose_queries, nearest_images, rank_queries
-from engine.errors import UserError
-from engine.files import save
-from engine.runs import load_data_base, save_statistics
-from metrics import retrieval_metrics, similarity_of
+from common.errors import UserError
+from common.files import save
+from retrieval.database import load_data_base
+from retrieval.metrics import retrieval_metrics, similarity_of
+from retrieval.search import choose_queries, nearest_images, rank_queries
+from training.statistics import save_statistics
 
 NAMES = ['Ara & Co', '<script>alert(1)</script>', 'costs $5 or $6', 'Zebrafink', "O'Hara \"quoted\""]
 RUN = 'birds_resnet18_balanced_proxy_5'

@@ -14,18 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, assert_one_line_error, type_command
+from engine import processes
 from PIL import Image
 from raw_trees import make_car, write_image
 
-import dataset
 import evaluate
-import summary
 import train as train_script
-from engine import processes
-from engine.errors import UserError
-from engine.runs import RunFiles
+from common.errors import UserError
+from common.results import RunFiles
 from model import make_loss
-from settings import get_runs
+from training import summary
+from training.options import parse_options
 
 SMALL = ('--weights', 'none', '--image_size', 32, '--batch-size', 4, '--num_epochs', 1, '--warm_up', 0, '--recalls',
          '1,2', '--num_workers', 0, '--on_collapse', 'warn')
@@ -42,7 +41,7 @@ def expect_refusal(monkeypatch):
     def check(script, words, *parts):
         monkeypatch.setattr(sys, 'argv', ['script.py', *map(str, words)])
         with pytest.raises(UserError) as error:
-            script.main(*([] if script is evaluate else get_runs()))
+            script.main(*([] if script is evaluate else parse_options()))
         assert '\n' not in str(error.value)
         for part in parts:
             assert part in str(error.value)
@@ -338,7 +337,7 @@ def test_a_batch_of_one_image_is_refused_where_batchnorm_learns(raw_sets, tmp_pa
     (('--batch_size', 10), 2, 'or of one in a process'), (('--batch_size', 10, '--drop_last', 1), 2, None),
     (('--batch_size', 4, '--images_per_class', 2), 4, 'no BatchNorm statistics; choose another size')])
 def test_batches_too_small_for_the_processes_are_refused(monkeypatch, words, processes, part):
-    _, [args] = get_runs(['--data_name', 'car', '--recalls', '1', '--freeze_bn', '0', *map(str, words)])
+    _, [args] = parse_options(['--data_name', 'car', '--recalls', '1', '--freeze_bn', '0', *map(str, words)])
     monkeypatch.setattr(train_script, 'world_size', lambda: processes)
     split = {'train': {label: list('0123') for label in 'abc'}, 'test': {label: list('0123') for label in 'de'}}
     sampler = SimpleNamespace(drop_last=args.drop_last or args.images_per_class > 0)
@@ -347,7 +346,7 @@ def test_batches_too_small_for_the_processes_are_refused(monkeypatch, words, pro
 
 
 def test_one_test_class_is_refused_since_all_that_is_found_is_of_it():
-    _, [args] = get_runs(['--data_name', 'car', '--recalls', '1'])
+    _, [args] = parse_options(['--data_name', 'car', '--recalls', '1'])
     split = {'train': {'a': ['0'] * 64, 'b': ['1']}, 'test': {'c': ['2', '3']}}
     with pytest.raises(UserError, match='--data_name car has one test class'):
         train_script.check_data(args, split, torch.device('cpu'), SimpleNamespace(drop_last=False))
@@ -466,7 +465,7 @@ def test_the_network_is_compiled_frozen_and_once_more_when_it_learns(raw_sets, t
     monkeypatch.setenv('CXX', sys.executable)
     monkeypatch.setattr(torch, 'compile', lambda network: compiled.append(
         [parameter.requires_grad for parameter in network.trunk.parameters()]) or network)
-    train_script.main(*get_runs([*map(str, (
+    train_script.main(*parse_options([*map(str, (
         *TINY, '--backbone_type', 'timm:test_resnet', '--num_epochs', 3, '--warm_up', 1, '--compile', '--data_path',
         raw_sets, '--results_dir', tmp_path))]))
     assert [any(learns) for learns in compiled] == [False, True]
@@ -486,13 +485,13 @@ def seeds(tmp_path_factory):
 
 @pytest.mark.parametrize(('floor', 'told'), [(60.5, True), (59.5, False), (None, False)])
 def test_a_training_below_the_untouched_trunk_is_told(floor, told, tmp_path, capsys):
-    rows = [{'epoch': epoch, 'dense_R@1': dense, 'binary_R@1': 40.0} | ({'epoch0_R@1': floor} if floor else {})
+    rows = [{'epoch': epoch, 'dense_R@1': dense, 'binary_R@1': 40.0} | ({'pretrained_R@1': floor} if floor else {})
             for epoch, dense in ((1, 60.0), (2, 50.0))]
     args = SimpleNamespace(val_ratio=0, recalls=(1,), data_path='data', results_dir='results', allow_seen=False)
     summary.print_end(rows, args, RunFiles(tmp_path, 'x'), 'a.jpg')
     printed = capsys.readouterr().out
     assert ('is better than every epoch' in printed) == told
-    assert not told or f'the untouched trunk (R@1 {floor:.2f})' in printed
+    assert not told or f'the pretrained_baseline trunk (R@1 {floor:.2f})' in printed
 
 
 def test_mean_deviation_and_interval_over_seeds(tmp_path, capsys):

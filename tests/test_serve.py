@@ -28,12 +28,11 @@ from test_hostile import write_bomb
 from test_report import RUN, make_shop
 
 import embed
-import searching
 import serve
-from browse import ABSENT, nearest_images, open_run
-from engine.errors import Unreachable, UserError
-from engine.files import save
-from engine.runs import load_data_base
+from common.errors import Unreachable, UserError
+from common.files import save
+from retrieval.database import load_data_base, open_data_base
+from retrieval.search import NO_MATCH, nearest_images
 
 pytest.importorskip('fastapi')
 uvicorn = pytest.importorskip('uvicorn')
@@ -228,7 +227,7 @@ def test_a_collection_that_cannot_be_reached_is_one_line_on_the_servers_side_alo
         monkeypatch.setattr(interface.collection, 'search', unreachable)
         picture = (museum / 'outside.jpg').read_bytes()
         assert server.ask('/search', picture)[0] == 503
-        for name in ('item', 'any', 'find', 'number_of'):
+        for name in ('item', 'any', 'find', 'index_of'):
             monkeypatch.setattr(interface.collection, name, unreachable)
         for address, body in (('/images/3', None), ('/any', None), ('/find?q=ara', None), ('/search', {'image': '3'}),
                               ('/search', {'path': 'ara/0.jpg'})):
@@ -348,7 +347,7 @@ def test_the_data_base_of_a_run_is_served_without_its_model(tmp_path):
         assert 'id="drop"' not in server.ask('/')[2].decode()
     finally:
         server.stop()
-    assert open_run(f'{RUN}_data_base.pth', tmp_path / 'results', tmp_path).roots == [tmp_path / 'birds']
+    assert open_data_base(f'{RUN}_data_base.pth', tmp_path / 'results', tmp_path).roots == [tmp_path / 'birds']
 
 
 def test_without_its_packages_one_line_says_what_to_install(monkeypatch):
@@ -407,7 +406,7 @@ def test_the_page_shows_what_test_py_finds_and_searches_on(page, server, museum)
     assert shown(page) == printed_by_test(museum, museum / 'outside.jpg', 15)
     absent = server.search((museum / 'outside.jpg').read_bytes())['probably_absent']
     assert find(page, '#note')[0].is_displayed() == absent
-    assert (ABSENT in find(page, '#note')[0].text) == absent
+    assert (NO_MATCH in find(page, '#note')[0].text) == absent
     first = shown(page)[0][0]
     find(page, '#results .tile')[0].click()
     wait_for(page, lambda: len(shown(page)) == 14)

@@ -1,0 +1,1 @@
+"""What every room uses: errors, files, images, processes. Imports nothing of ours."""

@@ -1,0 +1,101 @@
+"""Read image files of any origin as upright RGB images; whatever goes wrong is a BrokenImage."""
+import contextlib
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+
+# Pillow goes by a file's contents, not by its name, and would start Ghostscript for PostScript in a .jpg.
+IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2',
+                  '.j2k'}
+if features.check('avif'):  # since Pillow 11.3
+    IMAGE_FORMATS.append('AVIF')
+    IMAGE_SUFFIXES.add('.avif')
+with contextlib.suppress(ImportError):  # the format of many phones, if pillow-heif is installed
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    IMAGE_FORMATS.append('HEIF')
+    IMAGE_SUFFIXES |= {'.heic', '.heif'}
+
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_image raises an error instead
+
+
+class BrokenImage(OSError):
+    """An image file that is missing, truncated, or not an image."""
+
+
+def resize_for(image_size: int) -> int:
+    """Return the short side in pixels to which test images are resized before the centre crop: 224 -> 256."""
+    return image_size * 256 // 224
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to 8-bit RGB; Pillow's own conversion of 16-bit grey clips all values above 255."""
+    if image.mode.startswith('I'):  # I;16 and its variants, or I, as which Pillow reads some 16-bit files
+        grey = np.asarray(image).astype(np.int64)
+        grey = grey.clip(0, 65535) // 257 if grey.max() > 255 else grey.clip(0)
+        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if image.mode == 'F':
+        raise ValueError('floating-point images have no known range; convert them to 8 bits')
+    return image.convert('RGB')
+
+
+def open_image(path: Path) -> tuple[Image.Image, bool]:
+    """Read an image as RGB, turned upright by its EXIF orientation, and tell whether the file itself is RGB.
+
+    Raises:
+        BrokenImage: if the file cannot be read, for whatever reason.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file can unpack to fill the memory
+                raise Image.DecompressionBombError(
+                    f'{image.width} x {image.height} pixels exceed Pillow\'s limit of {Image.MAX_IMAGE_PIXELS}: a '
+                    'decompression bomb?')
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image)), image.mode == 'RGB'
+    except Exception as error:  # damaged files raise a dozen kinds of errors, from OSError to struct.error
+        raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
+
+
+def load_image(path: Path) -> Image.Image:
+    """Read an image as RGB, turned upright by its EXIF orientation; raises BrokenImage."""
+    return open_image(path)[0]
+
+
+def to_image(image) -> Image.Image:
+    """Convert a path, a PIL image, or a uint8 array (H, W, 3) or (H, W) to an upright RGB image.
+
+    Raises:
+        BrokenImage: if it is none of these, or cannot be read.
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(Path(image))
+    try:
+        if not isinstance(image, Image.Image):
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+                raise ValueError(f'expected a uint8 array (H, W, 3) or (H, W), got {image.shape} of {image.dtype}')
+            image = Image.fromarray(image)
+        return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow opens files lazily, so reading a PIL image can fail in as many ways
+        raise BrokenImage(str(error) or type(error).__name__) from error
+
+
+def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
+    """Load an image as a square tile padded with white, and tell whether it could be read.
+
+    A file that cannot be read becomes a grey tile with its name.
+    """
+    try:
+        return ImageOps.pad(load_image(path), (side, side), color='white'), True
+    except BrokenImage:
+        tile = Image.new('RGB', (side, side), '#BBBBBB')
+        font = ImageFont.load_default(max(8, side // 12))
+        name = textwrap.fill(path.name, max(1, int(side / font.getlength('m'))))
+        ImageDraw.Draw(tile).multiline_text((side / 2, side / 2), name, '#333333', font, 'mm', align='center')
+        return tile, False

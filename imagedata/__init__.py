@@ -1,0 +1,1 @@
+"""From raw data sets and folders of photographs to batches of images."""

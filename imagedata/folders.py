@@ -1,0 +1,362 @@
+"""Folders of your own photographs: their classes, how the classes are split, and which files are images.
+
+`read_folder` reads a folder to train on. `train/CLASS/*` and `test/CLASS/*` (or `query` and `gallery`) are a split
+already; with one folder per class, the classes are split here. A class keeps its side for good: conversion.json
+remembers it, and new classes are assigned by a hash of their name and the seed, so that the share of test classes
+holds.
+
+`scan_images` and `read_labels` read a folder to search in, where images need no class.
+"""
+import csv
+import hashlib
+import io
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError, suggestion
+from common.files import is_inside, read_json, readable, stamp_of
+from common.images import IMAGE_SUFFIXES
+from imagedata.raw_sets import SUBSETS, RawImage
+
+DEFAULT_RATIO = 0.5  # of the classes become test classes
+LONGEST_STEM = 200  # bytes; file systems allow names of 255
+MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
+MADE_BY = 'data_utils.py'  # its field `made_by`
+
+
+# ---------------------------------------------------- files of a folder -------------------------------------------
+def walk_visible(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder like os.walk, in sorted order and without hidden files and folders.
+
+    Raises:
+        UserError: if a folder cannot be read, which must not be mistaken for an empty one.
+    """
+    def refuse(folder: str, reason: str) -> None:
+        raise UserError(f'the folder {folder} cannot be read ({reason}); give yourself permission, or move it away')
+
+    def visible(names: list[str]) -> list[str]:
+        return sorted(name for name in names if not name.startswith('.'))
+
+    for folder, subfolders, files in os.walk(top, onerror=lambda error: refuse(error.filename, error.strerror)):
+        if not os.access(folder, os.X_OK):
+            refuse(folder, 'its files can be listed, but not opened')
+        subfolders[:] = visible(subfolders)
+        yield Path(folder), subfolders, visible(files)
+
+
+def is_image_name(path: Path) -> bool:
+    """Tell whether a file's suffix is that of an image format that can be read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def suffix_of(path: Path) -> str:
+    """Return how a file that is left out is counted: by its suffix, lower case."""
+    return readable(path.suffix.lower()) or 'without ending'
+
+
+def normalize_label(label: str) -> str:
+    """Return a class name in Unicode's composed form (NFC): macOS and Linux write the same name differently."""
+    return unicodedata.normalize('NFC', label)
+
+
+def list_subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, without hidden ones."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
+
+
+def list_folder(folder: Path) -> tuple[list[Path], Counter]:
+    """Return the images below a class folder, and how many files of which suffix are left out.
+
+    Links to files are followed, links to folders are not.
+
+    Raises:
+        UserError: if a folder cannot be read, or the folder's name is not UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f'the name of the class folder {os.fsencode(folder)!r} is not UTF-8; rename it') from None
+    images, left_out = [], Counter()
+    for parent, subfolders, files in walk_visible(folder):
+        for path in (parent / name for name in (*subfolders, *files)):
+            if path.is_symlink() and not path.is_file():
+                left_out['links that are not followed'] += 1
+            elif path.is_file() and is_image_name(path):
+                images.append(path)
+            elif path.is_file():
+                left_out[suffix_of(path)] += 1
+    return sorted(images), left_out
+
+
+# ---------------------------------------------------- class split -------------------------------------------------
+def split_classes(labels: list[str], earlier: dict[str, str], ratio: float, seed: int) -> dict[str, str]:
+    """Split classes into `train` and `test`.
+
+    Args:
+        labels: all classes of the folder.
+        earlier: {label: side} of an earlier split, which these classes keep, whether their folder is still there or
+            not.
+        ratio: share of the classes that become test classes; of two or more, at least one and not all of them.
+        seed: orders the new classes.
+
+    Returns:
+        {label: side} of the earlier classes and of all labels.
+    """
+    new = sorted((label for label in labels if label not in earlier),
+                 key=lambda label: hashlib.sha256(f'{seed} {label}'.encode()).digest())
+    num_test = max(1, min(round(ratio * len(labels)), len(labels) - 1))
+    num_new_test = max(0, num_test - sum(earlier.get(label) == 'test' for label in labels))
+    return {**earlier, **dict.fromkeys(new[:num_new_test], 'test'), **dict.fromkeys(new[num_new_test:], 'train')}
+
+
+def choose_class_split(root: Path, labels: list[str], earlier: dict, ratio: float | None, seed: int | None) -> dict:
+    """Split the classes of a folder, where the sides, ratio and seed of an earlier split hold.
+
+    Args:
+        root: the folder, for the messages.
+        labels: all its classes.
+        earlier: what an earlier call returned, or parts of it.
+        ratio, seed: as given by flags, or None.
+
+    Returns:
+        {'ratio': float, 'seed': int, 'sides': {label: 'train' or 'test'}}.
+
+    Raises:
+        UserError: if ratio or seed differs from the earlier one, or the ratio is not between 0 and 1.
+    """
+    def settle(flag: str, given, remembered, default):
+        if None not in (given, remembered) and given != remembered:
+            raise UserError(f'--{flag} {given}: the classes of {root} were split with --{flag} {remembered}; leave '
+                            'the flag out, or split them again with --resplit (models trained so far will have seen '
+                            'test classes)')
+        return next(value for value in (remembered, given, default) if value is not None)
+
+    ratio = settle('test_ratio', ratio, earlier.get('ratio'), DEFAULT_RATIO)
+    seed = settle('seed', seed, earlier.get('seed'), 0)
+    if not 0 < ratio < 1:
+        raise UserError(f'--test_ratio {ratio} must lie between 0 and 1')
+    return {'ratio': ratio, 'seed': seed, 'sides': split_classes(labels, earlier.get('sides', {}), ratio, seed)}
+
+
+def find_renamed(images: list[RawImage], root: Path, sides: dict[str, str],
+                 known: dict[tuple, str]) -> dict[str, str]:
+    """Return {new label: old label} of classes that hold the photographs of a class that is gone.
+
+    Args:
+        images: all images of the folder.
+        sides: {label: side} of an earlier split.
+        known: {(file name, size, time): label} of the images of an earlier conversion.
+    """
+    labels = {image.label for image in images}
+    votes = {}
+    for image in images:
+        if image.label in sides:
+            continue
+        path = root / image.source
+        old_label = known.get((path.name, *(stamp_of(path) or [])))
+        if old_label not in sides or old_label in labels:
+            old_label = None
+        votes.setdefault(image.label, Counter())[old_label] += 1
+    winners = {label: counter.most_common(1)[0][0] for label, counter in votes.items()}
+    return {label: old_label for label, old_label in winners.items() if old_label}
+
+
+# ---------------------------------------------------- folders to train on -----------------------------------------
+class OwnFolder(NamedTuple):
+    """What a folder of your own photographs holds."""
+
+    images: list[RawImage]
+    class_split: dict  # of `choose_class_split`; {} if the folder has train/ and test/
+    left_out: Counter  # {suffix or kind of file: number}
+    empty: list[str]  # class folders without images
+    renamed: dict[str, str]  # {new label: old label}
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """Return {label: name}; the folder's name is both."""
+        return {image.label: image.label for image in self.images}
+
+
+def file_stem(path: Path) -> str:
+    """Return an image's file name below uncropped/, without its suffix: its whole path as one printable word."""
+    name = normalize_label(path.with_suffix('').as_posix())
+    stem = ''.join(letter if letter.isprintable() and letter not in '/\\' else '_' for letter in name)
+    if len(stem.encode()) <= LONGEST_STEM:
+        return stem
+    start = stem.encode()[:LONGEST_STEM - 17].decode(errors='ignore')
+    return f'{start}_{hashlib.sha256(stem.encode()).hexdigest()[:16]}'
+
+
+def find_subset_folders(root: Path) -> dict[str, Path]:
+    """Return {subset: folder} of a folder that is split already, {} for one folder per class.
+
+    Raises:
+        UserError: if only some of the subsets are there.
+    """
+    by_name = {folder.name.lower(): folder for folder in list_subfolders(root)}
+    subset_folders = {subset: by_name[subset] for subset in SUBSETS if subset in by_name}
+    if list(subset_folders) not in ([], ['train', 'test'], ['train', 'query', 'gallery']):
+        raise UserError(f'{root} holds {" and ".join(subset_folders)}; it needs train and test, or train, query and '
+                        'gallery, each with one folder per class, or just one folder per class')
+    return subset_folders
+
+
+def count_outside(root: Path, subset_folders: dict[str, Path]) -> Counter:
+    """Count the images that lie in no class folder: beside them, or, in a folder that is split, beside the subsets."""
+    left_out = Counter()
+    for folder in (root, *subset_folders.values()):
+        loose = sum(is_image_name(path) and path.is_file() for path in folder.glob('[!.]*'))
+        left_out += Counter({'images beside the class folders': loose})
+    if subset_folders:
+        for folder in list_subfolders(root):
+            if folder not in subset_folders.values() and folder.name != 'uncropped':
+                left_out += Counter({f'images in {folder.name}/': len(list_folder(folder)[0])})
+    return left_out
+
+
+def read_folder(root: Path, ratio: float | None = None, seed: int | None = None, earlier: dict | None = None,
+                known: dict[tuple, str] | None = None) -> OwnFolder:
+    """Read a folder of your own photographs; folders whose names differ only in their Unicode form are one class.
+
+    Args:
+        ratio, seed: of the class split, for one folder per class; None: those of the earlier split, or 0.5 and 0.
+        earlier: the `class_split` of an earlier call.
+        known: {(file name, size, time): label} of an earlier conversion, by which a renamed class is recognised.
+
+    Raises:
+        UserError: if a folder cannot be read or has no class folders, or a flag has no effect or differs from before.
+    """
+    subset_folders = find_subset_folders(root)
+    for flag, value in (('test_ratio', ratio), ('seed', seed)):
+        if subset_folders and value is not None:
+            raise UserError(f'--{flag} {value} has no effect: {root} is split into {" and ".join(subset_folders)} '
+                            'already; leave it out')
+    if subset_folders:
+        class_folders = [(folder, subset) for subset, parent in subset_folders.items()
+                         for folder in list_subfolders(parent)]
+    else:
+        class_folders = [(folder, '') for folder in list_subfolders(root) if folder.name != 'uncropped']
+
+    images, left_out, empty = [], count_outside(root, subset_folders), []
+    for folder, subset in class_folders:
+        paths, others = list_folder(folder)
+        left_out += others
+        if not paths:
+            empty.append(folder.name)
+        for path in (path.relative_to(root) for path in paths):
+            images.append(RawImage(path.as_posix(), subset, normalize_label(folder.name), file_stem(path)))
+    loose = left_out['images beside the class folders']
+    if loose and not images:
+        raise UserError(f'{root} holds {loose} images, but no folder for each class; sort them into folders')
+    if subset_folders:
+        return OwnFolder(images, {}, left_out, empty, {})
+
+    earlier = earlier or {}
+    sides = earlier.get('sides', {})
+    renamed = find_renamed(images, root, sides, known or {})
+    sides = {**sides, **{label: sides[old_label] for label, old_label in renamed.items()}}
+    labels = list(dict.fromkeys(image.label for image in images))
+    class_split = choose_class_split(root, labels, {**earlier, 'sides': sides}, ratio, seed)
+    images = [image._replace(subset=class_split['sides'][image.label]) for image in images]
+    return OwnFolder(images, class_split, left_out, empty, renamed)
+
+
+# ---------------------------------------------------- folders to search in ----------------------------------------
+def is_converted(folder: Path) -> bool:
+    """Tell whether data_utils.py has converted a folder."""
+    return read_json(folder / MANIFEST, {'made_by': lambda value: value == MADE_BY}) is not None
+
+
+def resolve_image_folder(images: Path, known: list[str]) -> tuple[str, str]:
+    """Return the folder that image paths are relative to, and the path of --images below it.
+
+    Args:
+        images: what --images names.
+        known: the folders of a data base.
+
+    Returns:
+        (a known folder, the path below it with `/` at its end) if --images lies below it, else (--images, '').
+
+    Raises:
+        UserError: if --images is not a folder, or holds a known folder, whose images would be added twice.
+    """
+    if not images.is_dir():
+        raise UserError(f'--images {images} is not a folder')
+    images = images.resolve()
+    for folder in known:
+        if images.is_relative_to(folder):
+            below = images.relative_to(folder).as_posix()
+            return folder, '' if below == '.' else f'{below}/'
+        if Path(folder).is_relative_to(images):
+            raise UserError(f'--images {images} holds {folder}, which is in the data base already; name the folders '
+                            'beside it, or make a new data base of the whole')
+    return str(images), ''
+
+
+def scan_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
+    """Find the image files below a folder.
+
+    Returns:
+        {path below the folder: (bytes, time of the last change in ns)} in the order of the paths, and a count of what
+        is left out: files of other suffixes, links to folders, links that lead out of the folder, names that a data
+        base cannot hold, and the copies that data_utils.py made of the images beside them.
+
+    Raises:
+        UserError: if a folder cannot be read.
+    """
+    images, left_out, top = {}, Counter(), folder.resolve()
+    for parent, subfolders, files in walk_visible(folder):
+        for name in ('uncropped', 'cropped') if is_converted(parent) else ():
+            if name in subfolders:
+                subfolders.remove(name)
+                left_out[f'copies in {name}/'] += len(os.listdir(parent / name))
+        left_out['links to folders'] += sum((parent / name).is_symlink() for name in subfolders)
+        for file in (parent / name for name in files):
+            path = file.relative_to(folder).as_posix()
+            if not is_image_name(file):
+                left_out[suffix_of(file)] += 1
+            elif not is_inside(path) or not path.isprintable():
+                left_out['names with strange letters'] += 1
+            elif file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(top):
+                left_out['links out of the folder'] += 1
+            else:
+                stamp = stamp_of(file) if file.exists() else (0, 0)  # a broken link: reported when it is embedded
+                images[path] = tuple(stamp)
+    return dict(sorted(images.items())), +left_out  # without zeros
+
+
+def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, str] | None:
+    """Return {path: class} as --labels says, without images that have none; None without the flag.
+
+    Args:
+        flag: `folder`, for the first folder of each path, or a CSV file with the columns path,label.
+        paths: the images below the folder.
+        folder: for the messages.
+
+    Raises:
+        UserError: if the CSV file cannot be read, or names none of the images.
+    """
+    if flag is None:
+        return None
+    if flag == 'folder':
+        return {path: normalize_label(path.split('/')[0]) for path in paths if '/' in path}
+    try:
+        rows = list(csv.DictReader(io.StringIO(Path(flag).read_text(encoding='utf-8-sig'))))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f'--labels {flag} is neither `folder` nor a readable CSV file ({error})') from None
+    if not rows or not {'path', 'label'} <= rows[0].keys():
+        raise UserError(f'--labels {flag} needs a header line with the columns path,label and one line per image')
+    listed = {row['path'] or '': normalize_label((row['label'] or '').strip()) for row in rows}
+    labels = {path: listed[path] for path in paths if listed.get(path)}
+    first = next(iter(listed))
+    if not labels:
+        raise UserError(f'--labels {flag} names no image below {folder}; its first path is {first!r}'
+                        f'{suggestion(first, list(paths)[:10000])}')
+    unused = [path for path in listed if path not in labels]
+    if unused:
+        print(f'{len(unused):,} lines of {flag} name no image of the folder, or no class, the first: {unused[0]}')
+    return labels

@@ -1,0 +1,1 @@
+"""Data bases of embedded images: made, measured, searched and drawn."""

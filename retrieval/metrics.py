@@ -1,0 +1,231 @@
+"""What Recall@K, MAP@R and R-precision are, by cosine or by Hamming distance of signs.
+
+    metrics = retrieval_metrics(features, labels, recalls=(1, 10, 100, 1000))  # each query among the others
+    metrics = retrieval_metrics(query_features, query_labels, gallery_features, gallery_labels, binary=True)
+
+A query is never its own neighbour, left out by its index; a negative tied with a positive stands half before it; a
+query without another image of its class is left out and counted. `plain_metrics` is the definition, written down as
+one would read it; `retrieval_metrics` gives the same numbers from the counts of engine/counting.py, which needs
+neither the memory nor the time of a product of everything with everything.
+"""
+import numpy as np
+import torch
+
+from common.errors import UserError
+from retrieval.counting import cosine_similarity, nearer_negatives
+from retrieval.nearest import best_similarities
+
+OPEN_SET_RATES = (0.01, 0.05)  # of queries whose class is absent, that may be answered
+NUMBERS_OF_QUERIES = ('queries', 'without_positive')  # among the metrics those that are no per cents
+
+
+# ---------------------------------------------------- the definition ------------------------------------------------
+def similarity_of(query: torch.Tensor, gallery: torch.Tensor, binary: bool = False) -> torch.Tensor:
+    """Return similarities (Q, G), float64, larger is nearer, of features (Q, D) and (G, D).
+
+    Cosines of unit rows, on a grid of 2^-33 so that equal rows tie wherever they stand; with `binary` the share of
+    equal bits of sign(features), a zero counting as +1.
+    """
+    if not binary:
+        return cosine_similarity(query, gallery)
+    signs = [torch.where(features >= 0, 1.0, -1.0) for features in (query, gallery)]
+    dim = query.shape[1]
+    return 1 - (dim - (signs[0] @ signs[1].T).double()) / 2 / dim
+
+
+def count_nearer(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    """Count for one query the negatives nearer than each positive, those tied with it as half.
+
+    Args:
+        scores: (G,) similarities to the images that it is searched in.
+        positive: (G,) bool, which of them are of its class.
+
+    Returns:
+        (R,) float64, for the positives in the order of their similarity, the nearest first.
+    """
+    own = scores[positive].sort(descending=True).values[:, None]
+    others = scores[~positive]
+    return (others > own).sum(1).double() + (others == own).sum(1).double() / 2
+
+
+def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Define what is averaged over the queries, from the negatives before their positives.
+
+    The j-th positive has rank_j = j + the negatives nearer than it. With R positives,
+    MAP@R = 1/R sum_{j: rank_j <= R} j / rank_j, and R-precision is the share of positives with rank_j <= R.
+
+    Args:
+        nearer: (Q, R) of `count_nearer`, in each row as many as the query has positives, then anything.
+        number: (Q,) of each query's positives, at least 1.
+
+    Returns:
+        {'nearer', 'MAP@R', 'R-precision'}: (Q,) float64 each, 'nearer' of the best positive.
+
+    Source: Musgrave et al., A Metric Learning Reality Check, ECCV 2020, arXiv 2003.08505, section 3.2 (MAP@R).
+    """
+    order = torch.arange(1, nearer.shape[1] + 1, device=nearer.device)
+    number = number[:, None].double()
+    rank = order + nearer
+    counts = (order <= number) & (rank <= number)
+    return {'nearer': nearer[:, 0], 'MAP@R': ((counts * order / rank).sum(1, keepdim=True) / number)[:, 0],
+            'R-precision': (counts.sum(1, keepdim=True) / number)[:, 0]}
+
+
+def average(scores: list[dict[str, torch.Tensor]], recalls: tuple[int, ...]) -> dict[str, float]:
+    """Average over all queries, in per cent; R@K is the share of queries with fewer than K negatives before the best
+    positive.
+    """
+    nearer = torch.cat([part['nearer'] for part in scores])
+    metrics = {f'R@{k}': 100 * (nearer < k).double().mean().item() for k in recalls}
+    for name in ('MAP@R', 'R-precision'):
+        metrics[name] = 100 * torch.cat([part[name] for part in scores]).mean().item()
+    return {**metrics, 'queries': len(nearer)}
+
+
+def plain_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
+                  gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                  recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
+    """Compute what `retrieval_metrics` does as it is defined: one query after the other, all similarities at once."""
+    itself = gallery_features is None
+    if itself:
+        gallery_features, gallery_labels = query_features, query_labels
+    similarity = similarity_of(query_features, gallery_features, binary)
+    scores = []
+    for query, label in enumerate(query_labels):
+        searched = torch.arange(len(gallery_labels)) != (query if itself else -1)
+        positive = gallery_labels[searched] == label
+        if positive.any():
+            nearer = count_nearer(similarity[query, searched], positive)
+            scores.append(score_queries(nearer[None], torch.tensor([len(nearer)])))
+    return {**average(scores, recalls), 'without_positive': len(query_labels) - len(scores)}
+
+
+# ---------------------------------------------------- the same, fast ------------------------------------------------
+def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit: bool) -> None:
+    """Refuse features (n, D) and labels (n,) of which no metric could be computed.
+
+    Args:
+        unit: the rows have to be of length 1 (to 1 %), since their products are to be cosines.
+
+    Raises:
+        UserError: with what was expected.
+    """
+    if features.ndim != 2 or not features.is_floating_point() or not features.numel():
+        raise UserError(f'{name} features are {tuple(features.shape)} of {features.dtype}; expected are (n, D) floats')
+    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
+        raise UserError(f'{name} labels are {tuple(labels.shape)} of {labels.dtype}; expected are ({len(features)},) '
+                        'of torch.int64')
+    lengths = torch.cat([torch.linalg.vector_norm(part, dim=1) for part in features.split(2**14)])
+    broken = int((~lengths.isfinite()).sum())
+    if broken:
+        raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
+                        'broken')
+    if unit and ((lengths - 1).abs() > 0.01).any():
+        raise UserError(f'the {name} features are no unit rows, so that their products are no cosines; normalise them')
+
+
+def to_tensor(values, kind: torch.dtype | None = None) -> torch.Tensor | None:
+    """Return a NumPy array, or what one can be made of, as a tensor, whole numbers as `kind`; a tensor as it is.
+
+    Raises:
+        UserError: if it holds no numbers.
+    """
+    if values is None or torch.is_tensor(values):
+        return values
+    values = np.asarray(values)
+    if values.dtype.kind not in 'iuf':
+        raise UserError(f'features and labels are arrays of numbers, not {values.shape} of {values.dtype}')
+    tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    return tensor.to(kind) if kind and values.dtype.kind in 'iu' else tensor
+
+
+def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
+                      gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                      recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
+    """Compute Recall@K, MAP@R and R-precision exactly; all processes that share the work have to call it.
+
+    The result does not depend on the order of the gallery. Tensors on any device, or NumPy arrays.
+
+    Args:
+        query_features: (Q, D) float32 or float64, unit rows.
+        query_labels: (Q,) int64; of an array any whole numbers.
+        gallery_features, gallery_labels: (G, D), (G,); None: the queries are searched in each other, each left out of
+            its own search by its index.
+        recalls: the values of K.
+        binary: compare sign(features) by Hamming distance instead of features by cosine.
+
+    Returns:
+        {'R@1': per cent, ..., 'MAP@R': per cent, 'R-precision': per cent, 'queries': number measured,
+        'without_positive': number left out}.
+
+    Raises:
+        UserError: if a K is larger than the gallery, features or labels cannot be used, or no query has a positive.
+    """
+    symmetric = gallery_features is None
+    query_features, gallery_features = to_tensor(query_features), to_tensor(gallery_features)
+    query_labels, gallery_labels = to_tensor(query_labels, torch.int64), to_tensor(gallery_labels, torch.int64)
+    check_features('query', query_features, query_labels, unit=not binary)
+    if not symmetric:
+        check_features('gallery', gallery_features, gallery_labels, unit=not binary)
+    searched = len(query_features) - 1 if symmetric else len(gallery_features)
+    if max(recalls) > searched:
+        raise UserError(f'R@{max(recalls)} asks for more than the {searched} images that a query is searched in; set '
+                        '--recalls to smaller numbers, as in --recalls 1,2')
+    scores = []
+    for nearer, number in nearer_negatives((query_features, query_labels),
+                                           None if symmetric else (gallery_features, gallery_labels), binary,
+                                           max(recalls)):
+        found = number > 0
+        scores.append(score_queries(nearer[found], number[found]))
+    metrics = average(scores, recalls)
+    if not metrics['queries']:
+        raise UserError('no query has another image of its class to find; a test class needs at least two images')
+    return {**metrics, 'without_positive': len(query_labels) - metrics['queries']}
+
+
+# ---------------------------------------------------- not in the collection ----------------------------------------
+def open_set_thresholds(positive: torch.Tensor, negative: torch.Tensor, rates: tuple[float, ...] = OPEN_SET_RATES
+                      ) -> list[dict[str, float]]:
+    """Find above which similarity an answer is to be trusted, when a query's class may be absent from what is searched.
+
+    Leave each class out of the searched images in turn: the nearest image of each of its queries q is then of another
+    class, at the similarity n_q of its best negative. An answer counts as given when its similarity is larger than a
+    threshold t. Of Q queries the share #{q: n_q > t} / Q is then answered, wrongly. The threshold of a rate r is the
+    smallest similarity at which that share is at most r:
+
+        t_r = n_(k), k = floor(r Q) + 1, of n_(1) >= n_(2) >= ... >= n_(Q).
+
+    Queries that tie with t_r are not answered, so that the share can be smaller than r, never larger. With all classes
+    there, a query whose best positive has the similarity p_q is answered rightly where p_q > n_q, and that answer is
+    kept where p_q > t_r. Thresholds are of a collection of this size: among more images the best negative is nearer.
+
+    Args:
+        positive, negative: p_q and n_q, (Q,) float64; p_q is -inf where a query has no positive.
+        rates: r in [0, 1).
+
+    Returns:
+        [{'rate': r, 'threshold': t_r, 'answered': that share, 'right': the share of queries with a positive and
+        p_q > n_q, 'kept': and p_q > t_r}, ...], shares in per cent.
+    """
+    descending = negative.sort(descending=True).values
+    found = positive > -torch.inf
+    right = found & (positive > negative)
+    rows = []
+    for rate in rates:
+        threshold = descending[min(int(rate * len(negative)), len(negative) - 1)]
+        shares = {'answered': (negative > threshold).double().mean(), 'right': right[found].double().mean(),
+                  'kept': (right & (positive > threshold))[found].double().mean()}
+        rows.append({'rate': rate, 'threshold': threshold.item(),
+                     **{name: 100 * share.item() for name, share in shares.items()}})
+    return rows
+
+
+def measure_open_set(query_features: torch.Tensor, query_labels: torch.Tensor,
+                   gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                   rates: tuple[float, ...] = OPEN_SET_RATES) -> list[dict[str, float]]:
+    """Return `open_set_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for one class alone."""
+    positive, negative = best_similarities(query_features, query_labels, gallery_features, gallery_labels)
+    measured = negative > -torch.inf
+    if not (measured & (positive > -torch.inf)).any():
+        return []
+    return open_set_thresholds(positive[measured], negative[measured], rates)

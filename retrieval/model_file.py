@@ -1,0 +1,75 @@
+"""Model files, `{run}_model.pth` and the folders that export.py writes: what they hold, and how to load them."""
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError, reason_of
+from common.files import LARGEST_FEATURE_DIM, LARGEST_SIDE, check_fields, is_folder_name, is_whole, load
+from model import EmbeddingNet, NetConfig
+
+# The settings of a run that are used after the training; model files and data bases hold them as `args`.
+SAVED_SETTINGS = {
+    'data_name': is_folder_name, 'crop_type': lambda value: value in ('uncropped', 'cropped'),
+    'batch_size': is_whole(1), 'resize_size': is_whole(0, LARGEST_SIDE),
+    'amp': lambda value: value in ('auto', 'on', 'off'),
+    'recalls': lambda value: len(value) > 0 and all(map(is_whole(1), value)) and list(value) == sorted(value)}
+MODEL_SCHEMA = {'config': dict, 'state_dict': dict, 'args': dict}
+
+
+def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet, dict]:
+    """Build the network of a `{run}_model.pth`, or of a folder of export.py; returns it and the file's contents."""
+    contents = load_model_file(path)
+    try:
+        model = EmbeddingNet(NetConfig(**contents['config']), 'none')
+        model.load_state_dict(contents['state_dict'])
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f'{path} does not fit its own description ({reason_of(error)}); it was damaged or made by '
+                        'another version') from None
+    return model.to(device, memory_format=torch.channels_last).eval(), contents
+
+
+def load_model_file(path: str | Path) -> dict:
+    """Load a `{run}_model.pth`, or a folder of export.py: {'config', 'state_dict', 'args', ...}.
+
+    Raises:
+        UserError: if the file is missing, corrupt, or not a model of this project.
+    """
+    contents = load_exported_folder(Path(path)) if Path(path).is_dir() else load(path, 'model', MODEL_SCHEMA)
+    check_fields(contents['args'], SAVED_SETTINGS, path, 'model')
+    check_fields(contents['config'], {'feature_dim': is_whole(0, LARGEST_FEATURE_DIM),
+                                      'image_size': is_whole(1, LARGEST_SIDE)}, path, 'model')
+    return contents
+
+
+def load_exported_folder(folder: Path) -> dict:
+    """Load config.json and model.safetensors of a folder as one dict; raises UserError as `load` does."""
+    if not (folder / 'config.json').is_file():
+        raise UserError(f'{folder} holds no config.json; name a model file, or a folder that export.py wrote')
+    try:
+        from safetensors.torch import load_file
+
+        contents = {**json.loads((folder / 'config.json').read_text(encoding='utf-8')),
+                    'state_dict': load_file(folder / 'model.safetensors')}
+    except ImportError:
+        raise UserError(f'{folder} holds a model as safetensors; to read it: pip install safetensors') from None
+    except Exception as error:  # safetensors has errors of its own, and a damaged JSON file raises several
+        raise UserError(f'{folder} cannot be read as a model ({reason_of(error)})') from None
+    check_fields(contents, MODEL_SCHEMA, folder, 'model')
+    return contents
+
+
+def model_contents(model: EmbeddingNet, origin: dict) -> dict:
+    """Return what a model file holds: the architecture, the weights, and how they were made (`args` and more)."""
+    return {'config': asdict(model.config), 'state_dict': model.state_dict(), **origin}
+
+
+def model_fingerprint(contents: dict) -> str:
+    """Return a hexadecimal hash of a model file's contents, equal for two models of equal architecture and weights."""
+    digest = hashlib.sha256(json.dumps(contents['config'], sort_keys=True).encode())
+    for name, value in sorted(contents['state_dict'].items()):
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

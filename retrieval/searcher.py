@@ -1,0 +1,145 @@
+"""Search in a collection for many clients at once: requests that arrive together share a batch. Used by serve.py."""
+import asyncio
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from common.distributed import use_amp
+from common.errors import Unreachable, UserError
+from common.images import load_image
+from imagedata.loading import make_transform
+from model import EmbeddingNet
+from retrieval.collection import SearchableImages
+from retrieval.database import load_model_of, open_data_base, open_set_threshold
+from retrieval.embedding import embed_batch
+from retrieval.qdrant import open_qdrant
+
+MAX_BATCH = 16  # requests that are answered together
+
+
+class RequestError(Exception):
+    """A mistake of a client: a status 4xx and a one-line message."""
+
+    def __init__(self, status: int, message: str):
+        self.status, self.message = status, message
+        super().__init__(message)
+
+
+class Query(NamedTuple):
+    """What to search for: the pixels of an image that is embedded first, or a feature."""
+
+    image: torch.Tensor | None  # uint8 (3, side, side)
+    feature: torch.Tensor | None  # (D,)
+    k: int  # number of neighbours
+    binary: bool  # by Hamming distance
+
+
+class Searcher:
+    """Answers queries to a collection in batches, with the model that embeds for it.
+
+    Args:
+        collection: what is searched, of retrieval.collection or retrieval.qdrant.
+        model: None if there is none; then queries must be features of the collection.
+        threshold: similarity up to which the nearest image is probably of another class, or None.
+        device: of the model.
+    """
+
+    def __init__(self, collection, model: EmbeddingNet | None, threshold: float | None, device: torch.device):
+        self.collection, self.model, self.threshold, self.device = collection, model, threshold, device
+        if model is not None:
+            settings = collection.origin['args']
+            self.amp = use_amp(settings['amp'], device)
+            self.transform = make_transform(False, model.config.image_size, settings['resize_size'],
+                                            model.interpolation)
+        self.batch_thread = ThreadPoolExecutor(1)
+        self.decoder_threads = ThreadPoolExecutor(os.cpu_count() or 1)  # limits the decoded images in memory
+        self.queue = None  # asyncio.Queue of (query, future), created in the event loop of the first query
+        self.batch_task = None
+
+    async def decode(self, data: bytes) -> torch.Tensor:
+        """Decode an image file to the pixels that the model expects; raises BrokenImage."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self.decoder_threads, lambda: self.transform(load_image(io.BytesIO(data))))
+
+    async def search(self, query: Query) -> list[tuple[int, float]]:
+        """Return the nearest images [(index, similarity), ...] of a query."""
+        if self.batch_task is None:
+            self.queue = asyncio.Queue()
+            self.batch_task = asyncio.create_task(self.answer_forever())
+        future = asyncio.get_running_loop().create_future()
+        self.queue.put_nowait((query, future))
+        return await future
+
+    async def answer_forever(self) -> None:
+        """Answer the queue, one batch at a time."""
+        while True:
+            batch = [await self.queue.get()]
+            while len(batch) < MAX_BATCH and not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+            queries = [query for query, _ in batch]
+            try:
+                answers = await asyncio.get_running_loop().run_in_executor(self.batch_thread, self.answer, queries)
+            except Exception as error:  # the requests of this batch report it; later ones are still answered
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(as_response_error(error))
+                continue
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():  # the client may have disconnected
+                    future.set_result(answer)
+
+    def answer(self, queries: list[Query]) -> list[list[tuple[int, float]]]:
+        """Return the nearest images of each query of a batch."""
+        features = [query.feature for query in queries]
+        to_embed = [index for index, query in enumerate(queries) if query.image is not None]
+        if to_embed:
+            embeddings = self.embed([queries[index].image for index in to_embed])
+            for index, embedding in zip(to_embed, embeddings, strict=True):
+                features[index] = embedding
+        answers = [None] * len(queries)
+        for binary in {query.binary for query in queries}:
+            indices = [index for index, query in enumerate(queries) if query.binary == binary]
+            largest_k = max(queries[index].k for index in indices)
+            neighbours = self.collection.search(torch.stack([features[index] for index in indices]), largest_k, binary)
+            for index, row in zip(indices, neighbours, strict=True):
+                answers[index] = row[:queries[index].k]
+        return answers
+
+    @torch.inference_mode()
+    def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Embed uint8 images (3, side, side); returns (N, D) float32 on the CPU."""
+        return embed_batch(self.model, torch.stack(images), self.device, self.amp).cpu()
+
+
+def as_response_error(error: Exception) -> Exception:
+    """Return the exception that a request raises for an error in its batch: each one needs its own object."""
+    if isinstance(error, Unreachable):
+        return Unreachable(str(error))
+    if isinstance(error, UserError):
+        return RequestError(422, str(error))
+    return RuntimeError(f'the search failed: {error}')
+
+
+def open_searcher(data_base: str, results_dir: str, data_path: str, device: torch.device) -> Searcher:
+    """Open a data base of a run or of embed.py with the model beside it, if there is one.
+
+    Args:
+        data_base: file, or its name in results_dir.
+        data_path: the folder that holds the data set of a run.
+    """
+    opened = open_data_base(data_base, results_dir, data_path)
+    model = None
+    if opened.files.model.is_file():
+        model, _ = load_model_of(opened, device)
+    else:
+        print(f'there is no model {opened.files.model}: only images of the data base can be searched for')
+    return Searcher(SearchableImages.of_run(opened), model, open_set_threshold(opened.data_base.origin), device)
+
+
+def open_qdrant_searcher(location: str, name: str, model_file: str | None, device: torch.device) -> Searcher:
+    """Open a Qdrant collection with the model that embedded it, or without a model."""
+    collection, model = open_qdrant(location, name, model_file, device)
+    return Searcher(collection, model, open_set_threshold(collection.origin), device)

@@ -1,0 +1,288 @@
+"""Folders of your own photographs: class splits that stay, renamed classes, odd names, and what is left out."""
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import pytest
+from raw_trees import make_own, make_own_split, write_image
+
+from common.errors import UserError
+from common.files import stamp_of
+from imagedata.folders import (
+    choose_class_split,
+    file_stem,
+    is_converted,
+    list_folder,
+    read_folder,
+    read_labels,
+    resolve_image_folder,
+    scan_images,
+    split_classes,
+)
+
+
+def num_test(sides):
+    return list(sides.values()).count('test')
+
+
+# ---------------------------------------------------- class split --------------------------------------------------
+def test_a_class_keeps_its_side_when_others_come():
+    before = split_classes(list('abcdefghij'), {}, 0.3, 0)
+    assert num_test(before) == 3
+    after = split_classes(list('abcdefghijklmnopqrst'), before, 0.3, 0)
+    assert {label: after[label] for label in before} == before
+    assert num_test(after) == 6  # the share of test classes holds
+
+
+def test_a_class_that_goes_and_comes_back_keeps_its_side():
+    before = split_classes(list('abcdef'), {}, 0.5, 0)
+    gone = next(label for label, side in before.items() if side == 'test')
+    without = split_classes([label for label in 'abcdef' if label != gone], before, 0.5, 0)
+    assert split_classes(list('abcdef'), without, 0.5, 0) == before
+
+
+def test_new_classes_are_split_by_their_name_and_the_seed_alone():
+    earlier = split_classes(list('abcdefghij'), {}, 0.3, 0)
+    new = list('klmnopqrstuvwxyz')
+    forwards = split_classes([*new, *earlier], earlier, 0.3, 0)
+    backwards = split_classes([*new[::-1], *earlier], earlier, 0.3, 0)
+    assert forwards == backwards
+    assert num_test(forwards) == round(0.3 * 26)
+    assert split_classes(new, {}, 0.3, 0) != split_classes(new, {}, 0.3, 1)
+
+
+def test_the_split_of_given_names_and_seed_is_the_same_on_every_machine():
+    sides = split_classes(list('abcdefghij'), {}, 0.3, 0)
+    assert {label for label, side in sides.items() if side == 'test'} == {'e', 'g', 'i'}
+
+
+@pytest.mark.parametrize(('ratio', 'expected'), [(0.001, 1), (0.999, 3)])
+def test_no_side_is_left_empty(ratio, expected):
+    assert num_test(split_classes(list('abcd'), {}, ratio, 0)) == expected
+
+
+def test_ratio_and_seed_are_remembered(tmp_path):
+    first = choose_class_split(tmp_path, list('abcdefgh'), {}, 0.25, 7)
+    again = choose_class_split(tmp_path, list('abcdefgh'), first, None, None)
+    assert (first['ratio'], first['seed']) == (0.25, 7)
+    assert first == again
+    default = choose_class_split(tmp_path, list('abcdefgh'), {}, None, None)
+    assert (default['ratio'], default['seed']) == (0.5, 0)
+
+
+@pytest.mark.parametrize(('flag', 'ratio', 'seed'), [('--test_ratio 0.5', 0.5, None), ('--seed 5', None, 5)])
+def test_another_ratio_or_seed_is_refused(tmp_path, flag, ratio, seed):
+    earlier = choose_class_split(tmp_path, list('abcd'), {}, 0.3, None)
+    with pytest.raises(UserError, match=f'{flag}: .* were split with --(test_ratio 0.3|seed 0); .* --resplit'):
+        choose_class_split(tmp_path, list('abcd'), earlier, ratio, seed)
+
+
+@pytest.mark.parametrize('ratio', [0.0, 1.0, -1.0, float('nan')])
+def test_a_ratio_that_splits_nothing_is_refused(tmp_path, ratio):
+    with pytest.raises(UserError, match='--test_ratio .* must lie between 0 and 1'):
+        choose_class_split(tmp_path, ['a', 'b'], {}, ratio, None)
+
+
+# ---------------------------------------------------- folders to train on ------------------------------------------
+def test_a_folder_per_class_is_split_by_class(tmp_path):
+    root = make_own(tmp_path, 'abcdef', images=3)
+    (root / 'a/.DS_Store').touch()
+    shutil.copytree(root / 'a', root / 'uncropped')  # what a conversion writes is no class
+    folder = read_folder(root, 0.33)
+    assert [len({image.label for image in folder.images if image.subset == subset}) for subset in ('train', 'test')] \
+        == [4, 2]
+    assert folder.class_names == {label: label for label in 'abcdef'}
+    assert folder.images[0] == ('a/0.jpg', folder.class_split['sides']['a'], 'a', 'a_0', None)
+    assert not folder.left_out
+
+
+@pytest.mark.parametrize('subsets', [('train', 'test'), ('train', 'query', 'gallery'), ('Train', 'TEST')])
+def test_folders_of_subsets_are_taken_as_they_are(tmp_path, subsets):
+    root = make_own_split(tmp_path, dict.fromkeys(subsets, 'ab'))
+    folder = read_folder(root)
+    assert [image.source for image in folder.images] == [
+        f'{subset}/{label}/{number}.jpg' for subset in subsets for label in 'ab' for number in range(2)]
+    assert {image.subset for image in folder.images} == {subset.lower() for subset in subsets}
+    assert folder.class_split == {}
+
+
+def test_some_subsets_without_the_others_are_refused(tmp_path):
+    root = make_own_split(tmp_path, {'train': 'ab', 'query': 'c'})
+    with pytest.raises(UserError, match='holds train and query; it needs train and test, or train, query and gallery'):
+        read_folder(root)
+
+
+@pytest.mark.parametrize(('words', 'flag'), [({'ratio': 0.3}, '--test_ratio 0.3'), ({'seed': 3}, '--seed 3')])
+def test_a_folder_that_is_split_takes_no_ratio_or_seed(tmp_path, words, flag):
+    root = make_own_split(tmp_path, {'train': 'a', 'test': 'b'})
+    with pytest.raises(UserError, match=f'{flag} has no effect: .* is split into train and test already'):
+        read_folder(root, **words)
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_one_class(tmp_path):
+    for number, form in enumerate(('NFC', 'NFD')):
+        write_image(tmp_path / unicodedata.normalize(form, 'Käfer') / f'{number}.jpg', 9, number)
+    assert list(read_folder(tmp_path).class_names) == [unicodedata.normalize('NFC', 'Käfer')]
+
+
+def test_a_renamed_class_keeps_its_side(tmp_path):
+    root = make_own(tmp_path)
+    before = read_folder(root)
+    known = {(Path(image.source).name, *stamp_of(root / image.source)): image.label for image in before.images}
+    for label in 'abc':
+        (root / label).rename(root / f'{label}_new')
+    after = read_folder(root, earlier=before.class_split, known=known)
+    sides = before.class_split['sides']
+    assert after.renamed == {f'{label}_new': label for label in 'abc'}
+    assert {label: after.class_split['sides'][f'{label}_new'] for label in 'abc'} == \
+        {label: sides[label] for label in 'abc'}
+
+
+def test_a_copy_of_a_class_that_is_still_there_is_a_new_class(tmp_path):
+    root = make_own(tmp_path)
+    before = read_folder(root)
+    known = {(Path(image.source).name, *stamp_of(root / image.source)): image.label for image in before.images}
+    shutil.copytree(root / 'a', root / 'copy')
+    assert read_folder(root, earlier=before.class_split, known=known).renamed == {}
+
+
+def test_long_names_are_shortened_and_told_apart():
+    stems = [file_stem(Path('ü' * 120, 'f' * 100, f'{end}.jpg')) for end in 'xy']
+    assert len(set(stems)) == 2
+    assert all(len(stem.encode()) <= 200 for stem in stems)
+
+
+def test_a_file_stem_is_one_printable_word():
+    assert file_stem(Path('a\\b/c\x07/d.jpg')) == 'a_b_c__d'
+    assert file_stem(Path(unicodedata.normalize('NFD', 'Köln/1.png'))) == 'Köln_1'
+
+
+# ---------------------------------------------------- what is left out ---------------------------------------------
+def test_what_lies_beside_the_class_folders_is_counted(tmp_path):
+    root = make_own(tmp_path)
+    write_image(root / 'loose.jpg', 1, 1)
+    (root / 'a/album').symlink_to(root / 'b')
+    (root / 'empty').mkdir()
+    (root / 'b/notes.TXT').touch()
+    folder = read_folder(root)
+    assert folder.left_out == {'images beside the class folders': 1, 'links that are not followed': 1, '.txt': 1}
+    assert folder.empty == ['empty']
+
+
+def test_what_lies_beside_the_folders_of_a_split_is_counted(tmp_path):
+    root = make_own_split(tmp_path, {'train': 'ab', 'Test': 'cd', 'val': 'ef'})
+    write_image(root / 'train/loose.jpg', 1, 1)
+    folder = read_folder(root)
+    assert folder.left_out == {'images beside the class folders': 1, 'images in val/': 4}
+    assert len(folder.images) == 8
+
+
+def test_images_without_class_folders_are_refused(tmp_path):
+    write_image(tmp_path / 'one.jpg', 1, 1)
+    with pytest.raises(UserError, match='holds 1 images, but no folder for each class'):
+        read_folder(tmp_path)
+
+
+def test_links_to_images_are_followed(tmp_path):
+    write_image(tmp_path / 'store/x.jpg', 1, 1)
+    (tmp_path / 'mine/a').mkdir(parents=True)
+    (tmp_path / 'mine/a/1.jpg').symlink_to('../../store/x.jpg')
+    (tmp_path / 'mine/a/2.jpg').symlink_to('../../store/gone.jpg')
+    images, left_out = list_folder(tmp_path / 'mine/a')
+    assert [path.name for path in images] == ['1.jpg']
+    assert left_out == {'links that are not followed': 1}
+
+
+@pytest.mark.parametrize('refused', ['listing', 'entering'])
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, refused):
+    root = make_own(tmp_path, 'a')
+    write_image(root / 'a/album/0.jpg', 1, 1)
+    assert len(list_folder(root / 'a')[0]) == 3
+    scandir, access = os.scandir, os.access  # permissions do not bind the user root, so the calls are replaced
+
+    def refuse_listing(folder):
+        if str(folder).endswith('album'):
+            raise PermissionError(13, 'Permission denied', str(folder))
+        return scandir(folder)
+
+    if refused == 'listing':
+        monkeypatch.setattr(os, 'scandir', refuse_listing)
+    else:
+        monkeypatch.setattr(os, 'access', lambda path, mode: not str(path).endswith('album') and access(path, mode))
+    for read in (list_folder, scan_images):
+        with pytest.raises(UserError, match='album cannot be read .*; give yourself permission'):
+            read(root / 'a')
+
+
+def test_a_suffix_that_is_not_utf8_is_counted_and_can_be_printed(tmp_path):
+    root = make_own(tmp_path, 'a')
+    (root / 'a/notes.t\udce4t').touch()
+    for _, left_out in (list_folder(root / 'a'), scan_images(root)):
+        assert left_out == {'.t\\udce4t': 1}
+        assert ' '.join(left_out).encode()
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_named(tmp_path):
+    root = make_own(tmp_path, 'ab')
+    (root / 'a').rename(root / 'caf\udce9')
+    with pytest.raises(UserError, match='is not UTF-8; rename it'):
+        read_folder(root)
+
+
+# ---------------------------------------------------- folders to search in -----------------------------------------
+def test_images_of_any_folder_are_listed_by_path_with_size_and_time(tmp_path):
+    for name in ('b/2.jpg', 'b/1.JPG', 'a.jpg', '.hidden/3.jpg'):
+        write_image(tmp_path / name, 1, 1)
+    (tmp_path / 'notes').touch()
+    (tmp_path / 'odd\x07.jpg').touch()
+    (tmp_path / 'away.jpg').symlink_to('/etc/hostname')
+    (tmp_path / 'folder').symlink_to(tmp_path / 'b')
+    (tmp_path / 'gone.jpg').symlink_to('nothing.jpg')
+    (tmp_path / 'loop.jpg').symlink_to('loop.jpg')
+    images, left_out = scan_images(tmp_path)
+    assert list(images) == ['a.jpg', 'b/1.JPG', 'b/2.jpg', 'gone.jpg', 'loop.jpg']
+    assert images['a.jpg'] == tuple(stamp_of(tmp_path / 'a.jpg'))
+    assert images['gone.jpg'] == images['loop.jpg'] == (0, 0)
+    assert left_out == {'without ending': 1, 'names with strange letters': 1, 'links out of the folder': 1,
+                        'links to folders': 1}
+
+
+def test_the_copies_of_a_conversion_are_left_out(tmp_path):
+    write_image(tmp_path / 'mine/uncropped/1.jpg', 1, 1)
+    assert len(scan_images(tmp_path)[0]) == 1
+    (tmp_path / 'mine/conversion.json').write_text('{"made_by": "data_utils.py"}')
+    assert is_converted(tmp_path / 'mine')
+    assert scan_images(tmp_path) == ({}, {'copies in uncropped/': 1, '.json': 1})
+
+
+def test_a_folder_below_a_known_one_is_named_from_there(tmp_path):
+    (tmp_path / 'photos/new').mkdir(parents=True)
+    photos = str(tmp_path / 'photos')
+    assert resolve_image_folder(tmp_path / 'photos', []) == (photos, '')
+    assert resolve_image_folder(tmp_path / 'photos', [photos]) == (photos, '')
+    assert resolve_image_folder(tmp_path / 'photos/new', [photos]) == (photos, 'new/')
+    with pytest.raises(UserError, match='is in the data base already'):
+        resolve_image_folder(tmp_path, [photos])
+    with pytest.raises(UserError, match='is not a folder'):
+        resolve_image_folder(tmp_path / 'no', [])
+
+
+def test_labels_come_from_the_first_folder_or_from_a_csv(tmp_path, capsys):
+    paths = ['ara/0.jpg', 'ara/old/1.jpg', 'x.jpg']
+    assert read_labels(None, paths, '/photos') is None
+    assert read_labels('folder', paths, '/photos') == {'ara/0.jpg': 'ara', 'ara/old/1.jpg': 'ara'}
+    (tmp_path / 'l.csv').write_text('path,label\nx.jpg,"parrot, red"\nno.jpg,x\nara/0.jpg,\n')
+    assert read_labels(str(tmp_path / 'l.csv'), paths, '/photos') == {'x.jpg': 'parrot, red'}
+    assert '2 lines of' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('a,b\n1,2\n', 'needs a header line with the columns path,label'), ('', 'needs a header line'),
+    ('path,label\nX.jpg,a\n', "names no image below /photos; its first path is 'X.jpg'; did you mean 'x.jpg'"),
+    (None, 'is neither `folder` nor a readable CSV file')])
+def test_labels_that_cannot_be_used_are_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / 'l.csv').write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labels(str(tmp_path / 'l.csv'), ['x.jpg'], '/photos')

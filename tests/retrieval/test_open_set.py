@@ -1,0 +1,101 @@
+"""From which similarity on an answer is to be trusted: as it is defined, by loops."""
+import math
+
+import pytest
+import torch
+from conftest import type_command
+from faults import TINY, train
+from test_report import RUN, make_shop
+
+from common.files import load, save
+from retrieval.database import load_data_base, open_set_threshold
+from retrieval.metrics import OPEN_SET_RATES, measure_open_set, open_set_thresholds, similarity_of
+from retrieval.nearest import best_similarities
+
+
+def make_features(count: int, dim: int, seed: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def leave_out_each_class(features, labels, gallery, gallery_labels, rate):
+    """Search for each query among the images without its class; then among all, with loops in float64."""
+    itself, answers, right, positives = gallery is None, [], [], []
+    if itself:
+        gallery, gallery_labels = features, labels
+    for query, label in enumerate(labels.tolist()):
+        similarity = similarity_of(features[query][None], gallery)[0].tolist()
+        others = [value for image, value in enumerate(similarity) if gallery_labels[image] != label]
+        own = [value for image, value in enumerate(similarity) if gallery_labels[image] == label
+               and not (itself and image == query)]
+        answers.append(max(others))
+        positives.append(max(own) if own else None)
+        right.append(bool(own) and max(own) > max(others))
+    threshold = min(value for value in answers if sum(answer > value for answer in answers) <= rate * len(answers))
+    found = [query for query, value in enumerate(positives) if value is not None]
+    return {'rate': rate, 'threshold': threshold,
+            'answered': 100 * sum(answer > threshold for answer in answers) / len(answers),
+            'right': 100 * sum(right[query] for query in found) / len(found),
+            'kept': 100 * sum(right[query] and positives[query] > threshold for query in found) / len(found)}
+
+
+@pytest.mark.parametrize('pass_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('gallery', [False, True])
+def test_the_threshold_is_that_of_leaving_each_class_out_in_turn(gallery, pass_dtype, monkeypatch):
+    monkeypatch.setattr('engine.counting.bfloat16_is_fast', lambda device: pass_dtype == 'bfloat16')
+    monkeypatch.setattr('engine.nearest.TILE_SIDE', {'cpu': 32})
+    labels = torch.arange(101) % 12
+    labels[-1] = 12  # without another image
+    features = torch.nn.functional.normalize(make_features(101, 9, 0) + 1.5 * make_features(13, 9, 1)[labels], dim=1)
+    features[40], features[50] = features[41], features[20]  # ties, of one class and of two
+    others = (features[:60].roll(1, 1), labels[:60]) if gallery else (None, None)
+    found = measure_open_set(features, labels, *others, rates=(0.0, 0.01, 0.05, 0.3, 0.999))
+    for row in found:
+        assert row == pytest.approx(leave_out_each_class(features, labels, *others, row['rate']), abs=1e-12)
+    assert [row['rate'] for row in measure_open_set(features, labels, *others)] == list(OPEN_SET_RATES)
+
+
+def test_queries_that_tie_with_the_threshold_are_not_answered():
+    negative = torch.tensor([0.9, 0.8, 0.8, 0.8, 0.5], dtype=torch.float64)
+    positive = torch.tensor([0.95, 0.8, 0.85, -math.inf, 0.7], dtype=torch.float64)
+    row = open_set_thresholds(positive, negative, (0.4,))[0]  # two of five may be answered, but three tie for it
+    assert row == {'rate': 0.4, 'threshold': 0.8, 'answered': 20.0, 'right': 75.0, 'kept': 50.0}
+    assert open_set_thresholds(positive, negative, (0.0,))[0]['answered'] == 0
+
+
+def test_a_class_alone_has_no_threshold():
+    features = make_features(5, 3, 0)
+    positive, negative = best_similarities(features, torch.zeros(5, dtype=torch.int64))
+    assert negative.tolist() == [-math.inf] * 5
+    assert (positive > -1).all()
+    assert measure_open_set(features, torch.zeros(5, dtype=torch.int64)) == []
+
+
+def test_evaluate_prints_it_and_a_run_carries_it_in_its_data_base_and_its_model(raw_sets, tmp_path):
+    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
+                           '--results_dir', tmp_path), tmp_path / 'log')
+    assert code == 0, printed
+    file = next(tmp_path.glob('*_data_base.pth'))
+    data_base = load_data_base(file)
+    expected = measure_open_set(*data_base.tensors())
+    assert data_base.origin['absent'] == expected == load(next(tmp_path.glob('*_model.pth')), 'model')['absent']
+    result = type_command('evaluate.py', '--data_base', file)
+    assert result.returncode == 0, result.stderr
+    for row in expected:
+        assert (f'class absent: {100 * row["rate"]:g} % answered above similarity {row["threshold"]:.4f}, which keeps '
+                f'{row["kept"]:.1f} of {row["right"]:.1f} % right answers') in result.stdout
+
+
+@pytest.mark.parametrize(('threshold', 'mark'), [(0.99999, True), (-0.5, False)])
+def test_an_answer_below_the_threshold_is_marked(tmp_path, threshold, mark):
+    file = make_shop(tmp_path)
+    save({**torch.load(file, weights_only=True), 'absent': [{'rate': 0.05, 'threshold': threshold}]}, file)
+    result = type_command('test.py', '--data_base', f'{RUN}_data_base.pth', '--data_path', tmp_path, '--results_dir',
+                          tmp_path / 'results', '--query_img_name', '003.jpg', '--retrieval_num', 3)
+    assert result.returncode == 0, result.stderr
+    assert ('003.jpg (Ara & Co): probably not in the collection' in result.stdout) == mark
+
+
+@pytest.mark.parametrize('absent', [None, 3, {'rate': 0.05}, [3], [{'rate': 0.05, 'threshold': '1'}], [{'rate': 0.01}]])
+def test_a_data_base_of_a_stranger_may_say_anything_of_it(absent):
+    assert open_set_threshold({'absent': absent}) is None
+    assert open_set_threshold({'absent': [{'rate': 0.05, 'threshold': 0.25}]}) == 0.25

@@ -1,0 +1,101 @@
+"""The pages of results say what the committed statistics say."""
+import re
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import plot
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@cache
+def page() -> str:
+    return (REPOSITORY / 'docs/results.md').read_text(encoding='utf-8')
+
+
+@cache
+def prose() -> str:
+    """Return the page in one line."""
+    return ' '.join(page().split())
+
+
+@cache
+def last_epochs(table: str) -> pd.DataFrame:
+    """Return the last epoch of each committed run of a table, indexed by its remark and seed."""
+    rows = pd.read_csv(REPOSITORY / f'results/grid/{table}.csv').groupby('args.run').tail(1)
+    return rows.set_index(['args.remark', 'args.seed']).sort_index()
+
+
+def mean(table: str, name: str, metric: str) -> float:
+    return last_epochs(table).loc[name, metric].mean()
+
+
+def gains(better: tuple[str, str], worse: tuple[str, str], metric: str) -> list[float]:
+    """Return how far (table, name) is above another with the seeds 1 to 3, in points."""
+    one, other = (last_epochs(table).loc[name, metric] for table, name in (better, worse))
+    return [round(one[seed] - other[seed], 1) for seed in (1, 2, 3)]
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_files(tmp_path, call_script, monkeypatch):
+    commands = re.findall(r'```bash\npython plot\.py (--table [^\n]*)\n```\n\n(\|.*?)\n\n', page(), flags=re.S)
+    monkeypatch.setattr(plot, 'draw_table', lambda cells, metrics, epoch, target: target)  # takes half a second
+    monkeypatch.chdir(REPOSITORY)
+    for index, (words, table) in enumerate(commands):
+        printed = call_script(plot, *words.split(), '--output', tmp_path / f'{index}.png')
+        assert table == printed.rsplit('\n', 2)[0].strip(), words
+    assert len(commands) == page().count('python plot.py --table')
+    assert {words.split()[1] for words, _ in commands} == {
+        f'results/grid/{path.name}' for path in (REPOSITORY / 'results/grid').glob('*.csv')}
+
+
+def test_the_readme_says_how_good_the_recipes_are():
+    readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
+    expected = [f'{mean(table, name, "dense_R@1"):.1f}' for table, name in (
+        ('own', 'whitened_mirror'), ('long', 'whitened_mirror'), ('own', 'positive_proxy'), ('long', 'proxy_anchor'))]
+    assert any(re.findall(r'\b\d\d\.\d\b', paragraph) == expected
+               for paragraph in readme.split('\n\n') if '`--recipe whitened_mirror`' in paragraph)
+
+
+@pytest.mark.parametrize(('table', 'name', 'best', 'words'), [
+    ('own', 'whitened_mirror', 'positive_proxy', '{} points above the best of the five, and {} in'),
+    ('own', 'whitened_margin', 'positive_proxy', '`whitened_margin` {} and {}'),
+    ('own', 'whitened_start', 'positive_proxy', '`whitened_start` {} and {}, the intervals apart'),
+    ('long', 'whitened_mirror', 'proxy_anchor', '{} points above it, and {} in binary codes'),
+    ('long', 'whitened_start', 'proxy_anchor', '`whitened_start` {} and {}:')])
+def test_the_page_says_how_far_a_recipe_is_above_the_best_of_the_five(table, name, best, words):
+    differences = [f'{mean(table, name, metric) - mean(table, best, metric):.1f}'
+                   for metric in ('dense_R@1', 'binary_R@1')]
+    assert words.format(*differences) in prose()
+
+
+@pytest.mark.parametrize(('metric', 'words'), [('val_dense_R@1', ' points of dense R@1'),
+                                               ('val_binary_R@1', ' in binary codes')])
+def test_the_page_says_how_far_whitened_margin_is_above_whitened_start(metric, words):
+    first, second, third = gains(('margin', 'whitened_margin'), ('ablation', 'whitened_start'), metric)
+    assert f'{first}, {second} and {third}{words}' in prose()
+
+
+@pytest.mark.parametrize(('metric', 'better', 'worse', 'words'), [
+    ('dense', 'whitened_margin', 'without-large-crops', 'large crops account for {} to {} points of dense R@1'),
+    ('dense', 'whitened_margin', 'without-batches-of-32', 'the batches of 32 for {} to {},'),
+    ('dense', 'whitened_margin', 'without-margin', 'the margin for {} to {},'),
+    ('binary', 'without-margin', 'whitened_margin', 'and it costs {} to {} in binary codes'),
+    ('dense', 'with-colors', 'whitened_margin', 'Colours change dense R@1 by {} to {} points'),
+    ('binary', 'with-colors', 'whitened_margin', 'and binary codes by {} to {}.')])
+def test_the_page_says_what_each_part_of_whitened_margin_brings(metric, better, worse, words):
+    low, *_, high = sorted(gains(('margin', better), ('margin', worse), f'val_{metric}_R@1'))
+    assert words.format(low, high) in prose()
+
+
+@pytest.mark.parametrize(('row', 'words'), [
+    ('without-whitening', 'above itself without whitening'), ('without-means', 'without the means'),
+    ('without-both', 'without both'), ('without-small-batches', 'in batches of 120'),
+    ('without-rate-and-schedule', 'at a rate of 1e-4 halved every 3 epochs'),
+    ('positive_proxy', 'above `positive_proxy`'), ('with-gem', 'more on these cars')])
+def test_the_page_says_what_each_part_of_whitened_start_brings(row, words):
+    better, worse = ('with-gem', 'whitened_start') if row == 'with-gem' else ('whitened_start', row)
+    low, *_, high = sorted(gains(('ablation', better), ('ablation', worse), 'val_dense_R@1'))
+    assert re.search(rf'{low} to {high} (points (of dense R@1 )?)?{re.escape(words)}', prose())

@@ -1,0 +1,67 @@
+"""The statistics of a run, {run}_statistics.csv: written after each epoch, with the settings and how it was made.
+
+torch and pandas are imported where they are used, so that a command line is read at once.
+"""
+import platform
+import subprocess
+from pathlib import Path
+
+from common.distributed import world_size
+from common.errors import UserError, reason_of
+from common.files import write_atomically
+from common.results import RunFiles
+
+
+def provenance(device) -> dict:
+    """Return what a file should say of the code and the machine that made it: commit, versions, device, processes."""
+    import torch
+    import torchvision
+
+    def git(*words: str) -> str | None:
+        try:
+            result = subprocess.run(['git', '-C', str(Path(__file__).parent), *words], capture_output=True, text=True,
+                                    check=True)
+        except (OSError, subprocess.CalledProcessError):  # no git, or the code came without its history
+            return None
+        return result.stdout.strip()
+
+    changes = git('status', '--porcelain', '--untracked-files=no')
+    return {'commit': git('rev-parse', 'HEAD') or 'unknown', 'changed_since': 'unknown' if changes is None else
+            'yes' if changes else 'no', 'python': platform.python_version(), 'torch': str(torch.__version__),
+            'torchvision': str(torchvision.__version__), 'processes': world_size(),
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}
+
+
+def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dict | None = None) -> None:
+    """Save a run's statistics as CSV, a row an epoch.
+
+    Behind what was measured stand a column `args.NAME` per setting and `made.NAME` per part of `provenance`.
+    """
+    import pandas as pd
+
+    plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
+             for name, value in settings.items()} | {f'made.{name}': value for name, value in (made_with or {}).items()}
+    table = pd.DataFrame([{**row, **plain} for row in rows])
+    write_atomically(path, lambda file: table.to_csv(file, index=False))
+
+
+def read_statistics(path: str | Path):
+    """Read the statistics of a run: a DataFrame with a row an epoch.
+
+    Raises:
+        UserError: if the file is missing, empty, or no statistics file.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'there is no statistics file {path}; train.py writes them as '
+                        f'RUN_{RunFiles.ENDINGS["statistics"]}')
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:  # of pandas, for an empty or ragged file, or one that is no text
+        raise UserError(f'{path} is no statistics file ({reason_of(error)})') from None
+    if 'epoch' not in table or not len(table) or not pd.api.types.is_numeric_dtype(table['epoch']) or \
+            not table['epoch'].between(0, 2**31).all():
+        raise UserError(f'{path} is no statistics file: it has no rows with an epoch')
+    return table
