@@ -1,9 +1,11 @@
-# make demo: install, make a data set, train, measure, draw. make serve: a page that searches in it. make test: all
-# tests, in the same environment.
-# make sweep: R@1 over the momentum of moving proxies, 21 small runs. make results: all runs of docs/results.md, on
-# CARS196 and CUB200 in DATA with the backbone in WEIGHTS, JOBS at a time. Both keep what is finished and continue what
-# was interrupted.
-# make gpu: what no test without a GPU can see, as a table, results/gpu.md; ends with 2 where there is none.
+# make demo       install, make a data set, train, measure, and draw what is retrieved
+# make serve      the search page on the demo's data base
+# make test       the tests one waits for; make test-slow: the others; make lint
+# make results    the runs of docs/results.md, on the data sets in DATA with the backbone WEIGHTS, JOBS at a time
+# make sweep      R@1 over the momentum of moving proxies, 21 small runs
+# make gpu        results/gpu.md: what only a GPU can show; exits with 2 on a machine without one
+# make lowest     the tests with the lowest versions that requirements.txt allows
+# What is finished is kept, and interrupted runs continue.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_RUN := glyph_resnet18_balanced_proxy_128
@@ -13,7 +15,7 @@ DATA ?= /home/data
 WEIGHTS ?= imagenet
 JOBS ?= 1
 
-.PHONY: demo serve sweep results gpu test lowest lint clean
+.PHONY: demo serve sweep results gpu test test-slow lowest lint clean
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
@@ -38,7 +40,10 @@ gpu: .venv/demo
 	$(BIN)/python benchmarks/bench_gpu.py
 
 test: .venv/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
 
 lowest:
 	$(PYTHON) -m venv .venv-lowest

@@ -259,15 +259,14 @@ def update(collection) -> list[CollectionItem]:
         if stamp is None:
             deleted.append(item)
         elif tuple(stamp) != item.stamp:
-            to_embed.append(item._replace(size=stamp[0], time=stamp[1]))
+            to_embed.append(item.with_stamp(stamp))
     if deleted:
         collection.remove(deleted)
     for file, item in list(collection.broken.items()):
-        stamp = stamp_of(file)
-        if stamp is None:
-            del collection.broken[file]
+        if Path(file).is_file():  # not for a link to itself
+            to_embed.append(item.with_stamp(stamp_of(file)))
         else:
-            to_embed.append(item._replace(size=stamp[0], time=stamp[1]))
+            del collection.broken[file]
     print(f'{len(deleted):,} deleted images are removed; {len(to_embed):,} changed or broken ones are embedded')
     return to_embed
 

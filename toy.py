@@ -1,13 +1,13 @@
-"""The idea in two dimensions: embeddings on a circle, and the proxies that lead or follow them.
+"""The idea in two dimensions: embeddings on a circle, with proxies that follow their classes or pull them.
 
     python toy.py --data_path /home/data/stl10                          # proxies move by momentum (Asymptotic Proxy)
-    python toy.py --data_path /home/data/stl10 --with_learnable_proxy   # proxies learn by the gradient
-    python toy.py --data_name glyph --compare --animate                 # both, of ten characters: nothing to download
+    python toy.py --data_path /home/data/stl10 --with_learnable_proxy   # proxies learn from the gradient
+    python toy.py --data_name glyph --compare --animate                 # both, on ten characters, without a download
 
-The first 7 classes of STL10 (Coates et al., AISTATS 2011; torchvision downloads and checks it) train a ResNet18 without
-its max-pool, pooled by maximum, with a linear layer to 2 dimensions; at most 60 images of each of the last 3 classes
-test it. A run leaves in results/: {run}_statistics.csv (a row an epoch), {run}_model.pth and {run}_embeddings.pth (best
-R@1 on the test classes), and the plot, {run}.png and {run}.pdf.
+A ResNet18 without its max-pool, with max pooling and a linear head to 2 dimensions, is trained on the first 7 classes
+of STL10 (Coates et al., AISTATS 2011; torchvision downloads and verifies it), and tested on at most 60 images of each
+of the other 3. A run writes to results/: {run}_statistics.csv (a row per epoch), {run}_model.pth and
+{run}_embeddings.pth (of the epoch with the best R@1 on the test classes), and the plot, {run}.png and {run}.pdf.
 """
 import io
 import math
@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from common.distributed import progress, select_device, use_amp
-from common.errors import UserError, check_choice
+from common.errors import UserError, check_choice, reason_of
 from common.files import make_folder, save, write_atomically
 from common.results import run_name
 from imagedata.glyph import draw_glyph, drawable_characters
@@ -37,25 +37,25 @@ NUM_TRAIN_CLASSES, NUM_TEST_CLASSES, TEST_IMAGES = 7, 3, 60
 IMAGE_SIZE = {'stl10': 96, 'glyph': 32}  # px
 BATCH_SIZE = {'stl10': 128, 'glyph': 64}  # 128: Asymptotic Proxy
 MIN_CROP = {'stl10': 0.6, 'glyph': 0.8}  # smallest share of the area in a random crop
-FLIP = {'stl10': 0.5, 'glyph': 0.0}  # a mirrored character is another one
-TRAIN_GLYPHS = 90  # images of each character that trains
-TRAIN_IMAGES = 30  # of each training class in the plot
-GLYPH_RANGE = 60  # characters that the ten are chosen from
+FLIP = {'stl10': 0.5, 'glyph': 0.0}  # a mirrored character is another character
+TRAIN_GLYPHS = 90  # images of each training character
+PLOTTED_TRAIN_IMAGES = 30  # of each training class
+GLYPH_RANGE = 60  # the ten characters are drawn from the first 60
 MARKERS = ('o', 's', '^')  # of the test classes
-CHANGEABLE = ('data_path', 'results_dir', 'device', 'compare', 'animate', 'overwrite')  # change nothing in a run
-LABEL_GAP = 0.2  # rad between the names of proxies around the circle
+CHANGEABLE = ('data_path', 'results_dir', 'device', 'compare', 'animate', 'overwrite')  # do not affect the result
+LABEL_GAP = 0.2  # rad between the names of the proxies around the circle
 
 
 # ---------------------------------------------------- data ----------------------------------------------------------
-class Pictures(list):
-    """Images in memory, read like those of a cache: the path of each is its number."""
+class ImagesInMemory(list):
+    """Images that a dataset reads like those of a cache; the path of an image is its index."""
 
     def read(self, path: str) -> Image.Image:
         return self[int(path)]
 
 
 def load_stl10(data_path: str) -> tuple[list, list, list[str]]:
-    """Return images, labels and class names of 7 classes of STL10's train and 3 of its test, checked by their md5."""
+    """Return images, labels and class names: 7 classes of STL10's training set, and 3 of its test set."""
     from torchvision.datasets import STL10
 
     images, labels = [], []
@@ -64,8 +64,8 @@ def load_stl10(data_path: str) -> tuple[list, list, list[str]]:
         try:
             data = STL10(data_path, split, download=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: the md5 differs
-            raise UserError(f'--data_path {data_path}: STL10 is neither there nor could it be downloaded ({error}); '
-                            'put stl10_binary.tar.gz there, or use --data_name glyph') from None
+            raise UserError(f'--data_path {data_path} does not hold STL10, and it could not be downloaded '
+                            f'({reason_of(error)}); put stl10_binary.tar.gz there, or use --data_name glyph') from None
         for label in classes:
             pixels = data.data[data.labels == label][:most].transpose(0, 2, 3, 1)
             images += map(Image.fromarray, pixels)
@@ -74,7 +74,7 @@ def load_stl10(data_path: str) -> tuple[list, list, list[str]]:
 
 
 def make_glyphs(seed: int) -> tuple[list, list, list[str]]:
-    """Draw ten characters: 7 to train, 3 to test."""
+    """Return images, labels and class names of ten characters: 7 for training, 3 for testing."""
     characters = random.Random(seed).sample(drawable_characters(GLYPH_RANGE), NUM_TRAIN_CLASSES + NUM_TEST_CLASSES)
     images, labels = [], []
     for label, (character, faces) in enumerate(characters):
@@ -85,18 +85,19 @@ def make_glyphs(seed: int) -> tuple[list, list, list[str]]:
 
 
 def make_sets(args, interpolation: str) -> dict[str, RetrievalDataset]:
-    """Return {'augmented': the training images, 'train': some of them as they are, 'test': unseen classes}."""
+    """Return {'augmented': the training images, 'train': those in the plot, not augmented, 'test': unseen classes}."""
     images, labels, names = load_stl10(args.data_path) if args.data_name == 'stl10' else make_glyphs(args.seed)
     size = IMAGE_SIZE[args.data_name]
     augment = make_transform(True, size, interpolation=interpolation, min_crop=MIN_CROP[args.data_name],
                              flip=FLIP[args.data_name])
     plain = make_transform(False, size, size, interpolation)
-    classes = [(name, [str(index) for index, label in enumerate(labels) if label == number])
-               for number, name in enumerate(names)]
-    train, test = classes[:NUM_TRAIN_CLASSES], classes[NUM_TRAIN_CLASSES:]
-    split = {'augmented': dict(train), 'train': {name: paths[:TRAIN_IMAGES] for name, paths in train},
-             'test': dict(test), 'class_names': {}}
-    data = ImageData(Path(), split, Pictures(images))
+    paths_of = {name: [] for name in names}
+    for index, label in enumerate(labels):
+        paths_of[names[label]].append(str(index))
+    train = {name: paths_of[name] for name in names[:NUM_TRAIN_CLASSES]}
+    split = {'augmented': train, 'train': {name: paths[:PLOTTED_TRAIN_IMAGES] for name, paths in train.items()},
+             'test': {name: paths_of[name] for name in names[NUM_TRAIN_CLASSES:]}, 'class_names': {}}
+    data = ImageData(Path(), split, ImagesInMemory(images))
     return {subset: RetrievalDataset(data, subset, transform, args.seed)
             for subset, transform in (('augmented', augment), ('train', plain), ('test', plain))}
 
@@ -109,8 +110,11 @@ def angles_to_proxies(embeddings: torch.Tensor, labels: torch.Tensor, proxies: t
 
 
 def take_frame(epoch: int, model: EmbeddingNet, criterion, sets: dict, device: torch.device, amp: bool) -> dict:
-    """Return where the images lie: {'epoch', 'proxies': (7, 2), 'R@1': per cent, 'angle': mean angle in degrees between
-    class means and proxies, '{train,test}_embeddings': (n, 2), '{train,test}_labels': (n,), '{train,test}_classes'}.
+    """Embed the images of the plot and measure them.
+
+    Returns:
+        {'epoch', 'proxies': (7, 2), 'R@1': per cent, 'angle': mean angle in degrees between class means and proxies,
+        '{train,test}_embeddings': (n, 2), '{train,test}_labels': (n,), '{train,test}_classes': names}.
     """
     frame = {'epoch': epoch, 'proxies': F.normalize(criterion.proxies.detach(), dim=-1).cpu()}
     for name in ('train', 'test'):
@@ -143,36 +147,47 @@ def train_one_epoch(model: EmbeddingNet, criterion, optimizer, loader, device: t
     return {'loss': loss_sum / num_images, 'accuracy': 100 * num_correct / num_images}
 
 
+def build(args, learnable: bool, device: torch.device) -> tuple:
+    """Return a network, a loss whose proxies learn from the gradient or move by momentum, and their optimizer."""
+    config = NetConfig('resnet18', 2, freeze_bn=args.weights != 'none', max_pool=False,
+                       image_size=IMAGE_SIZE[args.data_name])
+    model = EmbeddingNet(config, args.weights).to(device, memory_format=torch.channels_last)
+    loss_name = COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)
+    proxy_update = 'gradient' if learnable else 'momentum'
+    criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, scale=1 / args.temperature,
+                          proxy_update=proxy_update, momentum=args.momentum).to(device)
+    return model, criterion, torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
+
+
 def train_toy(args, learnable: bool, device: torch.device) -> dict:
-    """Train one toy and write its statistics, model and embeddings; returns {'run': name, 'best': frame with the best
-    R@1, 'frames': [before the training, after each epoch]}.
+    """Train one network, and write its statistics, model and embeddings.
+
+    Args:
+        learnable: the proxies learn from the gradient; otherwise they move by momentum.
+
+    Returns:
+        {'run': name, 'best': the frame with the best R@1, 'frames': [before the training, after each epoch]}.
     """
     torch.manual_seed(args.seed)
-    model = EmbeddingNet(NetConfig('resnet18', 2, freeze_bn=args.weights != 'none', max_pool=False,
-                                   image_size=IMAGE_SIZE[args.data_name]), args.weights)
-    model = model.to(device, memory_format=torch.channels_last)
-    loss_name = COMBINED_LOSSES.get(args.loss_name, {}).get('loss_name', args.loss_name)
-    criterion = make_loss(loss_name, num_classes=NUM_TRAIN_CLASSES, feature_dim=2, momentum=args.momentum or MOMENTUM,
-                          proxy_update='gradient' if learnable else 'momentum', scale=1 / args.temperature).to(device)
-    optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=args.lr)
+    model, criterion, optimizer = build(args, learnable, device)
     amp = use_amp('auto', device)
-
     sets = make_sets(args, model.interpolation)
     sampler = BatchSampler(sets['augmented'].labels, args.batch_size, seed=args.seed)
     loader = make_loader(sets['augmented'], sampler, 0, device)
 
     run, folder = name_run(args, learnable), Path(args.results_dir)
     settings = {name: value for name, value in vars(args).items() if name not in CHANGEABLE}
-    settings.update(with_learnable_proxy=learnable, weights=Path(args.weights).name,
-                    momentum=None if learnable else args.momentum)
+    settings |= {'with_learnable_proxy': learnable, 'weights': Path(args.weights).name,
+                 'momentum': None if learnable else args.momentum}
     rows, frames = [], [take_frame(0, model, criterion, sets, device, amp)]
     for epoch in range(1, args.num_epochs + 1):
         sets['augmented'].set_epoch(epoch)
         sampler.set_epoch(epoch)
         trained = train_one_epoch(model, criterion, optimizer, loader, device, amp)
         frame = take_frame(epoch, model, criterion, sets, device, amp)
-        print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy {trained["accuracy"]:.1f} '
-              f'%, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from their proxies', flush=True)
+        print(f'{run}: epoch {epoch}/{args.num_epochs}: loss {trained["loss"]:.4f}, accuracy '
+              f'{trained["accuracy"]:.1f} %, R@1 {frame["R@1"]:.2f}, class means {frame["angle"]:.1f} degrees from '
+              'their proxies', flush=True)
         if all(frame['R@1'] > row['dense_R@1'] for row in rows):
             save({'config': asdict(model.config), 'state_dict': model.state_dict(), 'args': settings, 'epoch': epoch},
                  folder / f'{run}_model.pth')
@@ -185,53 +200,55 @@ def train_toy(args, learnable: bool, device: torch.device) -> dict:
 
 def name_run(args, learnable: bool) -> str:
     """Name a run: data set, loss, how the proxies move, temperature, seed."""
-    moved = 'learnable' if learnable else f'moving_m{args.momentum or MOMENTUM:g}'
-    return run_name('toy', args.data_name, args.loss_name, moved, f't{args.temperature:g}',
-                    f'seed{args.seed}' if args.seed else '')
+    update = 'learnable' if learnable else f'moving_m{args.momentum:g}'
+    seed = f'seed{args.seed}' if args.seed else ''
+    return run_name('toy', args.data_name, args.loss_name, update, f't{args.temperature:g}', seed)
 
 
 # ---------------------------------------------------- pictures ------------------------------------------------------
 def spread(angles: list[float]) -> list[float]:
-    """Push angles (rad) on the circle apart until neighbours are LABEL_GAP apart, each as little as it takes."""
+    """Push angles (rad) on a circle apart until neighbours are at least LABEL_GAP apart."""
     order = sorted(range(len(angles)), key=angles.__getitem__)
     moved = list(angles)
-    for _ in range(200):
-        for number, left in enumerate(order, start=1):
-            right = order[number % len(order)]
-            turn = 2 * math.pi if number == len(order) else 0  # from the last one on to the first
+    for _ in range(200):  # passes; ten angles settle after a few
+        for position, left in enumerate(order, start=1):
+            right = order[position % len(order)]
+            turn = 2 * math.pi if position == len(order) else 0  # from the last angle on to the first
             missing = max(0.0, LABEL_GAP - (moved[right] + turn - moved[left]))
             moved[left], moved[right] = moved[left] - missing / 2, moved[right] + missing / 2
     return moved
 
 
 def draw_circle(axis, frame: dict, subset: str, title: str) -> None:
-    """Draw a subset's points on the unit circle, the mean direction of each class, and the train proxies outside."""
+    """Draw the embeddings of a subset on the unit circle, its class means as arrows, and the proxies as stars outside.
+    """
     embeddings, labels, names = (frame[f'{subset}_{part}'] for part in ('embeddings', 'labels', 'classes'))
-    training = subset == 'train'
+    is_training = subset == 'train'
     turn = torch.linspace(0, 2 * math.pi, 200)
     for radius in (1.0, 1.3):
         axis.plot(radius * turn.cos(), radius * turn.sin(), color='#DDDDDD', linewidth=0.6, zorder=0)
     for label, name in enumerate(names):
         points = embeddings[labels == label]
         axis.scatter(*points.T, s=14, color=COLOURS[label], alpha=0.5, linewidths=0,
-                     marker='o' if training else MARKERS[label], label=name)
+                     marker='o' if is_training else MARKERS[label], label=name)
         mean = F.normalize(points.mean(0), dim=0)
         axis.annotate('', xy=0.95 * mean, xytext=(0, 0),
                       arrowprops={'arrowstyle': '->', 'color': COLOURS[label], 'linewidth': 1.3, 'shrinkA': 0})
     angles = spread([math.atan2(y, x) for x, y in frame['proxies'].tolist()])
     for label, (proxy, name, angle) in enumerate(zip(frame['proxies'], frame['train_classes'], angles, strict=True)):
-        colour = COLOURS[label] if training else GREY
+        colour = COLOURS[label] if is_training else GREY
         axis.scatter(*(1.3 * proxy), s=55, marker='*', color=colour, linewidths=0, zorder=3)
         axis.annotate(name, (1.52 * math.cos(angle), 1.52 * math.sin(angle)), fontsize=7, ha='center', va='center',
                       color='#333333')
     axis.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect='equal', xticks=[], yticks=[], title=title)
-    if not training:
+    if not is_training:
         axis.legend(loc='lower right', title='test classes', title_fontsize=7, handletextpad=0.1, borderaxespad=0)
     axis.spines[:].set_visible(False)
 
 
 def draw_toys(toys: dict[str, dict], target: Path) -> Path:
-    """Draw one row per toy: its test points, and its training points; returns the PNG's path."""
+    """Draw one row per network: its test classes, and its training classes with their proxies; returns the PNG's path.
+    """
     with plot_style():
         from matplotlib import pyplot
 
@@ -246,14 +263,14 @@ def draw_toys(toys: dict[str, dict], target: Path) -> Path:
 
 
 def animate(toys: dict[str, dict], target: Path) -> Path:
-    """Write a GIF with a picture per epoch of the training classes: proxies follow them, or lead them."""
+    """Write a GIF of the training classes and their proxies, with a picture per epoch."""
     pictures = []
     with plot_style():
         from matplotlib import pyplot
 
         for frames in zip(*(toy['frames'] for toy in toys.values()), strict=True):
             figure, axes = pyplot.subplots(1, len(toys), figsize=(3.7 * len(toys), 3.9), squeeze=False)
-            figure.subplots_adjust(0, 0, 1, 0.9, 0)  # the same in every picture
+            figure.subplots_adjust(0, 0, 1, 0.9, 0)  # the same layout in every picture
             for axis, kind, frame in zip(axes[0], toys, frames, strict=True):
                 draw_circle(axis, frame, 'train', f'{kind}, epoch {frame["epoch"]}: R@1 {frame["R@1"]:.1f} %\n'
                             f'class means {frame["angle"]:.1f}° from their proxies')
@@ -269,27 +286,30 @@ def animate(toys: dict[str, dict], target: Path) -> Path:
 
 # ---------------------------------------------------- command line --------------------------------------------------
 def get_args(argv: list[str] | None = None):
-    """Parse the command line and settle what depends on the data set and the weights."""
+    """Parse the command line, and fill in the defaults that depend on the data set and the weights."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_path', type=user_path, default='/home/data/stl10',
-                        help='where STL10 is or goes [%(default)s]')
-    parser.add_argument('--data_name', choices=tuple(IMAGE_SIZE), default='stl10',
-                        help='STL10, or ten characters that need no download [%(default)s]')
-    parser.add_argument('--loss_name', default='asymptotic_proxy',
-                        help=f'{", ".join(LOSSES)} [%(default)s, which is normalized_softmax]')
+    parser.add_argument('--data_path', type=user_path, default='/home/data/stl10', help='folder of STL10, downloaded '
+                        'there if it is missing [%(default)s]')
+    parser.add_argument('--data_name', choices=tuple(IMAGE_SIZE), default='stl10', help='STL10, or ten characters, '
+                        'which need no download [%(default)s]')
+    parser.add_argument('--loss_name', default='asymptotic_proxy', help=', '.join(LOSSES) + ' [%(default)s, which is '
+                        'normalized_softmax]')
     parser.add_argument('--temperature', type=float, default=0.03, help='1 / scale of the loss [%(default)s]')
-    parser.add_argument('--with_learnable_proxy', action='store_true', help='proxies learn instead of being moved')
-    parser.add_argument('--momentum', type=float, help=f'of the moving proxies [{MOMENTUM}]')
-    parser.add_argument('--batch_size', type=int, help='images in a step [128; 64 for glyph]')
-    parser.add_argument('--num_epochs', type=int, default=30, help='[%(default)s]')
+    parser.add_argument('--with_learnable_proxy', action='store_true', help='let the proxies learn from the gradient '
+                        'instead of moving them by momentum')
+    parser.add_argument('--momentum', type=float, help=f'm of moving proxies, in (0, 1] [{MOMENTUM}]')
+    parser.add_argument('--batch_size', type=int, help='images in a batch [128; 64 for glyph]')
+    parser.add_argument('--num_epochs', type=int, default=30, help='epochs to train [%(default)s]')
     parser.add_argument('--lr', type=float, help='learning rate [1e-4; 1e-3 with --weights none]')
-    parser.add_argument('--weights', type=user_path,
-                        help='of the ResNet18: imagenet, none, or a file [imagenet; none for glyph]')
-    parser.add_argument('--compare', action='store_true', help='train moving and learnable proxies, side by side')
-    parser.add_argument('--animate', action='store_true', help='write a GIF too, a picture per epoch')
+    parser.add_argument('--weights', type=user_path, help='of the ResNet18: imagenet, none (random), or the path of a '
+                        'state dict [imagenet; none for glyph]')
+    parser.add_argument('--compare', action='store_true', help='train moving and learnable proxies, and draw both in '
+                        'one figure')
+    parser.add_argument('--animate', action='store_true', help='also write a GIF with a picture per epoch')
     parser.add_argument('--device', default='auto', help='auto, cpu, mps, cuda, cuda:N [%(default)s]')
     parser.add_argument('--seed', type=int, default=0, help='of weights, characters and order [%(default)s]')
-    parser.add_argument('--results_dir', type=user_path, default='results', help='where files go [%(default)s]')
+    parser.add_argument('--results_dir', type=user_path, default='results', help='folder for the files of the run '
+                        '[%(default)s]')
     parser.add_argument('--overwrite', action='store_true', help='replace the files of a run of the same name')
     args = parser.parse_args(argv)
     check_choice('--loss_name', args.loss_name, ['asymptotic_proxy', *LOSSES])
@@ -300,7 +320,7 @@ def get_args(argv: list[str] | None = None):
     if args.weights is None:
         args.weights = 'imagenet' if args.data_name == 'stl10' else 'none'
     defaults = {'batch_size': BATCH_SIZE[args.data_name], 'lr': 1e-3 if args.weights == 'none' else 1e-4,
-                'momentum': None if args.with_learnable_proxy else MOMENTUM}
+                'momentum': MOMENTUM}
     for flag, default in defaults.items():
         if getattr(args, flag) is None:
             setattr(args, flag, default)
@@ -312,17 +332,18 @@ def get_args(argv: list[str] | None = None):
 
 
 def main() -> None:
-    """Train the toy as the command line says and draw it."""
+    """Train what the command line names, and draw it."""
     args = get_args()
     device = select_device(args.device)
     folder = make_folder('--results_dir', args.results_dir)
-    kinds = {kind: learnable for kind, learnable in (('moving proxies', False), ('learnable proxies', True))
-             if args.compare or learnable == args.with_learnable_proxy}
-    for learnable in kinds.values():
+    updates = {'moving proxies': False, 'learnable proxies': True}
+    if not args.compare:
+        updates = {title: learnable for title, learnable in updates.items() if learnable == args.with_learnable_proxy}
+    for learnable in updates.values():
         statistics = folder / f'{name_run(args, learnable)}_statistics.csv'
         if statistics.exists() and not args.overwrite:
-            raise UserError(f'{statistics} is there already; add --overwrite, or choose another --results_dir')
-    toys = {kind: train_toy(args, learnable, device) for kind, learnable in kinds.items()}
+            raise UserError(f'{statistics} exists already; add --overwrite, or choose another --results_dir')
+    toys = {title: train_toy(args, learnable, device) for title, learnable in updates.items()}
     name = next(iter(toys.values()))['run'] + ('_compared' if args.compare else '')
     print(draw_toys(toys, folder / f'{name}.png'))
     if args.animate:

@@ -194,7 +194,8 @@ def build_optimizer(model: EmbeddingNet, criterion: nn.Module, options: RunOptio
     if options.optimizer_type == 'sgd':
         return torch.optim.SGD(groups, lr=options.lr, weight_decay=options.weight_decay, momentum=0.9)
     optimizer = {'adamw': torch.optim.AdamW, 'adam': torch.optim.Adam}[options.optimizer_type]
-    return optimizer(groups, lr=options.lr, weight_decay=options.weight_decay)
+    fused = model.mean.device.type in ('cpu', 'cuda')  # one pass over all weights instead of one per operation
+    return optimizer(groups, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: RunOptions):

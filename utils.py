@@ -130,7 +130,8 @@ def parse_keywords(text: str) -> dict:
     """
     try:
         call = ast.parse(f'f({text})', mode='eval').body
-        if call.args or not all(keyword.arg for keyword in call.keywords):
+        is_one_call = isinstance(call.func, ast.Name)  # and not f(a=1)(b=2), of the text `a=1)(b=2`
+        if not is_one_call or call.args or not all(keyword.arg for keyword in call.keywords):
             raise ValueError
         values = {}
         for keyword in call.keywords:
@@ -184,8 +185,8 @@ def add_data_base_flags(parser) -> None:
                         '--results_dir [%(default)s]')
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets; '
                         'a collection of embed.py knows its own folders [%(default)s]')
-    parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases are, and where figures '
-                        'are written [%(default)s]')
+    parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases are, and where '
+                        'figures are written [%(default)s]')
 
 
 def check_between(args, ranges: dict[str, tuple]) -> None:

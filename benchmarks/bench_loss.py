@@ -17,12 +17,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -132,43 +131,29 @@ def available_gib() -> int:
 
 def measure_child(args) -> None:
     """Measure one implementation in this process and print it as JSON."""
-    kind, loss_name, num_classes, memory, rank, world, folder = args.child.split(',')
-    num_classes, rank, world = int(num_classes), int(rank), int(world)
-    limit = int(memory) * 2**30 // world + 4 * 2**30  # about 4 GiB are mapped and never used
+    kind, loss_name, num_classes, memory = args.child.split(',')
+    limit = int(memory) * 2**30 + 4 * 2**30  # about 4 GiB are mapped and never used
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    sharded = {'shard_proxies': True} if world > 1 else {}
-    if sharded:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world))
-        distributed.init_process_group('gloo', f'file://{folder}/store', world_size=world, rank=rank)
     torch.manual_seed(0)
-    embeddings, labels = make_batch(args, num_classes)
-    mine = slice(len(labels) * rank // world, len(labels) * (rank + 1) // world)
-    small = IMPLEMENTATIONS[kind](loss_name, 10, args.feature_dim, **sharded)
-    step(small, embeddings[mine], labels[mine] % 10)  # loads what is loaded at the first call
-    criterion = IMPLEMENTATIONS[kind](loss_name, num_classes, args.feature_dim, **sharded)
+    embeddings, labels = make_batch(args, int(num_classes))
+    small = IMPLEMENTATIONS[kind](loss_name, 10, args.feature_dim)
+    step(small, embeddings, labels % 10)  # loads what is loaded at the first call
+    criterion = IMPLEMENTATIONS[kind](loss_name, int(num_classes), args.feature_dim)
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts anew from here
     before = resident('VmRSS')
-    times = [step(criterion, embeddings[mine], labels[mine]) for _ in range(2)]
-    print(json.dumps({'peak_mib': resident('VmHWM') - before, 'resident_mib': resident('VmHWM'),
-                      'ms': times[-1]}))
-    if sharded:
-        distributed.destroy_process_group()
+    times = [step(criterion, embeddings, labels) for _ in range(2)]
+    print(json.dumps({'peak_mib': resident('VmHWM') - before, 'resident_mib': resident('VmHWM'), 'ms': times[-1]}))
 
 
-def measure_memory(kind: str, loss_name: str, num_classes: int, memory: int, world: int = 1) -> dict | None:
-    """Measure in fresh processes; of several, the largest. None where it does not fit in `memory` GiB."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *sys.argv[1:], '--child']
-        children = [subprocess.Popen([*command, f'{kind},{loss_name},{num_classes},{memory},{rank},{world},{folder}'],
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                    for rank in range(world)]
-        outputs = [child.communicate() for child in children]
-    for child, (_, errors) in zip(children, outputs, strict=True):
-        if child.returncode and not any(word in errors for word in ('allocate memory', 'MemoryError', 'alloc')):
-            raise UserError(f'{kind} {loss_name} with {num_classes} classes failed: {errors.strip()[-300:]}')
-    if any(child.returncode for child in children):
+def measure_memory(kind: str, loss_name: str, num_classes: int, memory: int) -> dict | None:
+    """Measure in a fresh process; returns None where it does not fit in `memory` GiB."""
+    command = [sys.executable, __file__, *sys.argv[1:], '--child', f'{kind},{loss_name},{num_classes},{memory}']
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode == 0:
+        return json.loads(child.stdout.splitlines()[-1])
+    if any(word in child.stderr for word in ('allocate memory', 'MemoryError', 'alloc')):
         return None
-    return max((json.loads(out.splitlines()[-1]) for out, _ in outputs), key=lambda result: result['peak_mib'])
+    raise UserError(f'{kind} {loss_name} with {num_classes} classes failed: {child.stderr.strip()[-300:]}')
 
 
 # ---------------------------------------------------- main -----------------------------------------------------------
@@ -211,10 +196,9 @@ def main() -> None:
         for num_classes in args.classes:
             kinds = [kind for kind in args.kinds.split(',') if kind != 'pml' or pml(loss_name, 2, 2) is not None]
             times = time_in_turns(args, kinds, loss_name, num_classes) if num_classes < LARGE else {}
-            for kind in kinds + ['2 processes'] * (num_classes >= LARGE and 'ours' in kinds):
+            for kind in kinds:
                 memory = min(args.memory, available_gib())
-                result = (measure_memory('ours', loss_name, num_classes, memory, 2) if kind == '2 processes' else
-                          measure_memory(kind, loss_name, num_classes, memory))
+                result = measure_memory(kind, loss_name, num_classes, memory)
                 row = {'loss': loss_name, 'classes': num_classes, 'kind': kind, 'fits': result is not None}
                 shown = f'  does not fit in {memory} GiB'
                 if result is not None:
@@ -225,8 +209,6 @@ def main() -> None:
                              f'{row["peak_mib"] / first["peak_mib"]:>10.2f}')
                 rows.append(row)
                 print(f'{loss_name:<20}{num_classes:>10,}  {kind:<12}{shown}', flush=True)
-    print('\n"2 processes": --shard_proxies, per process; its embeddings are half of the batch, its proxies half of '
-          'the classes.')
     import pytorch_metric_learning
 
     rows = [{name: round(value, 1) if isinstance(value, float) else value for name, value in row.items()}

@@ -77,7 +77,7 @@ def measure_search(file: Path, resident: bool) -> dict:
     return found
 
 
-def measure_embedding(folder: Path, count: int, trunk: str, repetitions: int) -> dict:
+def measure_embedding(folder: Path, count: int, backbone_type: str, repetitions: int) -> dict:
     """Return images per second of embed.py's loop and of the network alone."""
     import torch
 
@@ -89,7 +89,7 @@ def measure_embedding(folder: Path, count: int, trunk: str, repetitions: int) ->
 
     write_photographs(folder / 'photos', count, (500, 375))
     device = torch.device('cpu')
-    network = EmbeddingNet(NetConfig(trunk, DIM), 'none').to(memory_format=torch.channels_last).eval()
+    network = EmbeddingNet(NetConfig(backbone_type, DIM), 'none').to(memory_format=torch.channels_last).eval()
     settings = {'batch_size': 64, 'resize_size': 256, 'amp': 'auto', 'data_name': 'made', 'crop_type': 'uncropped',
                 'recalls': [1]}
     photographs = scan_images(folder / 'photos')[0]
@@ -110,14 +110,14 @@ def measure_embedding(folder: Path, count: int, trunk: str, repetitions: int) ->
 
     seconds = take_turns({'model': model, 'embed': embed}, repetitions)
     shares = [one / other for one, other in zip(seconds['model'], seconds['embed'], strict=True)]
-    return {'trunk': trunk, 'images': count, 'share_of_model': median(shares),
+    return {'backbone_type': backbone_type, 'images': count, 'share_of_model': median(shares),
             **{f'{name}_img_s': count / median(values) for name, values in seconds.items()}}
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--num_images', type=int, default=384, help='photographs to embed [%(default)s]')
-    parser.add_argument('--trunk', default='resnet50', help='[%(default)s]')
+    parser.add_argument('--backbone_type', default='resnet50', help='[%(default)s]')
     parser.add_argument('--repetitions', type=int, default=3, help='of embedding [%(default)s]')
     parser.add_argument('--sizes', type=int, nargs='*', default=[10**5, 10**6], help='images to search in')
     parser.add_argument('--search', nargs=2, help=argparse.SUPPRESS)
@@ -133,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.num_images:
-            result['embedding'] = measure_embedding(folder, args.num_images, args.trunk, args.repetitions)
+            result['embedding'] = measure_embedding(folder, args.num_images, args.backbone_type, args.repetitions)
             print(json.dumps(result['embedding']))
         for count in args.sizes:
             file = folder / f'{count}.pth'

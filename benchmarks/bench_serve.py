@@ -3,7 +3,7 @@
     python benchmarks/bench_serve.py                     # 16 clients, 2,000 searches, 2,048 images; some minutes
     python benchmarks/bench_serve.py --searches 100 --clients 4 --images 128
 
-Made photographs (JPEG, 500 x 375 px) are embedded with a trunk of random weights, then served by a process of its own.
+Made photographs (JPEG, 500 x 375 px) are embedded with a backbone of random weights, then served by a process of its own.
 Each client sends one picture after the other over HTTP and waits for its answer (decode, embed, search). `alone` is
 one client. `model` is the network on one image and on 16 in memory, in this process, before and after. Ends with one
 line of JSON.
@@ -26,7 +26,7 @@ from bench_common import finish, median, write_photographs
 ROOT = Path(__file__).parent.parent
 
 
-def measure_model(trunk: str, weights_file: Path, repetitions: int = 7) -> dict:
+def measure_model(backbone_type: str, weights_file: Path, repetitions: int = 7) -> dict:
     """Return the seconds of the network for one image and for 16; writes its model file where there is none."""
     import torch
 
@@ -35,7 +35,7 @@ def measure_model(trunk: str, weights_file: Path, repetitions: int = 7) -> dict:
     from common.distributed import use_amp
 
     torch.manual_seed(0)
-    network = EmbeddingNet(NetConfig(trunk, 512), 'none').to(memory_format=torch.channels_last).eval()
+    network = EmbeddingNet(NetConfig(backbone_type, 512), 'none').to(memory_format=torch.channels_last).eval()
     if not weights_file.exists():
         settings = {'data_name': 'made', 'crop_type': 'uncropped', 'batch_size': 64, 'resize_size': 256, 'amp': 'auto',
                     'recalls': [1], 'run': 'made'}
@@ -85,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument('--images', type=int, default=2048, help='in the collection [%(default)s]')
     parser.add_argument('--clients', type=int, default=16, help='[%(default)s]')
     parser.add_argument('--searches', type=int, default=2000, help='[%(default)s]')
-    parser.add_argument('--trunk', default='resnet18', help='[%(default)s]')
+    parser.add_argument('--backbone_type', default='resnet18', help='[%(default)s]')
     return parser
 
 
@@ -93,7 +93,7 @@ def main() -> None:
     args = get_parser().parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        before = measure_model(args.trunk, folder / 'made_model.pth')
+        before = measure_model(args.backbone_type, folder / 'made_model.pth')
         write_photographs(folder / 'photos', args.images, (500, 375))
         subprocess.run([sys.executable, ROOT / 'embed.py', '--model', folder / 'made_model.pth', '--images',
                         folder / 'photos', '--data_base', folder / 'made.pth'], check=True, stdout=sys.stderr)
@@ -105,13 +105,13 @@ def main() -> None:
             alone = send(url, pictures, 1, max(20, args.searches // 20))
             many = send(url, pictures, args.clients, args.searches)
             server.terminate()
-        after = measure_model(args.trunk, folder / 'made_model.pth')
+        after = measure_model(args.backbone_type, folder / 'made_model.pth')
     model = {f'model_{number}_s': (before[number] + after[number]) / 2 for number in before}
     for row in (alone, many):
         print(f'{row["clients"]:>3} clients: {row["searches"]:,} searches, {row["errors"]} errors, p50 '
               f'{1000 * row["p50_s"]:.0f} ms, p95 {1000 * row["p95_s"]:.0f} ms, {row["per_s"]:.1f} a second')
     print(f'model: 1 image {1000 * model["model_1_s"]:.0f} ms, 16 images {1000 * model["model_16_s"]:.0f} ms')
-    finish({'alone': alone, 'many': many, 'trunk': args.trunk, 'images': args.images, **model})
+    finish({'alone': alone, 'many': many, 'backbone_type': args.backbone_type, 'images': args.images, **model})
 
 
 if __name__ == '__main__':

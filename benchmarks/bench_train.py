@@ -54,11 +54,11 @@ def seeds_step(backbone: str, root, split, args, device):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.trunk, self.refactor = network.trunk, network.refactor
+            self.backbone, self.head = network.backbone, network.head
 
         def forward(self, images):
-            features = network.pool(self.trunk(images), 'max')
-            return F.normalize(self.refactor(F.layer_norm(features, features.shape[-1:])), dim=-1)
+            features = network.pool(self.backbone(images), 'max')
+            return F.normalize(self.head(F.layer_norm(features, features.shape[-1:])), dim=-1)
 
     model = Net().to(device)
     for module in model.modules():
@@ -91,7 +91,7 @@ def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str =
     from imagedata.loading import BatchSampler, RetrievalDataset, make_loader, make_transform
     from model import EmbeddingNet, NetConfig, make_loss
     from common.distributed import use_amp
-    from train import Learner, train_one_epoch
+    from train import train_one_epoch
 
     model = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
     model = model.to(device, memory_format=torch.channels_last)
@@ -104,15 +104,14 @@ def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str =
         loader = [(batch.to(device), labels.to(device))] * (1 if feed == 'one' else len(loader))
     network = torch.compile(model) if compiled else model
     bfloat16 = use_amp(amp, device)
-    learner = Learner(network, criterion, optimizer, device, bfloat16)
-    return lambda: train_one_epoch(learner, loader, ''), bfloat16
+    return lambda: train_one_epoch(network, criterion, optimizer, loader, device, bfloat16), bfloat16
 
 
 def get_args():
     from utils import Parser
 
     parser = Parser(description=__doc__)
-    parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='trunks [%(default)s]')
+    parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='backbones [%(default)s]')
     parser.add_argument('--ways', nargs='+', choices=WAYS, default=WAYS, help='what is measured beside ours [all]')
     parser.add_argument('--image_size', type=int, default=224, help='side of the crop in pixels [%(default)s]')
     parser.add_argument('--batch_size', type=int, default=32, help='[%(default)s]')

@@ -103,7 +103,7 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     """Read damaged files of each kind; what is not refused has to be the same."""
     import torch
     from training.checkpoint import load_checkpoint_file
-    from faults import TINY, TRUNK, damaged, differences, train
+    from faults import BACKBONE, TINY, damaged, differences, train
     from tqdm import tqdm
 
     from common.errors import UserError
@@ -122,7 +122,7 @@ def damage_files(data: Path, folder: Path, number: int, rng) -> dict:
     build_cache(root, 'uncropped', 24, images)
 
     weights = folder / 'weights.pth'
-    torch.save(EmbeddingNet(NetConfig(TRUNK, 16), 'none').trunk.state_dict(), weights)
+    torch.save(EmbeddingNet(NetConfig(BACKBONE, 16), 'none').backbone.state_dict(), weights)
 
     def pixels(_) -> list:
         cache = Cache(root, 'uncropped', 24, images)

@@ -50,6 +50,11 @@ class CollectionItem(NamedTuple):
         """Size and time: if they are unchanged, the image need not be embedded again."""
         return self.size, self.time
 
+    def with_stamp(self, stamp) -> 'CollectionItem':
+        """Return the image with another size and time."""
+        size, time = stamp
+        return self._replace(size=size, time=time)
+
 
 def filter_items(items: list[CollectionItem], patterns: list[str]) -> list[CollectionItem]:
     """Return the images whose path, relative or absolute, matches a pattern or lies below the folder that it names."""

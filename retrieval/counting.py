@@ -1,18 +1,16 @@
-"""Counts, for each image of a query's class, the images of other classes that are nearer: exact, and fast.
+"""Count the negatives nearer than each positive of a query, exactly, without computing all similarities in float64.
 
-A metric needs these counts only for positives among the nearest, so that there is no float64 product of everything
-with everything:
+Recall@K, MAP@R and R-precision need these counts for the nearest positives only. Per group of queries:
 
-1. the positives' similarities are computed in float64 (`positive_similarities`);
-2. a sample of the gallery tells each query a similarity that few negatives exceed (`guess_threshold`);
-3. one pass over all pairs, in bfloat16 where the processor has instructions for it and else in float32, finds those
-   above it. One that lies farther from every positive of its query than the pass can be wrong is counted as it is,
-   the others are computed again, in float32 and then in float64 (`count_nearer`). Where the queries are the gallery,
-   each product serves both of its images, so that half of the matrix is enough;
-4. queries that this leaves undecided, such as those whose best positive lies behind thousands, take a second pass
-   with a threshold of their own.
+1. compute the similarities of the positives in float64 (`positive_similarities`);
+2. estimate, from a sample of the gallery, a threshold that few negatives of each query exceed (`guess_threshold`);
+3. compute all similarities once, in tiles, in bfloat16 if the processor has instructions for it, else in float32, and
+   keep those above the threshold. The error of this pass has a bound: a negative farther than it from every positive
+   of its query is counted, the others are computed again in float32 and then in float64 (`count_in_tiles`). If the
+   queries are the gallery, each tile serves both of its sides, so half of the matrix is enough;
+4. repeat step 3 with a lower threshold for the queries whose metrics are still undecided (`count_decisive`).
 
-Processes share the tiles of the passes; all counts are whole or half numbers, whose sum has no rounding.
+Processes share the tiles. All counts are multiples of 1/2, so their sums have no rounding errors.
 """
 from copy import copy
 from typing import NamedTuple
@@ -30,28 +28,28 @@ from common.distributed import (
     world_size,
 )
 
-NUMBERS_AT_ONCE = 2**24  # 128 MiB in float64
-TILE_SIDE = {'cpu': 4096, 'cuda': 8192}  # of the blocks of similarities
-SAMPLED_IMAGES = 2048  # of the gallery, that tell the thresholds
-ENTRIES_A_TEST = 32  # similarities that share the test whether one of them is above the threshold
+BLOCK_ENTRIES = 2**24  # float64 numbers at a time: 128 MiB
+TILE_SIDE = {'cpu': 4096, 'cuda': 8192}  # rows and columns of a tile of similarities
+SAMPLED_IMAGES = 2048  # of the gallery, from which thresholds are estimated
+ENTRIES_PER_TEST = 32  # similarities whose maximum is compared with the threshold first
 
 
 def on_grid(similarity: torch.Tensor) -> torch.Tensor:
     """Round float64 similarities to multiples of 2^-33, in place.
 
-    Equal rows must tie wherever they stand, but a product's last bits depend on where the row lies in a block. The
-    grid lies far above the rounding of float64 and far below that of the float32 features.
+    Equal rows must tie wherever they stand, but the last bits of a product depend on the position of a row in its
+    block. The grid is far coarser than the rounding of float64, and far finer than that of the float32 features.
     """
     return similarity.mul_(2.0**33).round_().mul_(2.0**-33)
 
 
 def cosine_similarity(query: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """Return the products (..., Q, G) of unit rows (..., Q, D) and (..., G, D), float64, on a grid of 2^-33."""
+    """Return the cosines (..., Q, G) of unit rows (..., Q, D) and (..., G, D), float64, on a grid of 2^-33."""
     return on_grid(query.double() @ gallery.double().transpose(-1, -2))
 
 
 def pack_codes(features: torch.Tensor) -> torch.Tensor:
-    """Pack sign(features) (N, D) into bytes (N, ceil(D / 8)), uint8; the first feature is the lowest bit."""
+    """Pack sign(features) (N, D) into bits (N, ceil(D / 8)), uint8; the first feature is the lowest bit."""
     bits = F.pad((features >= 0).byte(), (0, -features.shape[1] % 8)).unflatten(1, (-1, 8))
     return (bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(2, dtype=torch.uint8)
 
@@ -62,30 +60,35 @@ def unpack_codes(codes: torch.Tensor, dim: int, dtype: torch.dtype = torch.float
     return bits.flatten(-2)[..., :dim].to(dtype).mul_(2).sub_(1)
 
 
-def shaped(room: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor | None:
-    """Return the beginning of some memory as a matrix, so that a loop need not ask for memory in each turn."""
-    return None if room is None else room[:rows * columns].view(rows, columns)
+def as_matrix(buffer: torch.Tensor | None, rows: int, columns: int) -> torch.Tensor | None:
+    """Return the start of a flat buffer as a matrix, so that a loop allocates no memory."""
+    return None if buffer is None else buffer[:rows * columns].view(rows, columns)
 
 
-def longest(features: torch.Tensor) -> tuple[float, float]:
-    """Return the largest norm of a row, and that of a row less the same row in bfloat16."""
-    parts = features.split(2**14)  # spares a second tensor of their size
-    return tuple(max(torch.linalg.vector_norm(rows(part), dim=1).amax().item() for part in parts)
-                 for rows in (lambda part: part, lambda part: part - part.bfloat16().to(part.dtype)))
+def largest_norms(features: torch.Tensor) -> tuple[float, float]:
+    """Return the largest norm of a row, and of a row's rounding error in bfloat16."""
+    norm = rounding = 0.0
+    for part in features.split(2**14):  # in parts, without a second tensor of their size
+        error = part - part.bfloat16().to(part.dtype)
+        norm = max(norm, torch.linalg.vector_norm(part, dim=1).amax().item())
+        rounding = max(rounding, torch.linalg.vector_norm(error, dim=1).amax().item())
+    return norm, rounding
 
 
 class Cosine:
     """Cosines of queries (Q, D) and a gallery (G, D), float32 or float64, unit rows.
 
-    No cosine of `tile`, of `dtype`, is off by more than `error`; `finer` holds pairs of a dtype and by what the cosines
-    computed in it may be off.
+    Attributes:
+        dtype: of `tile`.
+        error: bound of the error of any entry of `tile`.
+        finer: pairs of a more precise dtype and its error bound, for the entries that `tile` leaves undecided.
     """
 
     def __init__(self, query: torch.Tensor, gallery: torch.Tensor):
         self.query, self.gallery, self.dim = query, gallery, query.shape[1]
-        (query_length, query_rounding), (length, rounding) = longest(query), longest(gallery)
-        # A float32 sum of D products, in any order, is off by at most D 2^-24 |x| |y| (Higham, Accuracy and Stability
-        # of Numerical Algorithms, section 3.1); four more for rounding the rows to float32, and the grid's step.
+        (query_length, query_rounding), (length, rounding) = largest_norms(query), largest_norms(gallery)
+        # The error of a float32 sum of D products, in any order, is at most D 2^-24 |x| |y| (Higham, Accuracy and
+        # Stability of Numerical Algorithms, section 3.1); four more for rounding the rows to float32, and the grid.
         self.error = self.absolute_error = 1.001 * (self.dim + 4) * 2.0**-24 * query_length * length + 2.0**-33
         self.dtype, self.relative_error, self.finer = torch.float32, 0.0, ((torch.float64, 0.0),)
         if query.device.type == 'cpu' and bfloat16_is_fast(query.device):
@@ -97,13 +100,13 @@ class Cosine:
             largest = (query_length * length + self.absolute_error) / (1 - self.relative_error)  # value of a tile
             self.error = self.absolute_error + self.relative_error * largest
 
-    def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return similarities (r, c), dtype `dtype`, in `room` where it is given."""
+    def tile(self, rows, columns, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Return similarities (r, c) of `dtype`, in the buffer if there is one."""
         query, gallery = self.query[rows].to(self.dtype), self.gallery[columns].to(self.dtype)
-        return torch.mm(query, gallery.T, out=shaped(room, len(query), len(gallery)))
+        return torch.mm(query, gallery.T, out=as_matrix(buffer, len(query), len(gallery)))
 
     def error_of(self, value: torch.Tensor) -> torch.Tensor | float:
-        """Return by what values of `tile`, float64, may be off."""
+        """Return the error bound of some entries of `tile`, given as float64."""
         return self.absolute_error + self.relative_error * value.abs() if self.relative_error else self.error
 
     def exact(self, rows, columns) -> torch.Tensor:
@@ -128,10 +131,10 @@ class Cosine:
 class Hamming:
     """Equal less different bits, D - 2 x the Hamming distance, of the signs of queries (Q, D) and a gallery (G, D).
 
-    They are kept as packed bits and unpacked tile by tile for a product of floats, which is exact: whole numbers below
-    2^24. Up to D = 2047 there is room for two in one float, so that a product of x_i + 4096 x_k serves two queries.
-    bfloat16 holds whole numbers up to 256 and even ones up to 512, and so all results up to D = 256 and for even D up
-    to 512, since equal less different bits is as even as D. Attributes are those of Cosine; `tile` is exact.
+    Codes are kept as packed bits and unpacked tile by tile for a product of floats, which is exact, since its results
+    are whole numbers below 2^24. Up to D = 2047 one float holds two of them, so a product with x_i + 4096 x_k serves
+    two queries. bfloat16 holds whole numbers up to 256 and even ones up to 512, and hence all results for D up to 256
+    and for even D up to 512. The attributes are those of Cosine; `tile` is exact.
     """
     error, finer = 0.0, ()
 
@@ -142,11 +145,11 @@ class Hamming:
         native = query.device.type == 'cpu' and bfloat16_is_fast(query.device)
         self.dtype = torch.bfloat16 if fits and native else torch.float32
 
-    def tile(self, rows, columns, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return equal less different bits (r, c), dtype `dtype`, in `room` where it is given."""
+    def tile(self, rows, columns, buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Return equal less different bits (r, c) of `dtype`, in the buffer if there is one."""
         query, gallery = (unpack_codes(codes, self.dim, self.dtype)
                           for codes in (self.query[rows], self.gallery[columns]))
-        tile = shaped(room, len(query), len(gallery))
+        tile = as_matrix(buffer, len(query), len(gallery))
         if self.dtype == torch.bfloat16 or self.dim > 2047 or len(query) % 2:
             return torch.mm(query, gallery.T, out=tile)
         tile = torch.empty(len(query), len(gallery), device=query.device) if tile is None else tile
@@ -157,7 +160,7 @@ class Hamming:
         return tile
 
     def error_of(self, value: torch.Tensor) -> float:
-        """Return by what values of `tile` may be off."""
+        """Return the error bound of entries of `tile`: 0."""
         return self.error
 
     def exact(self, rows, columns) -> torch.Tensor:
@@ -175,7 +178,7 @@ class Search(NamedTuple):
     symmetric: bool  # the queries are the gallery
 
     def for_queries(self, rows: torch.Tensor) -> 'Search':
-        """Return the search for some of the queries alone."""
+        """Return the search of some of the queries only."""
         compare = copy(self.compare)
         compare.query = compare.query[rows]
         return Search(compare, self.query_labels[rows], self.gallery_labels, False)
@@ -184,7 +187,8 @@ class Search(NamedTuple):
 def positive_similarities(search: Search, itself: torch.Tensor | None) -> torch.Tensor:
     """Return each query's similarities to the images of its class, descending, (Q, R) float64, padded with -inf.
 
-    `itself` (Q,) says where each query stands in the gallery and is left out; None: nowhere.
+    Args:
+        itself: (Q,) index of each query in the gallery, which is left out; None if the queries are not in it.
     """
     orders = [labels.argsort(stable=True) for labels in (search.query_labels, search.gallery_labels)]
     in_order = [search.query_labels[orders[0]], search.gallery_labels[orders[1]]]
@@ -196,7 +200,7 @@ def positive_similarities(search: Search, itself: torch.Tensor | None) -> torch.
     for size in counts.unique(dim=0).tolist():  # classes of one size at once
         members = [torch.arange(number, device=positives.device) for number in size]
         for part in starts[(counts == torch.tensor(size, device=counts.device)).all(1)].split(
-                max(1, NUMBERS_AT_ONCE // 8 // (search.compare.dim * sum(size) + size[0] * size[1] + 1))):
+                max(1, BLOCK_ENTRIES // 8 // (search.compare.dim * sum(size) + size[0] * size[1] + 1))):
             rows, columns = (order[part[:, kind:kind + 1] + members[kind]] for kind, order in enumerate(orders))
             similarity = search.compare.exact(rows, columns)
             if itself is not None:
@@ -206,17 +210,17 @@ def positive_similarities(search: Search, itself: torch.Tensor | None) -> torch.
 
 
 def grouped_positives(search: Search):
-    """Yield rows of queries (q,), the search for them, and their positive similarities, as many as fit into memory."""
+    """Yield groups of queries that fit into memory: their rows (q,), their search, their positive similarities."""
     largest_class = int(search.gallery_labels.unique(return_counts=True)[1].max())
     groups = torch.arange(len(search.query_labels), device=search.query_labels.device).split(
-        max(1, NUMBERS_AT_ONCE // 2 // largest_class))
+        max(1, BLOCK_ENTRIES // 2 // largest_class))
     for rows in groups:
         part = search if len(groups) == 1 else search.for_queries(rows)
         yield rows, part, positive_similarities(part, rows if search.symmetric else None)
 
 
-def number_above(positives: torch.Tensor, rows: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> torch.Tensor:
-    """Return how many of the positives (Q, R) of each of n rows are larger than its bound (n,), or equal: bisection."""
+def count_above(positives: torch.Tensor, rows: torch.Tensor, bound: torch.Tensor, or_equal: bool) -> torch.Tensor:
+    """Return how many of the positives (Q, R) of each of n rows exceed (or reach) its bound (n,), by bisection."""
     low, high = torch.zeros_like(rows), torch.full_like(rows, positives.shape[1])
     for _ in range(positives.shape[1].bit_length()):
         middle = (low + high) // 2
@@ -227,40 +231,43 @@ def number_above(positives: torch.Tensor, rows: torch.Tensor, bound: torch.Tenso
 
 
 def entries_above(tile: torch.Tensor, threshold: torch.Tensor, transpose: bool):
-    """Yield row, column, value, (n,) each, of the entries of a tile (r, c), or (c, r) with `transpose`, that reach the
-    threshold (r,) of their row.
+    """Yield row, column and value (n,) of the entries of a tile (r, c) that reach the threshold (r,) of their row.
+
+    With `transpose`, the tile is given as (c, r).
     """
     dtype, lowest = tile.dtype, -torch.inf
     if dtype == torch.bfloat16:
-        if threshold.amin() > 0:  # from there on its bits are ordered as integers are, of which maxima are faster
+        if threshold.amin() > 0:  # positive bfloat16 bits are ordered like integers, whose maxima are faster
             tile, threshold, lowest = tile.view(torch.int16), threshold.view(torch.int16), -2**15
         else:
             tile, threshold, dtype = tile.float(), threshold.float(), torch.float32
-    missing = -tile.shape[not transpose] % ENTRIES_A_TEST
+    missing = -tile.shape[not transpose] % ENTRIES_PER_TEST
     if missing:
         tile = F.pad(tile, (0, 0, 0, missing) if transpose else (0, missing), value=lowest)
-    if transpose:  # a maximum over the last dimension of tile.T would be slow
-        tests = tile.unflatten(0, (-1, ENTRIES_A_TEST))
+    if transpose:  # a maximum over the last dimension of tile.T is slow
+        tests = tile.unflatten(0, (-1, ENTRIES_PER_TEST))
         highest, tests = tests.amax(1).T, tests.permute(2, 0, 1)
     else:
-        tests = tile.unflatten(1, (-1, ENTRIES_A_TEST))
+        tests = tile.unflatten(1, (-1, ENTRIES_PER_TEST))
         highest = tests.amax(2)
-    for part in (highest >= threshold[:, None]).nonzero().split(2**20 // ENTRIES_A_TEST):
+    for part in (highest >= threshold[:, None]).nonzero().split(2**20 // ENTRIES_PER_TEST):
         rows, numbers = part.unbind(1)
         values = tests[rows, numbers]
         found, position = (values >= threshold[rows, None]).nonzero(as_tuple=True)
-        yield rows[found], numbers[found] * ENTRIES_A_TEST + position, values[found, position].view(dtype)
+        yield rows[found], numbers[found] * ENTRIES_PER_TEST + position, values[found, position].view(dtype)
 
 
-def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tensor, title: str) -> torch.Tensor:
-    """Count for each positive (Q, R) the negatives nearer than it, plus half of those tied with it, (Q, R) float64.
+def count_in_tiles(search: Search, positives: torch.Tensor, threshold: torch.Tensor, title: str) -> torch.Tensor:
+    """Count for each positive (Q, R) the negatives nearer than it, and half of those tied with it, (Q, R) float64.
 
-    With threshold (Q,), of compare.dtype, the count is complete for positives of at least threshold + compare.error,
-    and too small, if anything, for the others.
+    Args:
+        threshold: (Q,) of compare.dtype. The count is complete for positives of at least threshold + compare.error,
+            and may be too small for the others.
+        title: of the progress bar.
     """
     compare, query_labels, gallery_labels, symmetric = search
     num_queries, most = positives.shape
-    # How many negatives stand before each of the descending positives, and behind the one before it.
+    # Number of negatives between each of the descending positives and the one before it.
     counts = torch.zeros(num_queries * (most + 1), dtype=torch.float64, device=positives.device)
 
     def count(tile: torch.Tensor, rows: slice, columns: slice, transpose: bool) -> None:
@@ -270,20 +277,20 @@ def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tenso
             row, column = row[negative] + rows.start, column[negative] + columns.start
             value = value[negative].double()
             error = compare.error_of(value)
-            first = number_above(positives, row, value + error, or_equal=False)
-            last = number_above(positives, row, value - error, or_equal=True)
+            first = count_above(positives, row, value + error, or_equal=False)
+            last = count_above(positives, row, value - error, or_equal=True)
             for dtype, error in compare.finer:
-                close = (first != last).nonzero()[:, 0]  # a positive lies too near to tell which is larger
+                close = (first != last).nonzero()[:, 0]  # closer to a positive than the error bound
                 row_close, column_close = row[close], column[close]
-                if len(close) * 64 > tile.numel():  # too many to take one by one
+                if len(close) * 64 > tile.numel():  # too many to compute pair by pair
                     if dtype not in products:
                         products[dtype] = compare.recompute(rows, columns, dtype)
                     value = products[dtype][row_close - rows.start, column_close - columns.start].double()
                 else:
                     value = compare.pairs(row_close, column_close, dtype)
-                first[close] = number_above(positives, row_close, value + error, or_equal=False)
-                last[close] = number_above(positives, row_close, value - error, or_equal=True)
-            # Where it ties with positives first and last differ: half of it stands before them, half behind.
+                first[close] = count_above(positives, row_close, value + error, or_equal=False)
+                last[close] = count_above(positives, row_close, value - error, or_equal=True)
+            # In a tie with positives, first and last differ: half of the negative counts before them, half after.
             half = positives.new_full((len(row),), 0.5)
             for position in (first, last):
                 counts.index_add_(0, row * (most + 1) + position, half)
@@ -291,9 +298,9 @@ def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tenso
     side = TILE_SIDE.get(positives.device.type, TILE_SIDE['cuda'])
     tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, num_queries, side)
              for column in range(row if symmetric else 0, len(gallery_labels), side)]
-    room = positives.new_empty(min(side, num_queries) * min(side, len(gallery_labels)), dtype=compare.dtype)
+    buffer = positives.new_empty(min(side, num_queries) * min(side, len(gallery_labels)), dtype=compare.dtype)
     for rows, columns in progress(tiles[world_rank()::world_size()], desc=title, unit='tile', delay=2):
-        tile = compare.tile(rows, columns, room)
+        tile = compare.tile(rows, columns, buffer)
         count(tile, rows, columns, False)
         if symmetric and rows != columns:
             count(tile, columns, rows, True)
@@ -301,9 +308,9 @@ def count_nearer(search: Search, positives: torch.Tensor, threshold: torch.Tenso
 
 
 def guess_threshold(search: Search, needed: torch.Tensor) -> torch.Tensor:
-    """Return for each query a similarity (Q,), float32, that somewhat more than `needed` (Q,) negatives exceed.
+    """Estimate for each query a similarity (Q,), float32, that somewhat more than `needed` (Q,) negatives exceed.
 
-    It is read from a sample of the gallery, so that it may be off; results do not depend on it, only the time does.
+    It comes from a sample of the gallery. Results do not depend on it, only the time does.
     """
     _, query_labels, gallery_labels, _ = search
     size = min(SAMPLED_IMAGES, len(gallery_labels))
@@ -311,7 +318,7 @@ def guess_threshold(search: Search, needed: torch.Tensor) -> torch.Tensor:
     sample = sample.sort().values.to(query_labels.device)
     expected = needed * (size / len(gallery_labels))
     rank = (expected + 2 * expected.sqrt() + 1).long().clamp(max=size)
-    side = max(1, NUMBERS_AT_ONCE // 4 // size)
+    side = max(1, BLOCK_ENTRIES // 4 // size)
     parts = [query_labels.new_zeros(0, dtype=torch.float32)]  # a process may have no query
     own = shard(len(query_labels))
     for start in own[::side]:
@@ -324,10 +331,10 @@ def guess_threshold(search: Search, needed: torch.Tensor) -> torch.Tensor:
 
 
 def count_decisive(search: Search, positives: torch.Tensor, largest: int) -> torch.Tensor:
-    """Count the negatives nearer than each positive, (Q, R), as far as it decides a metric.
+    """Count the negatives nearer than each positive, (Q, R), as far as that decides a metric.
 
-    A count that is not complete stands where the negatives found put the positive behind rank R already, and, for the
-    best positive, behind the largest K too.
+    An incomplete count remains only if it already puts its positive behind rank R and, for the best positive, behind
+    the largest K.
     """
     compare = search.compare
     counted = positives > -torch.inf
@@ -335,28 +342,31 @@ def count_decisive(search: Search, positives: torch.Tensor, largest: int) -> tor
     threshold = guess_threshold(search, 2.0 * number + 1 + min(largest, 10))
     last = positives.masked_fill(~counted, torch.inf).amin(1) - 2 * compare.error
     threshold = threshold.maximum(last.float()).to(compare.dtype)
-    nearer = count_nearer(search, positives, threshold, 'recall')
+    nearer = count_in_tiles(search, positives, threshold, 'recall')
     incomplete = counted & (positives < threshold.double()[:, None] + compare.error)
     undecided = incomplete & (order + nearer <= number[:, None])
     undecided[:, 0] |= incomplete[:, 0] & (nearer[:, 0] < largest)
     rows = undecided.any(1).nonzero()[:, 0]
     if len(rows):
         last = positives[rows].masked_fill(~undecided[rows], torch.inf).amin(1) - 2 * compare.error
-        nearer[rows] = count_nearer(search.for_queries(rows), positives[rows], last.to(compare.dtype),
+        nearer[rows] = count_in_tiles(search.for_queries(rows), positives[rows], last.to(compare.dtype),
                                     f'recall of {len(rows):,} far ones')
     return nearer
 
 
 def nearer_negatives(queries: tuple, gallery: tuple | None, binary: bool, largest: int):
-    """Count the negatives nearer than each positive, for as many queries at once as their positives fit into memory.
+    """Count the negatives nearer than each positive, group by group of queries.
 
-    Queries and gallery are features (Q, D), (G, D) and labels (Q,), (G,); without a gallery the queries are searched in
-    each other, each left out of its own search by its index. `binary` compares signs by Hamming distance instead of
-    features by cosine; `largest` is the largest K of Recall@K that will be asked for.
+    Args:
+        queries: features (Q, D) and labels (Q,).
+        gallery: features (G, D) and labels (G,); None: the queries are searched in each other, each left out of its own
+            search by its index.
+        binary: compare signs by Hamming distance instead of features by cosine.
+        largest: the largest K of Recall@K.
 
     Yields:
-        nearer (q, R) float64, for the descending positives of each query the negatives nearer than it plus half of
-        those tied with it, as far as it decides a metric; number (q,) of each query's positives, at most R.
+        nearer (q, R) float64, for the descending positives of each query the number of nearer negatives plus half of
+        the tied ones, as far as that decides a metric; and the number (q,) of each query's positives, at most R.
     """
     (features, labels), (gallery_features, gallery_labels) = queries, gallery or queries
     compare = (Hamming if binary else Cosine)(features, gallery_features)

@@ -1,12 +1,12 @@
-"""What Recall@K, MAP@R and R-precision are, by cosine or by Hamming distance of signs.
+"""Recall@K, MAP@R and R-precision, by cosine or by the Hamming distance of signs; open-set thresholds.
 
     metrics = retrieval_metrics(features, labels, recalls=(1, 10, 100, 1000))  # each query among the others
     metrics = retrieval_metrics(query_features, query_labels, gallery_features, gallery_labels, binary=True)
 
-A query is never its own neighbour, left out by its index; a negative tied with a positive stands half before it; a
-query without another image of its class is left out and counted. `plain_metrics` is the definition, written down as
-one would read it; `retrieval_metrics` gives the same numbers from the counts of engine/counting.py, which needs
-neither the memory nor the time of a product of everything with everything.
+A query is never its own neighbour: it is left out by its index. A negative tied with a positive counts as half. A query
+without another image of its class is left out, and their number is reported. `plain_metrics` is the definition as one
+reads it; `retrieval_metrics` computes the same numbers from the counts of counting.py, without the memory and time of
+all similarities in float64.
 """
 import numpy as np
 import torch
@@ -15,16 +15,16 @@ from common.errors import UserError
 from retrieval.counting import cosine_similarity, nearer_negatives
 from retrieval.nearest import best_similarities
 
-OPEN_SET_RATES = (0.01, 0.05)  # of queries whose class is absent, that may be answered
-NUMBERS_OF_QUERIES = ('queries', 'without_positive')  # among the metrics those that are no per cents
+OPEN_SET_RATES = (0.01, 0.05)  # share of the queries with an absent class that may be answered
+NUMBERS_OF_QUERIES = ('queries', 'without_positive')  # the metrics that are not per cents
 
 
 # ---------------------------------------------------- the definition ------------------------------------------------
 def similarity_of(query: torch.Tensor, gallery: torch.Tensor, binary: bool = False) -> torch.Tensor:
     """Return similarities (Q, G), float64, larger is nearer, of features (Q, D) and (G, D).
 
-    Cosines of unit rows, on a grid of 2^-33 so that equal rows tie wherever they stand; with `binary` the share of
-    equal bits of sign(features), a zero counting as +1.
+    Cosines of unit rows, on a grid of 2^-33, so that equal rows tie wherever they stand; with `binary` the share of
+    equal bits of sign(features), where a zero counts as +1.
     """
     if not binary:
         return cosine_similarity(query, gallery)
@@ -34,28 +34,28 @@ def similarity_of(query: torch.Tensor, gallery: torch.Tensor, binary: bool = Fal
 
 
 def count_nearer(scores: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
-    """Count for one query the negatives nearer than each positive, those tied with it as half.
+    """Count for one query the negatives nearer than each positive; those tied with it count as half.
 
     Args:
-        scores: (G,) similarities to the images that it is searched in.
-        positive: (G,) bool, which of them are of its class.
+        scores: (G,) similarities to the searched images.
+        positive: (G,) bool, which of them are of the query's class.
 
     Returns:
-        (R,) float64, for the positives in the order of their similarity, the nearest first.
+        (R,) float64, one count per positive, the nearest first.
     """
-    own = scores[positive].sort(descending=True).values[:, None]
-    others = scores[~positive]
-    return (others > own).sum(1).double() + (others == own).sum(1).double() / 2
+    positives = scores[positive].sort(descending=True).values[:, None]
+    negatives = scores[~positive]
+    return (negatives > positives).sum(1).double() + (negatives == positives).sum(1).double() / 2
 
 
 def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Define what is averaged over the queries, from the negatives before their positives.
+    """Score each query by the number of negatives nearer than each of its positives.
 
     The j-th positive has rank_j = j + the negatives nearer than it. With R positives,
     MAP@R = 1/R sum_{j: rank_j <= R} j / rank_j, and R-precision is the share of positives with rank_j <= R.
 
     Args:
-        nearer: (Q, R) of `count_nearer`, in each row as many as the query has positives, then anything.
+        nearer: (Q, R) of `count_nearer`; in each row only the first `number` are used.
         number: (Q,) of each query's positives, at least 1.
 
     Returns:
@@ -72,8 +72,9 @@ def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch
 
 
 def average(scores: list[dict[str, torch.Tensor]], recalls: tuple[int, ...]) -> dict[str, float]:
-    """Average over all queries, in per cent; R@K is the share of queries with fewer than K negatives before the best
-    positive.
+    """Average over all queries, in per cent.
+
+    R@K is the share of queries with fewer than K negatives nearer than their best positive.
     """
     nearer = torch.cat([part['nearer'] for part in scores])
     metrics = {f'R@{k}': 100 * (nearer < k).double().mean().item() for k in recalls}
@@ -85,7 +86,7 @@ def average(scores: list[dict[str, torch.Tensor]], recalls: tuple[int, ...]) -> 
 def plain_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
                   gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
                   recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
-    """Compute what `retrieval_metrics` does as it is defined: one query after the other, all similarities at once."""
+    """Compute what `retrieval_metrics` does by its definition, query by query, from all similarities."""
     itself = gallery_features is None
     if itself:
         gallery_features, gallery_labels = query_features, query_labels
@@ -102,10 +103,10 @@ def plain_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
 
 # ---------------------------------------------------- the same, fast ------------------------------------------------
 def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit: bool) -> None:
-    """Refuse features (n, D) and labels (n,) of which no metric could be computed.
+    """Refuse features (n, D) and labels (n,) of which no metric can be computed.
 
     Args:
-        unit: the rows have to be of length 1 (to 1 %), since their products are to be cosines.
+        unit: rows must have norm 1 (to 1 %), so that their products are cosines.
 
     Raises:
         UserError: with what was expected.
@@ -121,11 +122,11 @@ def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit
         raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
                         'broken')
     if unit and ((lengths - 1).abs() > 0.01).any():
-        raise UserError(f'the {name} features are no unit rows, so that their products are no cosines; normalise them')
+        raise UserError(f'the {name} features are not unit rows, so their products are not cosines; normalise them')
 
 
 def to_tensor(values, kind: torch.dtype | None = None) -> torch.Tensor | None:
-    """Return a NumPy array, or what one can be made of, as a tensor, whole numbers as `kind`; a tensor as it is.
+    """Return an array-like as a tensor, whole numbers as `kind`; a tensor is returned unchanged.
 
     Raises:
         UserError: if it holds no numbers.
@@ -142,9 +143,9 @@ def to_tensor(values, kind: torch.dtype | None = None) -> torch.Tensor | None:
 def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
                       gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
                       recalls: tuple[int, ...] = (1, 2, 4, 8), binary: bool = False) -> dict[str, float]:
-    """Compute Recall@K, MAP@R and R-precision exactly; all processes that share the work have to call it.
+    """Compute Recall@K, MAP@R and R-precision exactly; with several processes, all of them have to call it.
 
-    The result does not depend on the order of the gallery. Tensors on any device, or NumPy arrays.
+    The result does not depend on the order of the gallery. Tensors may be on any device; NumPy arrays work too.
 
     Args:
         query_features: (Q, D) float32 or float64, unit rows.
@@ -175,46 +176,47 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
     for nearer, number in nearer_negatives((query_features, query_labels),
                                            None if symmetric else (gallery_features, gallery_labels), binary,
                                            max(recalls)):
-        found = number > 0
-        scores.append(score_queries(nearer[found], number[found]))
+        has_positive = number > 0
+        scores.append(score_queries(nearer[has_positive], number[has_positive]))
     metrics = average(scores, recalls)
     if not metrics['queries']:
         raise UserError('no query has another image of its class to find; a test class needs at least two images')
     return {**metrics, 'without_positive': len(query_labels) - metrics['queries']}
 
 
-# ---------------------------------------------------- not in the collection ----------------------------------------
+# ---------------------------------------------------- open set ----------------------------------------------------
 def open_set_thresholds(positive: torch.Tensor, negative: torch.Tensor, rates: tuple[float, ...] = OPEN_SET_RATES
                       ) -> list[dict[str, float]]:
-    """Find above which similarity an answer is to be trusted, when a query's class may be absent from what is searched.
+    """Find the similarity above which an answer can be trusted, if the class of a query may be absent.
 
-    Leave each class out of the searched images in turn: the nearest image of each of its queries q is then of another
-    class, at the similarity n_q of its best negative. An answer counts as given when its similarity is larger than a
-    threshold t. Of Q queries the share #{q: n_q > t} / Q is then answered, wrongly. The threshold of a rate r is the
-    smallest similarity at which that share is at most r:
+    Leave out each class of the searched images in turn. The nearest image of each of its queries q is then of another
+    class, at the similarity n_q of its best negative. If an answer is given when its similarity exceeds a threshold t,
+    the share #{q: n_q > t} / Q of these queries is answered, wrongly. The threshold of a rate r is the smallest
+    similarity at which that share is at most r:
 
         t_r = n_(k), k = floor(r Q) + 1, of n_(1) >= n_(2) >= ... >= n_(Q).
 
-    Queries that tie with t_r are not answered, so that the share can be smaller than r, never larger. With all classes
-    there, a query whose best positive has the similarity p_q is answered rightly where p_q > n_q, and that answer is
-    kept where p_q > t_r. Thresholds are of a collection of this size: among more images the best negative is nearer.
+    Queries that tie with t_r are not answered, so the share can be smaller than r, never larger. With all classes
+    present, a query whose best positive has the similarity p_q is answered rightly if p_q > n_q, and the threshold
+    keeps that answer if p_q > t_r. Thresholds hold for a collection of this size: among more images, the best negative
+    is nearer.
 
     Args:
-        positive, negative: p_q and n_q, (Q,) float64; p_q is -inf where a query has no positive.
+        positive, negative: p_q and n_q, (Q,) float64; p_q is -inf for a query without a positive.
         rates: r in [0, 1).
 
     Returns:
-        [{'rate': r, 'threshold': t_r, 'answered': that share, 'right': the share of queries with a positive and
-        p_q > n_q, 'kept': and p_q > t_r}, ...], shares in per cent.
+        [{'rate': r, 'threshold': t_r, 'answered': the share above, 'right': the share of queries with p_q > n_q among
+        those with a positive, 'kept': the share that also has p_q > t_r}, ...], shares in per cent.
     """
     descending = negative.sort(descending=True).values
-    found = positive > -torch.inf
-    right = found & (positive > negative)
+    has_positive = positive > -torch.inf
+    right = has_positive & (positive > negative)
     rows = []
     for rate in rates:
         threshold = descending[min(int(rate * len(negative)), len(negative) - 1)]
-        shares = {'answered': (negative > threshold).double().mean(), 'right': right[found].double().mean(),
-                  'kept': (right & (positive > threshold))[found].double().mean()}
+        shares = {'answered': (negative > threshold).double().mean(), 'right': right[has_positive].double().mean(),
+                  'kept': (right & (positive > threshold))[has_positive].double().mean()}
         rows.append({'rate': rate, 'threshold': threshold.item(),
                      **{name: 100 * share.item() for name, share in shares.items()}})
     return rows
@@ -223,7 +225,8 @@ def open_set_thresholds(positive: torch.Tensor, negative: torch.Tensor, rates: t
 def measure_open_set(query_features: torch.Tensor, query_labels: torch.Tensor,
                    gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
                    rates: tuple[float, ...] = OPEN_SET_RATES) -> list[dict[str, float]]:
-    """Return `open_set_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for one class alone."""
+    """Return `open_set_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for a single class.
+    """
     positive, negative = best_similarities(query_features, query_labels, gallery_features, gallery_labels)
     measured = negative > -torch.inf
     if not (measured & (positive > -torch.inf)).any():

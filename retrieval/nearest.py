@@ -1,37 +1,37 @@
-"""The nearest rows of a matrix of features, and all pairs of rows above a similarity: exact, from a low-precision pass.
+"""The nearest rows of a matrix of features, and all pairs of rows above a similarity: exact, from a fast pass.
 
-One pass in float32 over the features, or in bfloat16 over a copy where the processor has instructions for it, finds
-all rows that may be among the nearest, since it is known by what it can be wrong; these alone are computed in float64.
+One pass over the features in float32 (or in bfloat16 over a copy, if the processor has instructions for it) finds all
+rows that can be among the nearest, since its error has a bound; only these are computed again in float64.
 """
 import torch
 
 from common.distributed import bfloat16_is_fast, progress
-from retrieval.counting import TILE_SIDE, Cosine, Search, entries_above, grouped_positives, longest, on_grid, shaped
+from retrieval.counting import (TILE_SIDE, Cosine, Search, as_matrix, entries_above, grouped_positives, largest_norms,
+                                on_grid)
 
-ROWS_AT_ONCE = 2**15  # of the features, in a pass
-NUMBERS_AT_ONCE = 2**22  # of float64, where similarities are computed again: 32 MiB
-LONGEST_ROW = 1.01  # what engine/runs.py lets pass as a unit row
+BLOCK_ROWS = 2**15  # of the features, in the fast pass
+BLOCK_ENTRIES = 2**22  # float64 numbers at a time, in the exact one: 32 MiB
+LONGEST_ROW = 1.01  # the norm up to which load_data_base accepts a unit row
 
 
 class Nearest:
     """Features (N, D), rows of unit length to 1 %, of any floating type, in which queries are searched.
 
     Args:
-        features: they are kept as they are; a row that is not finite is never found.
-        resident: hold a second copy in bfloat16, which a search then reads in place of them, where the processor
-            multiplies bfloat16 fast: for many searches.
+        features: kept as they are; a row that is not finite is never retrieved.
+        resident: for many searches: keep a copy in bfloat16, if the processor multiplies it fast, for the fast pass.
     """
 
     def __init__(self, features: torch.Tensor, resident: bool = False):
         self.features, self.coarse, self.rounding = features, None, 0.0
         if resident and bfloat16_is_fast(features.device):
             self.coarse = features.bfloat16()
-            self.rounding = max((longest(part.float())[1] for part in features.split(ROWS_AT_ONCE)), default=0.0)
-            self.rounding = self.rounding if self.rounding == self.rounding else 2.0**-8  # a row is not finite
+            self.rounding = max((largest_norms(part.float())[1] for part in features.split(BLOCK_ROWS)), default=0.0)
+            self.rounding = self.rounding if self.rounding == self.rounding else 2.0**-8  # NaN: a row is not finite
 
     def error(self, queries: torch.Tensor) -> float:
-        """Return by what a similarity of the pass may be off, for float32 queries (Q, D); see counting.Cosine."""
-        length, rounding = longest(queries)
+        """Return the error bound of the fast pass for float32 queries (Q, D); see counting.Cosine."""
+        length, rounding = largest_norms(queries)
         error = 1.001 * (queries.shape[1] + 4) * 2.0**-24 * length * LONGEST_ROW
         if self.coarse is not None:
             error = 1.01 * (error + rounding * LONGEST_ROW + length * self.rounding)
@@ -41,7 +41,7 @@ class Nearest:
     def exact(self, queries: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, binary: bool) -> torch.Tensor:
         """Return similarities (n,), float64, of n pairs of a query and a row, as `metrics.similarity_of` does."""
         dim, parts = queries.shape[1], [queries.new_zeros(0, dtype=torch.float64)]
-        for row, column in zip(*(numbers.split(max(1, NUMBERS_AT_ONCE // dim)) for numbers in (rows, columns)),
+        for row, column in zip(*(numbers.split(max(1, BLOCK_ENTRIES // dim)) for numbers in (rows, columns)),
                                strict=True):
             one, other = queries[row], self.features[column]
             if binary:
@@ -51,33 +51,33 @@ class Nearest:
         return torch.cat(parts)
 
     def search(self, queries: torch.Tensor, number: int, binary: bool = False) -> list[list[tuple[int, float]]]:
-        """Find the nearest rows of each query, nearest first, of equals the first.
+        """Find the rows nearest to each query, nearest first, ties in the order of the rows.
 
         Args:
             queries: (Q, D) float32 or float64, unit rows.
-            number: of rows to find; where there are fewer, all are found.
+            number: of rows to return; all if there are fewer.
             binary: compare signs, a zero counting as +1; the similarity is then the share of equal bits.
 
         Returns:
-            for each query [(row, similarity), ...]; nothing for a query that is not finite.
+            for each query [(row, similarity), ...]; [] for a query that is not finite.
         """
         number = min(number, len(self.features))
-        sound = queries.isfinite().all(1)
-        queries = queries.where(sound[:, None], 0.0)  # one that is not finite must not spoil the others
+        is_finite = queries.isfinite().all(1)
+        queries = queries.where(is_finite[:, None], 0.0)  # one that is not finite must not spoil the others
         signs = torch.where(queries >= 0, 1.0, -1.0)
         asked, error = (signs, 0.0) if binary else (queries.float(), self.error(queries.float()))
         source = self.features if binary or self.coarse is None else self.coarse
         asked = asked.to(torch.bfloat16 if source is self.coarse else torch.float32)
-        most = min(ROWS_AT_ONCE, len(source))
-        room = asked.new_empty(most * source.shape[1]) if source.dtype != asked.dtype else None
+        most = min(BLOCK_ROWS, len(source))
+        buffer = asked.new_empty(most * source.shape[1]) if source.dtype != asked.dtype else None
         tile = asked.new_empty(len(asked) * most)
         best, found = queries.new_full((len(queries), number), -torch.inf, dtype=torch.float32), []
-        for start in range(0, len(source), ROWS_AT_ONCE):
-            part = source[start:start + ROWS_AT_ONCE]
-            if room is not None:  # memory that is asked for anew in each turn costs more than the product
-                part = shaped(room, *part.shape).copy_(part)
+        for start in range(0, len(source), BLOCK_ROWS):
+            part = source[start:start + BLOCK_ROWS]
+            if buffer is not None:  # allocating memory in each turn would cost more than the product
+                part = as_matrix(buffer, *part.shape).copy_(part)
             part = torch.where(part >= 0, 1.0, -1.0) if binary else part
-            similarity = torch.mm(asked, part.T, out=shaped(tile, len(asked), len(part))).float()
+            similarity = torch.mm(asked, part.T, out=as_matrix(tile, len(asked), len(part))).float()
             similarity.nan_to_num_(nan=-torch.inf)
             nearest = similarity.topk(min(number, len(part)), 1).values
             best = torch.cat([best, nearest], 1).topk(number, 1).values
@@ -90,7 +90,7 @@ class Nearest:
         answers = []
         for query in range(len(queries)):
             own = (rows == query).nonzero()[:, 0]
-            own = own[similarity[own].isfinite() & sound[query]]
+            own = own[similarity[own].isfinite() & is_finite[query]]
             own = own[similarity[own].argsort(descending=True, stable=True)[:number]]
             answers.append(list(zip(columns[own].tolist(), similarity[own].tolist(), strict=True)))
         return answers
@@ -100,7 +100,7 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
                       gallery_labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each query's largest cosine to an image of its class, and to one of another class: (Q,) float64 each.
 
-    -inf where there is none. Without a gallery the queries are searched in each other, each left out of its own search.
+    -inf stands for none. Without a gallery the queries are searched in each other, each left out of its own search.
 
     Args:
         queries, gallery: features (Q, D), (G, D), float32 or float64, unit rows.
@@ -117,7 +117,7 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
     for rows, columns in progress(tiles, desc='best negatives', unit='tile', delay=2):
         tile = compare.tile(rows, columns).masked_fill_(labels[rows, None] == gallery_labels[columns], -torch.inf)
         highest = tile.amax(1).double()
-        # Only what may be larger than the best of the tile, and than what was found so far, is computed again.
+        # Compute again only what can exceed the best of the tile and the best so far.
         lowest = torch.maximum(highest - 2 * compare.error, negative[rows] - compare.error).to(compare.dtype)
         lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
         lowest = lowest.masked_fill(highest == -torch.inf, torch.inf)
@@ -131,12 +131,12 @@ def pairs_above(features: torch.Tensor, threshold: float) -> list[tuple[int, int
     """Find all pairs of rows of features (N, D), unit rows, whose cosine is at least the threshold.
 
     Returns:
-        [(row, later row, cosine in float64), ...], the most similar first, of equals the first.
+        [(row, later row, cosine in float64), ...], the most similar first, ties in the order of the rows.
     """
     compare = Cosine(features, features)
     side, found = TILE_SIDE['cpu'], []
     lowest = torch.full((len(features),), threshold - compare.error, dtype=torch.float64).to(compare.dtype)
-    lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))  # that it is not rounded up
+    lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))  # so that it is not rounded up
     starts = range(0, len(features), side)
     tiles = [(slice(row, row + side), slice(column, column + side)) for row in starts for column in starts
              if row <= column]

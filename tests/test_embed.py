@@ -1,58 +1,43 @@
-"""Any folder becomes a data base: what is in it, what changes it, and what cutting it off does to it."""
+"""Any folder becomes a data base: what it contains, how it changes, and what an interruption does to it."""
 import csv
-import json
+import runpy
 import shutil
 import signal
-import threading
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, type_command
-from faults import differences, run_embed, tamper
+from conftest import REPOSITORY
+from faults import differences, run_embed
+from museum import DIM, make_model, write_photos
 from PIL import Image
 from raw_trees import write_image
 
 import embed
+import evaluate
+import report
 from common.errors import UserError
-from common.files import save
+from common.files import MADE_HERE, save
 from common.images import load_image
-from imagedata.folders import read_labels, scan_images
+from common.results import RunFiles
 from imagedata.loading import make_transform
-from model import EmbeddingNet, NetConfig
-from retrieval.collection import FileCollection, Item, matching
 from retrieval.database import load_data_base
 from retrieval.metrics import similarity_of
 from retrieval.model_file import load_model
-from retrieval.nearest import ROWS_AT_ONCE, Nearest, pairs_above
 from retrieval.search import nearest_images, rank_queries
-
-SETTINGS = {'data_name': 'birds', 'crop_type': 'uncropped', 'batch_size': 4, 'resize_size': 36, 'amp': 'off',
-            'recalls': [1, 2], 'run': 'birds_run'}
-
-
-def make_model(file: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    network = EmbeddingNet(NetConfig('timm:resnet10t', 7, image_size=32), 'none')
-    save({'config': asdict(network.config), 'state_dict': network.state_dict(), 'args': SETTINGS, 'epoch': 3,
-          'seen_classes': ['trained']}, file)
-    return file
 
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp('model') / 'birds_run_model.pth', 0)
+    return make_model(tmp_path_factory.mktemp('model') / 'birds_run_model.pth')
 
 
 @pytest.fixture
 def museum(tmp_path) -> Path:
-    """A folder of 11 images in three folders, two of them beside each other by name only, and what is no image."""
-    folder = tmp_path / 'museum'
-    for label, (name, count) in enumerate((('ara', 4), ('zebra', 3), ('loans/ara', 3))):
-        for number in range(count):
-            write_image(folder / name / f'{number}.jpg', label, number)
+    """A folder of 11 images, with a broken one, a hidden one, a link out of the folder and a text file."""
+    folder = write_photos(tmp_path / 'museum', {'ara': 4, 'zebra': 3, 'loans/ara': 3})
     write_image(folder / 'loose [1].jpg', 4, 0)
     (folder / 'notes.txt').write_text('x')
     (folder / 'broken.png').write_bytes(b'no image')
@@ -63,494 +48,472 @@ def museum(tmp_path) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path, model):
-    """Call embed.py in this process on museum.pth; returns what it printed."""
-    def call_embed(*words, name='museum.pth'):
-        args = embed.get_args(['--data_base', str(tmp_path / name), '--num_workers', '0', *map(str, words)])
-        embed.main(args)
-        return capsys.readouterr().out
+def call(call_script, tmp_path):
+    """Call embed.py on museum.pth in this process; returns what it printed."""
+    def call_embed(*words, name='museum.pth') -> str:
+        return call_script(embed, '--data_base', tmp_path / name, '--num_workers', 0, *words)
     return call_embed
+
+
+@pytest.fixture
+def embedded(call, model, museum, tmp_path) -> Path:
+    """museum.pth: the museum, embedded with the classes of its folders."""
+    call('--model', model, '--images', museum, '--labels', 'folder')
+    return tmp_path / 'museum.pth'
+
+
+def classes_of(file: Path) -> dict[str, str | None]:
+    """Return {path: class} of a data base, in its order."""
+    data_base = load_data_base(file)
+    return dict(zip(data_base.test.images, map(data_base.class_of, data_base.test.labels.tolist()), strict=True))
 
 
 def load(path):
     return torch.load(path, weights_only=True)
 
 
-# ---------------------------------------------------- what it makes --------------------------------------------------
-def test_a_folder_becomes_a_data_base_with_the_models_own_embeddings(call, museum, model, tmp_path):
+# ---------------------------------------------------- adding images ------------------------------------------------
+def test_a_folder_becomes_a_data_base_of_the_models_embeddings(call, model, museum, tmp_path):
     printed = call('--model', model, '--images', museum, '--labels', 'folder')
     assert '12 images, 12 to embed; left out: 1 links out of the folder, 1 .txt' in printed
     assert f'1 images cannot be read and are left out: {museum}/broken.png' in printed
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert base.test.images == ['ara/0.jpg', 'ara/1.jpg', 'ara/2.jpg', 'ara/3.jpg', 'loans/ara/0.jpg',
-                                'loans/ara/1.jpg', 'loans/ara/2.jpg', 'loose [1].jpg', 'zebra/0.jpg', 'zebra/1.jpg',
-                                'zebra/2.jpg']
-    assert [base.class_of(label) for label in base.test.labels.tolist()] == [
-        *['ara'] * 4, *['loans'] * 3, None, *['zebra'] * 3]
-    assert base.sources.folders == [str(museum)]
-    network = load_model(model, torch.device('cpu'))[0]
+    data_base = load_data_base(tmp_path / 'museum.pth')
+    assert list(classes_of(tmp_path / 'museum.pth').items()) == [
+        *((f'ara/{number}.jpg', 'ara') for number in range(4)),
+        *((f'loans/ara/{number}.jpg', 'loans') for number in range(3)), ('loose [1].jpg', None),
+        *((f'zebra/{number}.jpg', 'zebra') for number in range(3))]
+    assert data_base.sources.folders == [str(museum)]
+    network = load_model(model)[0]
     transform = make_transform(False, 32, 36, network.interpolation)
     with torch.inference_mode():
-        expected = torch.cat([network(transform(load_image(museum / path))[None]) for path in base.test.images])
-    torch.testing.assert_close(base.test.features, expected, atol=1e-6, rtol=0)
+        expected = torch.cat([network(transform(load_image(museum / path))[None]) for path in data_base.test.images])
+    torch.testing.assert_close(data_base.test.features, expected, atol=1e-6, rtol=0)
     assert (tmp_path / 'museum_model.pth').read_bytes() == model.read_bytes()
     assert not (tmp_path / 'museum.pth.parts').exists()
 
 
-def test_float16_halves_the_features_and_moves_a_similarity_by_little(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    fine = load_data_base(tmp_path / 'museum.pth').test.features
+def test_float16_halves_the_features_and_hardly_changes_similarities(call, embedded):
+    float32 = load_data_base(embedded).test.features
     call('--dtype', 'float16')
-    half = load_data_base(tmp_path / 'museum.pth').test.features
-    assert half.dtype == torch.float16
-    assert (similarity_of(half, half) - similarity_of(fine, fine)).abs().max() < 5e-4
+    float16 = load_data_base(embedded).test.features
+    assert float16.dtype == torch.float16
+    assert (similarity_of(float16, float16) - similarity_of(float32, float32)).abs().max() < 5e-4
 
 
-def test_adding_twice_is_adding_once_and_only_what_changed_is_computed_again(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    before = load(tmp_path / 'museum.pth')
+def test_only_new_and_changed_files_are_embedded_again(call, embedded, museum):
+    before = load(embedded)
     assert '12 images, 0 to embed' in call('--images', museum)  # nor is the broken one tried again
-    assert differences(before, load(tmp_path / 'museum.pth')) == []
+    assert differences(before, load(embedded)) == []
     write_image(museum / 'ara/1.jpg', 5, 9)
     write_image(museum / 'new.jpg', 6, 1)
     assert '13 images, 2 to embed' in call('--images', museum)
-    after = load_data_base(tmp_path / 'museum.pth')
+    after = load_data_base(embedded)
     assert sorted(after.test.images) == sorted([*before['test_images'], 'new.jpg'])
     for row, path in enumerate(before['test_images']):
-        same = torch.equal(before['test_features'][row], after.test.features[after.test.images.index(path)])
-        assert same == (path != 'ara/1.jpg')
+        is_equal = torch.equal(before['test_features'][row], after.test.features[after.test.images.index(path)])
+        assert is_equal == (path != 'ara/1.jpg')
 
 
-@pytest.mark.parametrize('words', [('--update',), ('--images',)])
-def test_an_image_that_became_unreadable_is_in_the_data_base_no_more(words, call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    (museum / 'ara/1.jpg').write_bytes(b'no image any more')
-    printed = call(*words, *([museum] if words == ('--images',) else []))
-    assert f'2 images cannot be read and are left out: {museum}/' in printed
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert 'ara/1.jpg' not in base.test.images
-    assert len(base.test.images) == len(base.test.features) == 10
-    write_image(museum / 'ara/1.jpg', 5, 9)
-    call('--images', museum)
-    assert 'ara/1.jpg' in load_data_base(tmp_path / 'museum.pth').test.images
-
-
-def test_several_folders_are_told_apart(call, museum, model, tmp_path):
+def test_a_second_folder_keeps_its_own_paths(call, embedded, museum, tmp_path):
     shutil.copytree(museum / 'ara', tmp_path / 'new/ara')
-    call('--model', model, '--images', museum)
     call('--images', tmp_path / 'new')
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert base.sources.folders == [str(museum), str(tmp_path / 'new')]
-    assert base.test.images.count('ara/0.jpg') == 2
-    words = ('test.py', '--data_base', tmp_path / 'museum.pth', '--results_dir', tmp_path, '--retrieval_num', 2)
-    assert_one_line_error(type_command(*words, '--query_img_name', 'ara/0.jpg'), 'names 2 images',
-                          f'{museum}/ara/0.jpg')
-    result = type_command(*words, '--query_img_name', tmp_path / 'new/ara/0.jpg')
-    assert result.returncode == 0, result.stderr
-    assert '1  1.0000  ara/0.jpg' in result.stdout
+    data_base = load_data_base(embedded)
+    assert data_base.sources.folders == [str(museum), str(tmp_path / 'new')]
+    assert data_base.test.images.count('ara/0.jpg') == 2
 
 
-def test_a_folder_below_a_known_one_keeps_its_paths_and_one_above_is_refused(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
+def test_a_folder_below_a_known_one_keeps_its_paths_and_one_above_is_refused(call, embedded, museum, tmp_path):
     write_image(museum / 'ara/late.jpg', 3, 3)
     assert '5 images, 1 to embed' in call('--images', museum / 'ara')
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert base.test.images[-1] == 'ara/late.jpg'
-    assert base.sources.folders == [str(museum)]
+    data_base = load_data_base(embedded)
+    assert data_base.test.images[-1] == 'ara/late.jpg'
+    assert data_base.sources.folders == [str(museum)]
     with pytest.raises(UserError, match='holds .*museum, which is in the data base already'):
         call('--images', tmp_path)
 
 
-def test_images_are_removed_by_path_folder_or_pattern(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    assert '3 images removed' in call('--remove', 'loans')
-    assert '1 images removed' in call('--remove', 'loose [1].jpg')
-    assert '2 images removed' in call('--remove', 'ara/[01].jpg')
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert base.test.images == ['ara/2.jpg', 'ara/3.jpg', 'zebra/0.jpg', 'zebra/1.jpg', 'zebra/2.jpg']
-    assert len(base.test.features) == 5
-    with pytest.raises(UserError, match="--remove nothing fits none of the 5 images"):
-        call('--remove', 'nothing')
-    call('--remove', '*')
-    assert not (tmp_path / 'museum.pth').exists()
+def test_batches_and_workers_are_those_of_the_command_line(call, model, museum, tmp_path, monkeypatch):
+    batches = []
+    monkeypatch.setattr(embed, 'embed_batch', lambda model, images, device, amp: batches.append((len(images), amp))
+                        or torch.nn.functional.normalize(torch.ones(len(images), DIM), dim=1))
+    call('--model', model, '--images', museum, '--batch_size', 5, '--amp', 'on')
+    assert batches == [(5, True), (5, True), (2, True)]
 
 
-def test_update_embeds_what_changed_and_removes_what_vanished(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    write_image(museum / 'zebra/0.jpg', 1, 7)
-    (museum / 'zebra/1.jpg').unlink()
-    write_image(museum / 'broken.png', 2, 2)
-    printed = call('--update')
-    assert '1 images have vanished and are removed, 2 have changed or were broken' in printed
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert base.test.images[-2:] == ['zebra/0.jpg', 'broken.png']
-    assert base.class_of(int(base.test.labels[-2])) == 'zebra'
-    assert base.sources.broken == {}
-    shutil.move(museum, tmp_path / 'away')
-    with pytest.raises(UserError, match='museum is not there'):  # a disk that is not mounted empties nothing
-        call('--update')
-    assert len(load_data_base(tmp_path / 'museum.pth').test.images) == 11
-
-
-def test_an_image_that_was_broken_for_a_while_keeps_its_class(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    repaired = (museum / 'zebra/0.jpg').read_bytes()
-
-    def classes_and_broken():
-        base = load_data_base(tmp_path / 'museum.pth')
-        classes = dict(zip(base.test.images, map(base.class_of, base.test.labels.tolist()), strict=True))
-        return classes.get('zebra/0.jpg'), f'{museum}/zebra/0.jpg' in base.sources.broken
-
-    for mend in (['--update'], ['--images', museum]):
-        assert classes_and_broken() == ('zebra', False)
-        (museum / 'zebra/0.jpg').write_bytes(b'half of it')
-        call('--update')
-        assert classes_and_broken() == (None, True)
-        (museum / 'zebra/0.jpg').write_bytes(repaired)
-        call(*mend)
-    assert classes_and_broken() == ('zebra', False)
-
-
-def test_what_update_finds_changed_is_embedded_once_and_not_where_it_is_removed(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    for path in ('ara/0.jpg', 'zebra/0.jpg'):
-        write_image(museum / path, 6, 6)
-    assert '\n2 images in ' in call('--update', '--remove', 'ara', '--images', museum / 'zebra')  # and broken.png
-    paths = load_data_base(tmp_path / 'museum.pth').test.images
-    assert not [path for path in paths if path.startswith('ara/')]
-    assert paths.count('zebra/0.jpg') == 1
-
-
-def test_labels_are_those_below_the_folder_that_is_named(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    call('--images', museum / 'loans', '--labels', 'folder')
-    (tmp_path / 'labels.csv').write_text('path,label\n0.jpg,horse\n')
-    call('--images', museum / 'zebra', '--labels', tmp_path / 'labels.csv')
-    base = load_data_base(tmp_path / 'museum.pth')
-    labels = dict(zip(base.test.images, map(base.class_of, base.test.labels.tolist()), strict=True))
-    assert [labels[path] for path in ('ara/0.jpg', 'loans/ara/0.jpg', 'zebra/0.jpg', 'zebra/1.jpg')] == [
-        'ara', 'ara', 'horse', 'zebra']
-
-
-def test_classes_come_from_a_csv_and_can_be_given_later(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    features = load_data_base(tmp_path / 'museum.pth').test.features
-    (tmp_path / 'labels.csv').write_text('path,label\nara/0.jpg,"parrot, red"\nara/1.jpg,"parrot, red"\nno.jpg,x\n')
-    printed = call('--images', museum, '--labels', tmp_path / 'labels.csv')
-    assert '2 images have another class now' in printed
-    assert 'labels.csv name no image of the folder, or no class, the first: no.jpg' in printed
-    base = load_data_base(tmp_path / 'museum.pth')
-    assert [base.class_of(label) for label in base.test.labels.tolist()] == ['parrot, red'] * 2 + [None] * 9
-    assert torch.equal(base.test.features, features)
-    for text in ('a,b\n1,2\n', '', 'path,label\nno.jpg,x\n'):
-        (tmp_path / 'labels.csv').write_text(text)
-        with pytest.raises(UserError, match='--labels .*labels.csv'):
-            read_labels(str(tmp_path / 'labels.csv'), base.test.images, str(museum))
-
-
-def test_another_model_is_refused(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    other = make_model(tmp_path / 'other_model.pth', 1)
-    with pytest.raises(UserError, match='--model: .* another model embedded'):
-        call('--model', other, '--images', museum)
-    (tmp_path / 'museum_model.pth').write_bytes(other.read_bytes())
-    write_image(museum / 'new.jpg', 1, 1)
-    with pytest.raises(UserError, match='museum_model.pth is not the model that embedded'):
-        call('--images', museum)
-
-
-def test_what_other_tools_read_is_what_the_data_base_holds(call, museum, model, tmp_path):
-    parquet = pytest.importorskip('pyarrow.parquet')
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    call('--csv', tmp_path / 'm.csv', '--npy', tmp_path / 'm.npy', '--parquet', tmp_path / 'm.parquet')
-    base = load_data_base(tmp_path / 'museum.pth')
-    features = base.test.features.numpy()
-    np.testing.assert_array_equal(np.load(tmp_path / 'm.npy'), features)
-    table = parquet.read_table(tmp_path / 'm.parquet').to_pydict()
-    np.testing.assert_array_equal(np.array(table['features'], dtype=np.float32), features)
-    with open(tmp_path / 'm.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    assert table['image'] == [row['image'] for row in rows] == [f'{museum}/{path}' for path in base.test.images]
-    assert [row['class'] for row in rows][6:9] == ['loans', '', 'zebra']
-    np.testing.assert_allclose(np.array([[float(row[f'feature_{d}']) for d in range(7)] for row in rows]), features,
-                               rtol=1e-6)
-    with pytest.raises(UserError, match='m.npy is there already; add --overwrite'):
-        call('--npy', tmp_path / 'm.npy')
-
-
-def test_pairs_of_any_positive_similarity_can_be_asked_for(call, museum, model):
-    call('--model', model, '--images', museum)
-    assert 'pairs of at least 0 in ' in call('--duplicates', '0')
-
-
-def test_duplicates_are_pairs_and_a_sheet(call, museum, model, tmp_path):
-    for name in ('copy.jpg', 'loans/copy.jpg'):
-        shutil.copy(museum / 'zebra/2.jpg', museum / name)
-    call('--model', model, '--images', museum)
-    assert '3 pairs of at least 0.999999 in 1 groups' in call('--duplicates', '0.999999')
-    with open(tmp_path / 'museum_duplicates.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    names = {str(museum / name) for name in ('zebra/2.jpg', 'copy.jpg', 'loans/copy.jpg')}
-    assert {row['image'] for row in rows} | {row['duplicate'] for row in rows} == names
-    with Image.open(tmp_path / 'museum_duplicates.png') as image:
-        assert image.width > image.height
-    (tmp_path / 'museum_duplicates.csv').write_text('mine')
-    with pytest.raises(UserError, match='museum_duplicates.csv is there, was not written'):
-        call('--duplicates', '0.99')
-
-
-@pytest.mark.parametrize(('words', 'parts'), [
-    ([], ['nothing to do']), (['--images', 'nowhere'], ['there is no data base', '--model']),
-    (['--update', '--labels', 'folder'], ['--labels folder has no effect without --images']),
-    (['--update', '--overwrite'], ['--overwrite']), (['--duplicates', '1.5'], ['--duplicates 1.5']),
-    (['--list', '--imges', 'x'], ['--imges', "'--images'"])])
-def test_what_cannot_be_done_is_one_line(tmp_path, words, parts):
-    assert_one_line_error(type_command('embed.py', '--data_base', tmp_path / 'm.pth', *words), *parts)
-
-
-def test_the_data_base_of_a_run_is_not_added_to(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    contents = load(tmp_path / 'museum.pth')
-    save({key: value for key, value in contents.items() if key != 'folders'}, tmp_path / 'run.pth')
-    with pytest.raises(UserError, match='run.pth is that of a run'):
-        call('--images', museum, name='run.pth')
-
-
-# ---------------------------------------------------- what is cut off -----------------------------------------------
-def test_a_call_that_is_killed_goes_on_and_ends_as_one_that_was_not(call, museum, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
-    call('--model', model, '--images', museum, name='whole.pth')
-    words = ['--data_base', tmp_path / 'museum.pth', '--num_workers', 0, '--model', model, '--images', museum]
-    # Renamed are the model, then three parts, then the data base; a later call begins by joining what parts there are.
-    for number, when, rows in ((3, 'before', 0), (2, 'after', 4), (1, 'after', 7)):
-        code, printed = run_embed(words, tmp_path / 'log', (when, number))
-        assert code == -signal.SIGKILL, printed
-        base = tmp_path / 'museum.pth'
-        assert (len(load_data_base(base).test.images) if base.exists() else 0) == rows, number
-    call('--model', model, '--images', museum)
-    whole, mine = load(tmp_path / 'whole.pth'), load(tmp_path / 'museum.pth')
-    assert mine['args'].pop('data_name') == 'museum'
-    assert whole['args'].pop('data_name') == 'whole'
-    assert differences(whole, mine) == []
-    assert not (tmp_path / 'museum.pth.parts').exists()  # it was there when the last one was killed
-
-
-def test_ctrl_c_says_what_is_kept(museum, model, tmp_path):
-    code, printed = run_embed(['--data_base', tmp_path / 'm.pth', '--num_workers', 0, '--model', model, '--images',
-                               museum], tmp_path / 'log', ('send', signal.SIGINT))
-    assert code == 130, printed
-    assert 'stopped by Ctrl-C: 4 new images are kept; the same call goes on' in printed
-
-
-def test_two_calls_at_once_are_refused(call, museum, model, tmp_path, monkeypatch):
-    call('--model', model, '--images', museum)
-    seen = []
-
-    def second(*_):
-        thread = threading.Thread(target=lambda: seen.append(type_command(
-            'embed.py', '--data_base', tmp_path / 'museum.pth', '--update')))
-        thread.start()
-        thread.join()
-
-    monkeypatch.setattr(embed, 'change', second)
-    call('--update')
-    assert_one_line_error(seen[0], 'museum.pth: another process is at work on it')
-
-
-# ---------------------------------------------------- other scripts -------------------------------------------------
-def test_test_and_report_and_evaluate_read_a_collection_without_classes(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum)
-    base = ('--data_base', tmp_path / 'museum.pth')
-    result = type_command('test.py', *base, '--results_dir', tmp_path, '--query_img_name', tmp_path / 'secret.jpg',
-                          '--retrieval_num', 3)
-    assert result.returncode == 0, result.stderr
-    assert 'secret.jpg (class unknown)' in result.stdout
-    found = json.loads((tmp_path / 'secret/retrieval.json').read_text())['answers'][0]['retrieved']
-    assert found[0]['image'] == 'ara/0.jpg'  # the same photograph
-    assert found[0]['similarity'] == pytest.approx(1, abs=1e-5)
-    assert {answer['correct'] for answer in found} == {None}
-    result = type_command('report.py', *base, '--output', tmp_path / 'r.html', '--max_images', 11)
-    assert result.returncode == 0, result.stderr
-    html = (tmp_path / 'r.html').read_text()
-    assert 'id="class-table"' not in html
-    assert html.count('no class') >= 1
-    assert_one_line_error(type_command('evaluate.py', *base), 'no image of this data base has a class', '--labels')
-
-
-def test_images_without_a_class_are_neither_right_nor_wrong(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    base = load_data_base(tmp_path / 'museum.pth')
-    features, labels = base.tensors()[:2]
-    assert len(features) == len(labels) == 10
-    ranked = rank_queries(base)
-    assert ranked['rank'].isnan().tolist() == [path == 'loose [1].jpg' for path in base.test.images]
-    loose = base.test.images.index('loose [1].jpg')
-    for query, rank in enumerate(ranked['rank'].tolist()):
-        if query != loose:
-            others = [index for index, _ in nearest_images(base.test.features[query], base, ('test', query), 11)
-                      if index != loose]
-            assert rank == [bool(base.test.labels[index] == base.test.labels[query]) for index in others].index(True)
-
-
-# ---------------------------------------------------- parts ---------------------------------------------------------
-@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize('resident', [False, True])
-def test_the_nearest_rows_are_those_of_the_whole_product(dtype, resident, monkeypatch):
-    monkeypatch.setattr('engine.nearest.bfloat16_is_fast', lambda device: True)
-    generator = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(ROWS_AT_ONCE + 500, 9, generator=generator), dim=1)
-    features[ROWS_AT_ONCE - 5:ROWS_AT_ONCE + 5] = features[3]  # equals, on both sides of a block
-    features[7] = torch.nan
-    queries = torch.nn.functional.normalize(torch.randn(40, 9, generator=generator), dim=1)
-    queries[0], queries[1] = features[3], torch.nan
-    features = features.to(dtype)
-    nearest = Nearest(features, resident)
-    for binary in (False, True):
-        found = nearest.search(queries, 13, binary)
-        assert found[1] == []
-        for query in (0, *range(2, 40)):
-            similarity = similarity_of(queries[query][None], features, binary)[0]
-            similarity = similarity.nan_to_num(nan=-1.0)
-            order = similarity.argsort(descending=True, stable=True)[:13]
-            assert found[query] == list(zip(order.tolist(), similarity[order].tolist(), strict=True))
-    assert len(nearest.search(queries, 10**6)[2]) == len(features) - 1
-
-
-def test_pairs_above_a_similarity_are_all_of_them(monkeypatch):
-    monkeypatch.setattr('engine.nearest.TILE_SIDE', {'cpu': 64})
-    features = torch.nn.functional.normalize(torch.randn(150, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    features[140] = features[2]
-    similarity = similarity_of(features, features)
-    for threshold in (0.9, similarity[3, 7].item(), -0.5):
-        expected = {(one, other): similarity[one, other].item() for one in range(150) for other in range(one + 1, 150)
-                    if similarity[one, other] >= threshold}
-        found = pairs_above(features, threshold)
-        assert {pair[:2]: pair[2] for pair in found} == expected
-        assert [pair[2] for pair in found] == sorted(expected.values(), reverse=True)
-
-
-def test_a_pattern_means_a_path_a_folder_or_letters(museum):
-    items = [Item('/photos', path, '', 0, 0) for path in ('a/x.jpg', 'ab/x.jpg', 'a[1].jpg', 'b/a/x.jpg')]
-    for pattern, expected in (('a', ['a/x.jpg']), ('a*', ['a/x.jpg', 'ab/x.jpg', 'a[1].jpg']), ('a/', ['a/x.jpg']),
-                              ('a[1].jpg', ['a[1].jpg']), ('/photos/a?/*', ['ab/x.jpg']), ('x.jpg', [])):
-        assert [item.path for item in matching(items, [pattern])] == expected, pattern
-
-
-def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(museum, monkeypatch):
-    def walk(folder, onerror):
-        onerror(PermissionError(13, 'Permission denied', f'{folder}/locked'))
-        return []
-
-    monkeypatch.setattr('os.walk', walk)
-    with pytest.raises(UserError, match='locked cannot be read'):
-        scan_images(museum)
-
-
-def test_links_to_folders_are_counted_and_not_followed(call, museum, model, tmp_path):
-    write_image(tmp_path / 'elsewhere/0.jpg', 1, 1)
-    (museum / 'elsewhere').symlink_to(tmp_path / 'elsewhere')
-    assert '12 images, 12 to embed; left out: 1 links to folders, 1 links out' in call(
-        '--model', model, '--images', museum)
-
-
-def test_copies_of_a_conversion_are_no_images_of_their_own(call, model, tmp_path):
-    for label in 'abcd':
-        for number in range(2):
-            write_image(tmp_path / 'own' / label / f'{number}.jpg', ord(label), number)
-    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'own').returncode == 0
-    printed = call('--model', model, '--images', tmp_path / 'own', '--labels', 'folder')
-    assert '8 images, 8 to embed; left out: 8 copies in uncropped/' in printed
-    assert load_data_base(tmp_path / 'museum.pth').class_names == list('abcd')
-    assert '8 images, 8 to embed' in call('--model', model, '--images', tmp_path / 'own/uncropped', name='copies.pth')
-
-
-@pytest.mark.parametrize('named_by', ['folder', 'csv'])
-def test_classes_have_one_name_in_whatever_form_of_unicode_it_is_written(named_by, call, model, tmp_path):
-    written, name = 'cafe\u0301', 'caf\u00e9'
-    write_image(tmp_path / 'own' / written / '0.jpg', 1, 1)
-    (tmp_path / 'labels.csv').write_text(f'path,label\n{written}/0.jpg,{written}\n', encoding='utf-8')
-    call('--model', model, '--images', tmp_path / 'own', '--labels',
-         'folder' if named_by == 'folder' else tmp_path / 'labels.csv')
-    assert load_data_base(tmp_path / 'museum.pth').class_names == [name]
-
-
-def test_a_first_call_that_finds_no_images_keeps_no_model(call, museum, model, tmp_path):
+def test_a_first_call_that_finds_no_images_keeps_no_model(call, model, museum, tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='holds no images'):
         call('--model', make_model(tmp_path / 'other_model.pth', 1), '--images', tmp_path / 'empty')
     assert '11 images of 1 folders' in call('--model', model, '--images', museum)
 
 
-def test_what_a_killed_call_has_half_written_is_removed(call, museum, model, tmp_path):
-    left = [tmp_path / '.museum.pth.01234567', tmp_path / '.museum_model.pth.89abcdef']
-    for file in left:
-        file.write_bytes(b'half')
-    call('--model', model, '--images', museum)
-    assert not any(file.exists() for file in left)
+def test_a_folder_of_broken_images_alone_makes_no_data_base(call, model, tmp_path):
+    (tmp_path / 'bad').mkdir()
+    (tmp_path / 'bad/x.jpg').write_bytes(b'no image')
+    with pytest.raises(UserError, match='bad: none of the images can be read'):
+        call('--model', model, '--images', tmp_path / 'bad')
+    assert not (tmp_path / 'museum.pth').exists()
 
 
-def test_an_export_replaces_neither_the_data_base_nor_another_export(call, museum, model, tmp_path):
+def test_embeddings_that_are_not_finite_are_refused(call, model, museum, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, 'embed_batch', lambda model, images, *_: torch.full((len(images), DIM), torch.nan))
+    with pytest.raises(UserError, match='not finite; the model is broken'):
+        call('--model', model, '--images', museum)
+
+
+# ---------------------------------------------------- broken files -------------------------------------------------
+@pytest.mark.parametrize('flag', ['--update', '--images'])
+def test_an_image_that_became_unreadable_is_removed(flag, call, embedded, museum):
+    (museum / 'ara/1.jpg').write_bytes(b'no image any more')
+    printed = call('--update') if flag == '--update' else call('--images', museum)
+    assert f'2 images cannot be read and are left out: {museum}/' in printed
+    data_base = load_data_base(embedded)
+    assert 'ara/1.jpg' not in data_base.test.images
+    assert len(data_base.test.images) == len(data_base.test.features) == 10
+
+
+@pytest.mark.parametrize('flag', ['--update', '--images'])
+def test_an_image_that_was_broken_for_a_while_keeps_its_class(flag, call, embedded, museum):
+    repaired = (museum / 'zebra/0.jpg').read_bytes()
+    (museum / 'zebra/0.jpg').write_bytes(b'half of it')
+    call('--update')
+    assert 'zebra/0.jpg' not in classes_of(embedded)
+    assert load_data_base(embedded).sources.broken[f'{museum}/zebra/0.jpg'][2] == 'zebra'
+    (museum / 'zebra/0.jpg').write_bytes(repaired)
+    call(*(['--update'] if flag == '--update' else ['--images', museum]))
+    assert classes_of(embedded)['zebra/0.jpg'] == 'zebra'
+    assert f'{museum}/zebra/0.jpg' not in load_data_base(embedded).sources.broken
+
+
+def test_a_broken_file_is_forgotten_with_its_folder(call, embedded, museum):
+    (museum / 'ara/bad.jpg').write_bytes(b'no image')
+    call('--images', museum)
+    assert '4 images removed, 1 broken files forgotten' in call('--remove', 'ara')
+    write_image(museum / 'ara/bad.jpg', 1, 1)
+    call('--update')
+    assert not [path for path in classes_of(embedded) if path.startswith('ara')]
+    assert '0 images removed, 1 broken files forgotten' in call('--remove', 'broken.png')
+    assert load_data_base(embedded).sources.broken == {}
+
+
+def test_update_tries_no_broken_file_that_is_gone_or_links_to_itself(call, embedded, museum):
+    (museum / 'loop.jpg').symlink_to('loop.jpg')
+    (museum / 'gone.jpg').symlink_to('nothing.jpg')
+    assert '3 images cannot be read' in call('--images', museum)
+    assert '1 changed or broken ones are embedded' in call('--update')
+    assert list(load_data_base(embedded).sources.broken) == [f'{museum}/broken.png']
+
+
+# ---------------------------------------------------- removing, updating -------------------------------------------
+def test_images_are_removed_by_path_folder_or_pattern(call, embedded):
+    assert '3 images removed' in call('--remove', 'loans')
+    assert '1 images removed' in call('--remove', 'loose [1].jpg')
+    assert '2 images removed' in call('--remove', 'ara/[01].jpg')
+    data_base = load_data_base(embedded)
+    assert data_base.test.images == ['ara/2.jpg', 'ara/3.jpg', 'zebra/0.jpg', 'zebra/1.jpg', 'zebra/2.jpg']
+    assert len(data_base.test.features) == 5
+    with pytest.raises(UserError, match='--remove nothing matches none of the 5 images'):
+        call('--remove', 'nothing')
+    assert 'museum.pth has no images left' in call('--remove', '*')
+    assert not embedded.exists()
+
+
+def test_update_embeds_changed_files_and_removes_deleted_ones(call, embedded, museum):
+    write_image(museum / 'zebra/0.jpg', 1, 7)
+    (museum / 'zebra/1.jpg').unlink()
+    write_image(museum / 'broken.png', 2, 2)
+    assert '1 deleted images are removed; 2 changed or broken ones are embedded' in call('--update')
+    assert list(classes_of(embedded).items())[-2:] == [('zebra/0.jpg', 'zebra'), ('broken.png', None)]
+    assert 'zebra/1.jpg' not in classes_of(embedded)
+    assert load_data_base(embedded).sources.broken == {}
+
+
+def test_update_of_a_missing_folder_removes_nothing(call, embedded, museum, tmp_path):
+    shutil.move(museum, tmp_path / 'away')
+    with pytest.raises(UserError, match='museum is missing'):  # a disk may not be mounted
+        call('--update')
+    assert len(load_data_base(embedded).test.images) == 11
+
+
+def test_what_update_finds_is_embedded_once_and_not_if_it_is_removed(call, embedded, museum):
+    for path in ('ara/0.jpg', 'zebra/0.jpg'):
+        write_image(museum / path, 6, 6)
+    assert '\n2 images in ' in call('--update', '--remove', 'ara', '--images', museum / 'zebra')  # and broken.png
+    paths = load_data_base(embedded).test.images
+    assert not [path for path in paths if path.startswith('ara/')]
+    assert paths.count('zebra/0.jpg') == 1
+
+
+# ---------------------------------------------------- classes ------------------------------------------------------
+def test_labels_are_relative_to_the_folder_that_is_named(call, embedded, museum, tmp_path):
+    call('--images', museum / 'loans', '--labels', 'folder')
+    (tmp_path / 'labels.csv').write_text('path,label\n0.jpg,horse\n')
+    call('--images', museum / 'zebra', '--labels', tmp_path / 'labels.csv')
+    classes = classes_of(embedded)
+    assert [classes[path] for path in ('ara/0.jpg', 'loans/ara/0.jpg', 'zebra/0.jpg', 'zebra/1.jpg')] == [
+        'ara', 'ara', 'horse', 'zebra']
+
+
+def test_classes_can_be_given_later_and_change_no_embedding(call, model, museum, tmp_path):
     call('--model', model, '--images', museum)
-    before = load(tmp_path / 'museum.pth')
-    for words in (('--csv', tmp_path / 'museum.pth'), ('--npy', tmp_path / 'museum_model.pth'),
+    features = load_data_base(tmp_path / 'museum.pth').test.features
+    (tmp_path / 'labels.csv').write_text('path,label\nara/0.jpg,"parrot, red"\nara/1.jpg,"parrot, red"\n')
+    assert '2 images have a new class' in call('--images', museum, '--labels', tmp_path / 'labels.csv')
+    assert list(classes_of(tmp_path / 'museum.pth').values()) == ['parrot, red'] * 2 + [None] * 9
+    assert torch.equal(load_data_base(tmp_path / 'museum.pth').test.features, features)
+
+
+@pytest.mark.parametrize('source', ['folder', 'csv'])
+def test_a_class_has_one_name_in_either_unicode_form(source, call, model, tmp_path):
+    decomposed, composed = 'cafe\u0301', 'caf\u00e9'
+    write_image(tmp_path / 'photos' / decomposed / '0.jpg', 1, 1)
+    (tmp_path / 'labels.csv').write_text(f'path,label\n{decomposed}/0.jpg,{decomposed}\n', encoding='utf-8')
+    call('--model', model, '--images', tmp_path / 'photos', '--labels',
+         'folder' if source == 'folder' else tmp_path / 'labels.csv')
+    assert load_data_base(tmp_path / 'museum.pth').class_names == [composed]
+
+
+# ---------------------------------------------------- model --------------------------------------------------------
+def test_another_model_is_refused(call, embedded, museum, tmp_path):
+    other = make_model(tmp_path / 'other_model.pth', 1)
+    with pytest.raises(UserError, match='--model: .* holds embeddings of another model'):
+        call('--model', other, '--images', museum)
+    write_image(museum / 'new.jpg', 1, 1)
+    (tmp_path / 'museum_model.pth').write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match='museum_model.pth is not the model that embeds'):
+        call('--images', museum)
+    (tmp_path / 'museum_model.pth').unlink()
+    with pytest.raises(UserError, match='museum_model.pth, is missing; name it with --model'):
+        call('--images', museum)
+
+
+def test_the_data_base_of_a_run_is_not_added_to(call, embedded, museum, tmp_path):
+    contents = load(embedded)
+    save({key: value for key, value in contents.items() if key != 'folders'}, tmp_path / 'run.pth')
+    with pytest.raises(UserError, match='run.pth belongs to a training run'):
+        call('--images', museum, name='run.pth')
+
+
+# ---------------------------------------------------- what it prints and writes -----------------------------------
+def test_list_prints_paths_and_classes(call, embedded):
+    first, *lines, last = call('--list').splitlines()
+    assert 'broken.png' in first
+    assert lines[0] == 'ara/0.jpg  ara'
+    assert lines[7] == 'loose [1].jpg'
+    assert last == f'{embedded}: 11 images of 1 folders'
+    assert call('--list', 'loans').splitlines()[1:-1] == [f'loans/ara/{number}.jpg  loans' for number in range(3)]
+
+
+def test_tables_contain_what_the_data_base_contains(call, embedded, museum, tmp_path):
+    parquet = pytest.importorskip('pyarrow.parquet')
+    call('--csv', tmp_path / 'm.csv', '--npy', tmp_path / 'm.npy', '--parquet', tmp_path / 'm.parquet')
+    data_base = load_data_base(embedded)
+    features = data_base.test.features.numpy()
+    np.testing.assert_array_equal(np.load(tmp_path / 'm.npy'), features)
+    table = parquet.read_table(tmp_path / 'm.parquet').to_pydict()
+    np.testing.assert_array_equal(np.array(table['features'], dtype=np.float32), features)
+    with open(tmp_path / 'm.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert table['image'] == [row['image'] for row in rows] == [f'{museum}/{path}' for path in data_base.test.images]
+    assert table['class'] == [row['class'] for row in rows]
+    assert [row['class'] for row in rows][6:9] == ['loans', '', 'zebra']
+    np.testing.assert_allclose(np.array([[float(row[f'feature_{d}']) for d in range(DIM)] for row in rows]), features,
+                               rtol=1e-6)
+
+
+def test_a_long_csv_is_written_in_parts_with_one_header(call, embedded, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
+    call('--csv', tmp_path / 'm.csv')
+    lines = (tmp_path / 'm.csv').read_text().splitlines()
+    assert len(lines) == 12
+    assert sum(line.startswith('image,class,feature_0') for line in lines) == 1
+
+
+def test_tables_replace_no_file_without_overwrite_and_never_the_data_base(call, embedded, tmp_path):
+    before = load(embedded)
+    call('--npy', tmp_path / 'm.npy')
+    with pytest.raises(UserError, match='m.npy exists already; add --overwrite'):
+        call('--npy', tmp_path / 'm.npy')
+    call('--npy', tmp_path / 'm.npy', '--overwrite')
+    for words in (('--csv', embedded), ('--npy', tmp_path / 'museum_model.pth'),
                   ('--csv', tmp_path / 'x', '--npy', tmp_path / 'museum/../x')):
         with pytest.raises(UserError, match='is the data base, its model, or named twice'):
             call(*words, '--overwrite')
-    assert differences(before, load(tmp_path / 'museum.pth')) == []
+    assert differences(before, load(embedded)) == []
     assert not (tmp_path / 'x').exists()
 
 
-def test_what_could_not_be_read_is_forgotten_with_its_folder(call, museum, model, tmp_path):
-    (museum / 'ara/bad.jpg').write_bytes(b'no image')
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Keep the rows of figures instead of drawing them."""
+    kept = []
+
+    def draw_rows(rows, target):
+        kept.extend(rows)
+        for suffix in ('.png', '.pdf'):
+            target.with_suffix(suffix).write_text(MADE_HERE)
+        return target.with_suffix('.png')
+
+    monkeypatch.setattr('retrieval.figures.draw_rows', draw_rows)
+    return kept
+
+
+def test_duplicates_are_pairs_and_groups(call, model, museum, tmp_path, drawn):
+    for name in ('copy.jpg', 'loans/copy.jpg'):
+        shutil.copy(museum / 'zebra/2.jpg', museum / name)
+    shutil.copy(museum / 'ara/0.jpg', museum / 'other.jpg')
     call('--model', model, '--images', museum)
-    assert '4 images removed, 1 that cannot be read are forgotten' in call('--remove', 'ara')
-    write_image(museum / 'ara/bad.jpg', 1, 1)
-    call('--update')
-    assert not [path for path in load_data_base(tmp_path / 'museum.pth').test.images if path.startswith('ara')]
-    assert '0 images removed, 1 that cannot be read are forgotten' in call('--remove', 'broken.png')
-    assert load_data_base(tmp_path / 'museum.pth').sources.broken == {}
+    assert '4 pairs of at least 0.999999 in 2 groups' in call('--duplicates', '0.999999')
+    with open(tmp_path / 'museum_duplicates.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    groups = {number: {Path(row[column]).relative_to(museum).as_posix() for row in rows if row['group'] == number
+                       for column in ('image', 'duplicate')} for number in ('1', '2')}
+    assert groups == {'1': {'ara/0.jpg', 'other.jpg'}, '2': {'copy.jpg', 'loans/copy.jpg', 'zebra/2.jpg'}}
+    assert {row['similarity'] for row in rows} == {'1.000000'}
+    assert [(row['note'], row['query'], [other['file'] for other in row['retrieved']]) for row in drawn] == [
+        ('group 1', museum / 'ara/0.jpg', [museum / 'other.jpg']),
+        ('group 2', museum / 'copy.jpg', [museum / 'loans/copy.jpg', museum / 'zebra/2.jpg'])]
 
 
-def test_damaged_parts_and_those_of_another_model_are_refused(call, museum, model, tmp_path):
+@pytest.mark.slow
+def test_duplicates_are_drawn(call, model, museum, tmp_path):
+    shutil.copy(museum / 'zebra/2.jpg', museum / 'copy.jpg')
     call('--model', model, '--images', museum)
-    base = load_data_base(tmp_path / 'museum.pth')
-    collection = FileCollection(tmp_path / 'museum.pth')
-    collection.add([Item('/x', 'y.jpg', '', 1, 1)], base.test.features[:1])
-    part = tmp_path / 'museum.pth.parts/00000000.pth'
-    good = load(part)
-    for name, value in (('fingerprint', 'other'), ('images', ['../y.jpg']), ('sizes', ['1']), ('features', None),
-                        ('features', torch.zeros(1, 3)), ('broken', {'x': 1}), ('times', [])):
-        save({**good, name: value}, part)
-        with pytest.raises(UserError, match=r'museum\.pth\.parts'):
-            FileCollection(tmp_path / 'museum.pth')
-    save(good, part)
-    assert [item.path for item in FileCollection(tmp_path / 'museum.pth').items()][-1] == 'y.jpg'
+    call('--duplicates', '0.999999')
+    call('--duplicates', '0.999999')  # replaces its own figure
+    with Image.open(tmp_path / 'museum_duplicates.png') as image:
+        assert image.width > image.height
 
 
-def test_no_tampered_collection_or_part_ends_in_anything_but_success_or_one_line(call, museum, model, tmp_path):
-    call('--model', model, '--images', museum, '--labels', 'folder')
-    file, part = tmp_path / 'tampered.pth', tmp_path / 'museum.pth.parts/00000000.pth'
-    base = load(tmp_path / 'museum.pth')
-    query = base['test_features'][:1].clone()
-    FileCollection(tmp_path / 'museum.pth').add([Item('/x', 'y.jpg', 'a', 1, 1)], query, {'b': [1, 1]})
-    good_part = load(part)
-    part.unlink()
+def test_duplicates_of_similarity_zero_can_be_asked_for_and_replace_no_foreign_file(call, embedded, tmp_path, drawn):
+    assert 'pairs of at least 0 in ' in call('--duplicates', '0')
+    assert '0 pairs of at least 1 in 0 groups' in call('--duplicates', '1')
+    (tmp_path / 'museum_duplicates.csv').write_text('mine')
+    with pytest.raises(UserError, match='museum_duplicates.csv exists, was not written'):
+        call('--duplicates', '0.99')
 
-    def read(collection) -> None:
-        list(collection.items())
-        for binary in (False, True):
-            collection.search(query, 20, binary)
-        collection.find('ara', 5)
 
-    def of_file(contents) -> None:
-        torch.save(contents, file)
-        read(FileCollection(file))
+def test_pairs_that_share_images_are_one_group():
+    assert embed.group_pairs([(3, 5, 0.9), (0, 2, 0.9), (5, 7, 0.8), (1, 2, 0.8)], 9) == [[0, 1, 2], [3, 5, 7]]
+    assert embed.group_pairs([], 3) == []
 
-    def of_part(contents) -> None:
-        shutil.copy(tmp_path / 'museum.pth', file)
-        (tmp_path / 'tampered.pth.parts').mkdir(exist_ok=True)
-        torch.save(contents, tmp_path / 'tampered.pth.parts/00000000.pth')
-        read(FileCollection(file))
 
-    faults = tamper({'collection': (base, of_file), 'part': (good_part, of_part)}, 150, np.random.default_rng(5))
-    assert not faults
+# ---------------------------------------------------- mistakes -----------------------------------------------------
+@pytest.mark.parametrize(('words', 'message'), [
+    ([], 'nothing to do: add --images FOLDER'), (['--update', '--labels', 'folder'], '--labels folder has no effect'),
+    (['--list', '--model', 'x.pth'], '--model x.pth has no effect without --images'),
+    (['--update', '--overwrite'], '--overwrite has no effect'), (['--duplicates', '1.5'], '--duplicates 1.5'),
+    (['--list', '--imges', 'x'], "--imges .*did you mean '--images'"),
+    (['--list', '--batch_size', '0'], '--batch_size 0')])
+def test_a_mistaken_command_line_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        embed.get_args(['--data_base', 'm.pth', *words])
+
+
+def test_a_data_base_has_a_suffix_and_must_exist_or_be_created(call, tmp_path):
+    with pytest.raises(UserError, match='m.npy must end in .pth'):
+        embed.get_args(['--data_base', 'm.npy', '--list'])
+    with pytest.raises(UserError, match='there is no data base .*; create it with --model'):
+        call('--images', tmp_path)
+
+
+# ---------------------------------------------------- interruptions -----------------------------------------------
+def test_an_interrupted_call_continues_and_ends_as_an_uninterrupted_one(call, model, museum, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
+    call('--model', model, '--images', museum, name='whole.pth')
+    embed_batch, embedded = embed.embed_batch, []
+
+    def interrupted(model, images, *rest):
+        embedded.append(len(images))
+        if len(embedded) == 3:
+            raise KeyboardInterrupt
+        return embed_batch(model, images, *rest)
+
+    monkeypatch.setattr(embed, 'embed_batch', interrupted)
+    with pytest.raises(KeyboardInterrupt, match='7 new images are saved; the same command continues'):
+        call('--model', model, '--images', museum)
+    assert len(list((tmp_path / 'museum.pth.parts').iterdir())) == 2
+    assert '12 images, 4 to embed' in call('--model', model, '--images', museum)
+    whole, resumed = load(tmp_path / 'whole.pth'), load(tmp_path / 'museum.pth')
+    assert (whole['args'].pop('data_name'), resumed['args'].pop('data_name')) == ('whole', 'museum')
+    assert differences(whole, resumed) == []
+
+
+def test_two_calls_at_once_are_refused(call, embedded):
+    with RunFiles.beside(embedded).locked('held'), pytest.raises(
+            UserError, match='museum.pth: another process is changing it'):
+        call('--update')
+
+
+def test_temporary_files_of_a_killed_call_are_removed(call, model, museum, tmp_path):
+    leftovers = [tmp_path / '.museum.pth.01234567', tmp_path / '.museum_model.pth.89abcdef']
+    for file in leftovers:
+        file.write_bytes(b'half')
+    call('--model', model, '--images', museum)
+    assert not any(file.exists() for file in leftovers)
+
+
+@pytest.mark.slow
+def test_a_killed_call_continues_and_ends_as_one_that_was_not_killed(call, model, museum, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
+    call('--model', model, '--images', museum, name='whole.pth')
+    words = ['--data_base', tmp_path / 'museum.pth', '--num_workers', 0, '--model', model, '--images', museum]
+    # Renamed are the model, then three parts, then the data base; a later call begins by merging what parts there are.
+    for number, when, rows in ((3, 'before', 0), (2, 'after', 4), (1, 'after', 7)):
+        code, printed = run_embed(words, tmp_path / 'log', (when, number))
+        assert code == -signal.SIGKILL, printed
+        file = tmp_path / 'museum.pth'
+        assert (len(load_data_base(file).test.images) if file.exists() else 0) == rows, number
+    call('--model', model, '--images', museum)
+    whole, resumed = load(tmp_path / 'whole.pth'), load(tmp_path / 'museum.pth')
+    del whole['args']['data_name'], resumed['args']['data_name']
+    assert differences(whole, resumed) == []
+    assert not (tmp_path / 'museum.pth.parts').exists()  # it existed when the last one was killed
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_is_saved(museum, model, tmp_path):
+    code, printed = run_embed(['--data_base', tmp_path / 'm.pth', '--num_workers', 0, '--model', model, '--images',
+                               museum], tmp_path / 'log', ('send', signal.SIGINT))
+    assert code == 130, printed
+    assert 'stopped by Ctrl-C: 4 new images are saved; the same command continues' in printed
+
+
+# ---------------------------------------------------- other scripts -----------------------------------------------
+def test_test_py_retrieves_from_a_collection(call_script, call, model, museum, tmp_path, drawn):
+    lookup = SimpleNamespace(**runpy.run_path(str(REPOSITORY / 'test.py')))  # the standard library has a `test`, too
+    call('--model', model, '--images', museum)
+    shutil.copytree(museum / 'ara', tmp_path / 'new/ara')
+    call('--images', tmp_path / 'new')
+    words = ('--data_base', tmp_path / 'museum.pth', '--results_dir', tmp_path, '--retrieval_num', 2)
+    with pytest.raises(UserError, match=f'names 2 images.*{museum}/ara/0.jpg'):
+        call_script(lookup, *words, '--query_img_name', 'ara/0.jpg')
+    printed = call_script(lookup, *words, '--query_img_name', tmp_path / 'secret.jpg')
+    assert 'secret.jpg (class unknown)' in printed
+    assert '1  1.0000  ara/0.jpg' in printed  # the same photograph
+
+
+def test_report_and_evaluate_read_a_collection_without_classes(call_script, call, model, museum, tmp_path):
+    call('--model', model, '--images', museum)
+    words = ('--data_base', tmp_path / 'museum.pth')
+    call_script(report, *words, '--output', tmp_path / 'r.html', '--max_images', 11)
+    html = (tmp_path / 'r.html').read_text()
+    assert 'id="class-table"' not in html
+    assert 'no class' in html
+    with pytest.raises(UserError, match='no image of this data base has a class.*--labels'):
+        call_script(evaluate, *words)
+
+
+def test_images_without_a_class_are_neither_right_nor_wrong(embedded):
+    data_base = load_data_base(embedded)
+    features, labels = data_base.tensors()[:2]
+    assert len(features) == len(labels) == 10
+    ranks = rank_queries(data_base)['rank']
+    assert ranks.isnan().tolist() == [path == 'loose [1].jpg' for path in data_base.test.images]
+    loose = data_base.test.images.index('loose [1].jpg')
+    for query, rank in enumerate(ranks.tolist()):
+        if query != loose:
+            neighbours = nearest_images(data_base.test.features[query], data_base, ('test', query), 11)
+            is_positive = [bool(data_base.test.labels[index] == data_base.test.labels[query])
+                           for index, _ in neighbours if index != loose]
+            assert rank == is_positive.index(True)

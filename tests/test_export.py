@@ -1,263 +1,343 @@
-"""What is exported embeds as the model does, says how it was made, and takes nobody's files."""
+"""An export embeds as the model does, says how it was made, and replaces no file of another program."""
+import contextlib
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_one_line_error, type_command
-from faults import BACKBONE
+from conftest import REPOSITORY, call_main
+from filelock import FileLock
+from museum import DIM, SETTINGS, make_model
+from raw_trees import write_image
 from torch import nn
 
+import embed
+import evaluate
 import export
 from common.errors import UserError
-from export import CPU, OnnxNetwork, TorchNetwork, check_equal, first_classes, get_args, quantise, to_onnx, trace
+from common.files import MADE_HERE, save
+from imagedata.loading import make_test_loaders, make_transform, open_data
 from model import EmbeddingNet, NetConfig
 from retrieval.database import load_data_base
-from retrieval.embedding import embed_images, measure
+from retrieval.embedding import embed_images, make_data_base, measure
 from retrieval.model_file import load_model, load_model_file
 
 onnx = pytest.importorskip('onnx')
-for name in ('onnxruntime', 'onnxscript', 'safetensors'):
-    pytest.importorskip(name)
-NAME = 'car_timm-test_resnet_balanced_proxy_16'
+for package in ('onnxruntime', 'onnxscript', 'safetensors'):
+    pytest.importorskip(package)
+
+CPU = torch.device('cpu')
+BACKBONE = 'timm:test_resnet'
+TRAINED_SETTINGS = {**SETTINGS, 'recipe': 'proxy_anchor', 'base_loss': 'proxy_anchor', 'proxy_update': 'gradient',
+                    'seed': 5, 'weights': 'none', 'val_ratio': 0.0}
+MADE_WITH = {'commit': 'c0ffee' * 6, 'changed_since': 'no', 'torch': '2.6', 'torchvision': '0.21', 'device': 'cpu'}
 
 
-def images(number: int, size: int = 32) -> torch.Tensor:
-    return torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8,
-                         generator=torch.Generator().manual_seed(number))
+def random_images(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(count))
+
+
+def make_network() -> EmbeddingNet:
+    torch.manual_seed(1)
+    return EmbeddingNet(NetConfig(BACKBONE, DIM, image_size=32), 'none').eval()
 
 
 @pytest.fixture(scope='module')
-def exported(run, raw_sets, tmp_path_factory):
-    """A folder with everything that can be exported, and what was printed."""
-    folder = tmp_path_factory.mktemp('exported')
-    result = type_command('export.py', '--model', run / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_workers',
-                          0, '--onnx', folder / 'model.onnx', '--int8', '--torch', folder / 'model.pt2',
-                          '--folder', folder / 'hub')
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ''
-    return folder, result.stdout
+def run(tmp_path_factory) -> Path:
+    """A folder with what a run leaves, without training: birds_run_model.pth, its data base, and its data set birds.
+
+    The first two images of a class have its colour, the others that of no class, so that half of them are found.
+    """
+    folder = tmp_path_factory.mktemp('run')
+    paths = {}
+    for label, (name, count) in enumerate({'a': 4, 'b': 3, 'c': 4, 'd': 3, 'e': 4}.items()):
+        paths[name] = [f'{name}/{number}.jpg' for number in range(count)]
+        for number, path in enumerate(paths[name]):
+            write_image(folder / 'birds' / path, label if number < 2 else 5, 10 * label + number)
+    save({'train': {name: paths[name] for name in 'ab'}, 'test': {name: paths[name] for name in 'cde'}},
+         folder / 'birds' / 'uncropped_data_dicts.pth')
+    contents = load_model_file(make_model(folder / 'birds_run_model.pth', flip_tta=True))
+    origin = {'args': TRAINED_SETTINGS, 'epoch': 3, 'made_with': MADE_WITH, 'seen_classes': ['a', 'b']}
+    save({**contents, **origin}, folder / 'birds_run_model.pth')
+    model, _ = load_model(folder / 'birds_run_model.pth')
+    transform = make_transform(False, 32, 36, model.interpolation)
+    loaders = make_test_loaders(open_data(folder, 'birds'), transform, 4, 0, CPU)
+    data_base = make_data_base(model, loaders, CPU, amp=False)
+    data_base.origin = origin
+    data_base.save(folder / 'birds_run_data_base.pth')
+    return folder
 
 
-def networks(folder) -> dict:
-    return {'model.onnx': OnnxNetwork((folder / 'model.onnx').read_bytes(), 16),
-            'model.pt2': TorchNetwork((folder / 'model.pt2').read_bytes(), 16),
-            'hub': load_model(folder / 'hub', CPU)[0]}
+@pytest.fixture(scope='module')
+def exported(run, tmp_path_factory, worker_id) -> Path:
+    """A folder with model.onnx, model_int8.onnx, hub/, and printed.txt, what export.py printed.
+
+    It takes seconds, so all processes of pytest-xdist share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base if worker_id == 'master' else base.parent
+    folder = shared / 'exported'
+    with FileLock(shared / 'exported.lock'):
+        if not folder.exists():
+            folder.mkdir()
+            with (folder / 'printed.txt').open('w') as printed, contextlib.redirect_stdout(printed):
+                call_main(export, '--model', run / 'birds_run_model.pth', '--data_path', run, '--num_workers', 0,
+                          '--onnx', folder / 'model.onnx', '--int8', '--folder', folder / 'hub')
+    return folder
 
 
-# ---------------------------------------------------- the same embeddings -------------------------------------------
-@pytest.mark.parametrize('number', [1, 2, 5])
-def test_what_is_exported_embeds_any_number_of_images_as_the_model_does(run, exported, number):
-    model, _ = load_model(run / f'{NAME}_model.pth', CPU)
+# ---------------------------------------------------- the same embeddings -----------------------------------------
+@pytest.mark.parametrize('count', [1, 2, 5])
+def test_an_export_embeds_any_number_of_images_as_the_model_does(run, exported, count):
+    model, _ = load_model(run / 'birds_run_model.pth')
+    networks = export.OnnxNetwork((exported / 'model.onnx').read_bytes(), DIM), load_model(exported / 'hub')[0]
     with torch.inference_mode():
-        expected = model(images(number))
-        for name, network in networks(exported[0]).items():
-            torch.testing.assert_close(network(images(number)), expected, rtol=0, atol=2e-6, msg=name)
+        expected = model(random_images(count))
+        for network in networks:
+            torch.testing.assert_close(network(random_images(count)), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize(('name', 'pooling'), [('timm:test_efficientnet', 'gem'), ('timm:test_vit', 'cls'),
-                                               ('resnet18', 'avg_max')])
-def test_depthwise_convolutions_tokens_and_bgr_come_through(name, pooling):
+@pytest.mark.slow
+@pytest.mark.parametrize(('backbone', 'pooling'), [('timm:test_efficientnet', 'gem'), ('timm:test_vit', 'cls'),
+                                                   ('resnet18', 'avg_max')])
+def test_depthwise_convolutions_tokens_and_bgr_are_exported(backbone, pooling):
     torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig(name, 7, pooling, image_size=32), 'none').eval()
-    model.bgr = name == 'resnet18'  # as BN-Inception, in a fifth of its time
+    model = EmbeddingNet(NetConfig(backbone, DIM, pooling, image_size=32), 'none').eval()
+    model.bgr = backbone == 'resnet18'  # as BN-Inception, in a fifth of its time
     with torch.no_grad():
         for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):  # statistics that are not those of the start
-                layer.running_mean.normal_(), layer.running_var.uniform_(0.5, 2)
-        expected = model(images(3))
-    program = trace(model)
-    found = OnnxNetwork(to_onnx(program, {}, name), 7)(images(3))
-    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(images(3)), expected, rtol=0, atol=2e-6)
+            if isinstance(layer, nn.BatchNorm2d):  # other statistics than those of initialisation
+                layer.running_mean.normal_()
+                layer.running_var.uniform_(0.5, 2)
+        expected = model(random_images(3))
+    network = export.OnnxNetwork(export.to_onnx(model, {}), DIM)
+    torch.testing.assert_close(network(random_images(3)), expected, rtol=0, atol=5e-6)
 
 
-def test_8_bit_integers_are_a_third_of_the_size_and_near(run, exported):
-    model, _ = load_model(run / f'{NAME}_model.pth', CPU)
-    file = exported[0] / 'model_int8.onnx'
-    assert file.stat().st_size < (exported[0] / 'model.onnx').stat().st_size / 2.5
-    kinds = {node.op_type for node in onnx.load(file).graph.node}
-    assert 'QuantizeLinear' in kinds
+def test_8_bit_integers_are_smaller_and_close(run, exported):
+    model, _ = load_model(run / 'birds_run_model.pth')
+    file = exported / 'model_int8.onnx'
+    assert file.stat().st_size < (exported / 'model.onnx').stat().st_size / 1.5
+    assert 'QuantizeLinear' in {node.op_type for node in onnx.load(file).graph.node}
     with torch.inference_mode():
-        cosine = (OnnxNetwork(file.read_bytes(), 16)(images(9)) * model(images(9))).sum(1)
+        cosine = (export.OnnxNetwork(file.read_bytes(), DIM)(random_images(9)) * model(random_images(9))).sum(1)
     assert cosine.min() > 0.95
 
 
-def test_the_ranges_of_8_bit_integers_are_those_of_the_calibration_images():
-    torch.manual_seed(0)
-    whole = to_onnx(trace(EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32), 'none')), {}, BACKBONE)
-    ranges = [sorted(onnx.numpy_helper.to_array(value).item() for value in onnx.load_from_string(
-        quantise(whole, batch, {}, BACKBONE)).graph.initializer if value.name.endswith('_scale') and not value.dims)
-        for batch in (images(4), images(4) // 8)]
+def test_flip_tta_is_part_of_the_export(run, exported):
+    model, _ = load_model(run / 'birds_run_model.pth')
+    network = export.OnnxNetwork((exported / 'model.onnx').read_bytes(), DIM)
+    with torch.inference_mode():
+        without_flip = model.embed(random_images(6))
+    assert (network(random_images(6)) * without_flip).sum(1).min() < 0.98
+
+
+def test_the_calibration_images_set_the_ranges_of_8_bit_integers(exported):
+    contents = (exported / 'model.onnx').read_bytes()
+    ranges = []
+    for calibration in (random_images(4), random_images(4) // 8):
+        quantised = onnx.load_from_string(export.quantise(contents, calibration, {}, BACKBONE))
+        ranges.append(sorted(onnx.numpy_helper.to_array(value).item() for value in quantised.graph.initializer
+                             if value.name.endswith('_scale') and not value.dims))
     assert len(ranges[0]) > 10
     assert ranges[0] != ranges[1]
 
 
-def test_the_mirror_image_comes_through_in_floats_and_in_8_bit_integers():
-    torch.manual_seed(0)
-    model = EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32, mirror=True), 'none').eval()
-    with torch.no_grad():
-        expected, alone = model(images(6)), model.embed(images(6))
-    assert (expected * alone).sum(1).min() < 0.98
-    whole = to_onnx(trace(model), {}, BACKBONE)
-    torch.testing.assert_close(OnnxNetwork(whole, 7)(images(6)), expected, rtol=0, atol=5e-6)
-    small = OnnxNetwork(quantise(whole, images(6), {}, BACKBONE), 7)
-    assert (small(images(6)) * expected).sum(1).min() > 0.99
-
-
-# ---------------------------------------------------- the table -----------------------------------------------------
-def test_the_table_has_recall_before_and_after(run, exported, raw_sets):
-    rows = {cells[0]: cells[1:] for cells in (line.strip('| ').split(' | ') for line in exported[1].splitlines()
+# ---------------------------------------------------- the table ---------------------------------------------------
+def test_the_table_compares_recall_and_embeddings(run, exported):
+    printed = (exported / 'printed.txt').read_text()
+    rows = {cells[0]: cells[1:] for cells in (line.strip('| ').split(' | ') for line in printed.splitlines()
                                              if line.startswith('| '))}
-    assert list(rows)[1:] == ['the model', 'model.onnx', 'model_int8.onnx', 'model.pt2', 'hub']
-    found = json.loads(type_command('evaluate.py', '--json', '--data_base', run / f'{NAME}_data_base.pth').stdout)
-    expected = [f'{found[kind]["R@1"]:.2f}' for kind in ('dense', 'binary')]
-    assert f'R@1 of {NAME}_data_base.pth: {expected[0]}, binary {expected[1]}' in exported[1]
-    for name in ('the model', 'model.onnx', 'model.pt2', 'hub'):
+    assert list(rows)[1:] == ['the model', 'model.onnx', 'model_int8.onnx', 'hub']
+    metrics = measure(load_data_base(run / 'birds_run_data_base.pth'), (1,), CPU)
+    expected = [f'{metrics[kind]["R@1"]:.2f}' for kind in ('dense', 'binary')]
+    assert expected[0] not in ('0.00', '100.00')
+    assert f'R@1 of birds_run_data_base.pth: {expected[0]}, binary {expected[1]}' in printed
+    for name in ('the model', 'model.onnx', 'hub'):
         assert rows[name][:2] == expected, name
         assert float(rows[name][2]) < 2e-6
-    assert 1e-5 < float(rows['model_int8.onnx'][2]) < 0.3
+    assert 1e-5 < float(rows['model_int8.onnx'][2]) < 0.5
+    assert '11 test images, float32' in printed
 
 
-def test_a_part_of_the_test_images_is_whole_classes():
+def test_part_of_the_test_images_is_whole_classes():
     split = {'train': {'a': ['1']}, 'query': {'b': ['2', '3'], 'c': ['4'], 'd': ['5']},
              'gallery': {'b': ['6'], 'd': ['7'], 'c': ['8', '9']}, 'class_names': {}}
-    assert first_classes(split, 3) == {**split, 'query': {'b': ['2', '3'], 'c': ['4']},
-                                       'gallery': {'b': ['6'], 'c': ['8', '9']}}
-    assert first_classes(split, None) == split
+    assert export.first_classes(split, 3) == {**split, 'query': {'b': ['2', '3'], 'c': ['4']},
+                                              'gallery': {'b': ['6'], 'c': ['8', '9']}}
+    assert export.first_classes(split, None) == split
 
 
-def test_without_a_data_set_random_pixels_are_compared(run, tmp_path):
-    result = type_command('export.py', '--model', run / f'{NAME}_model.pth', '--num_images', 0, '--torch',
-                          tmp_path / 'm.pt2', '--folder', tmp_path / 'hub')
-    assert result.returncode == 0, result.stderr
-    assert 'random pixels' in result.stdout
-    assert '| m.pt2 | - | - | ' in result.stdout
+@pytest.mark.parametrize(('count', 'expected'), [(0, 'random pixels'), (4, '4 test images')])
+def test_fewer_images_are_compared_and_give_the_card_no_numbers(run, tmp_path, call_script, monkeypatch, count,
+                                                                expected):
+    monkeypatch.setattr(export, 'TIMED_TURNS', 1)
+    printed = call_script(export, '--model', run / 'birds_run_model.pth', '--data_path', run, '--num_workers', 0,
+                          '--num_images', count, '--folder', tmp_path / 'hub')
+    assert printed.startswith(expected)
+    assert ('| hub | - | - | 0.0e+00 |' in printed) == (count == 0)
     assert 'Not measured' in (tmp_path / 'hub/README.md').read_text()
 
 
-def test_a_part_of_the_test_images_makes_no_numbers_for_the_card(run, raw_sets, tmp_path):
-    result = type_command('export.py', '--model', run / f'{NAME}_model.pth', '--data_path', raw_sets, '--num_images', 8,
-                          '--folder', tmp_path / 'hub')
-    assert result.returncode == 0, result.stderr
-    assert '8 test images' in result.stdout
-    assert 'Not measured' in (tmp_path / 'hub/README.md').read_text()
+def test_calibration_images_are_spread_over_the_training_classes(run, monkeypatch):
+    monkeypatch.setattr(export, 'CALIBRATION_IMAGES', 2)
+    model, contents = load_model(run / 'birds_run_model.pth')
+    args = export.get_args(['--model', 'm', '--folder', 'x', '--data_path', str(run), '--num_workers', '0'])
+    images = export.Comparison(model, contents, args).calibration_images()
+    dataset = export.RetrievalDataset(open_data(run, 'birds'), 'train', make_transform(False, 32, 36))
+    assert torch.equal(images, torch.stack([dataset[0][0], dataset[3][0]]))
 
 
-# ---------------------------------------------------- what the files say --------------------------------------------
-def test_the_onnx_file_says_how_images_are_made_and_names_no_place(exported):
-    model = onnx.load(exported[0] / 'model.onnx')
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    assert told['images'] == 'uint8 RGB (N, 3, 32, 32), 0 to 255'
-    assert told['resize_size'] == '36'
-    assert json.loads(told['network'])['backbone_type'] == BACKBONE
-    for file in exported[0].rglob('*.*'):
-        for place in (exported[0], REPOSITORY, sys.prefix):
-            assert str(place).encode() not in file.read_bytes(), file.name
+# ---------------------------------------------------- contents of the files ---------------------------------------
+def test_the_onnx_file_says_how_images_are_prepared_and_names_no_path(exported):
+    metadata = {entry.key: entry.value for entry in onnx.load(exported / 'model.onnx').metadata_props}
+    assert metadata['images'] == 'uint8 RGB (N, 3, 32, 32), 0 to 255'
+    assert metadata['resize_size'] == '36'
+    assert metadata['interpolation'] == 'bilinear'
+    assert json.loads(metadata['network'])['backbone_type'] == BACKBONE
+    for file in (exported / 'model.onnx', exported / 'model_int8.onnx', *(exported / 'hub').iterdir()):
+        for path in (exported, REPOSITORY, sys.prefix):
+            assert str(path).encode() not in file.read_bytes(), file.name
 
 
-def test_the_folder_is_read_as_a_model_is(run, exported, raw_sets):
-    first, second = (load_model_file(path) for path in (run / f'{NAME}_model.pth', exported[0] / 'hub'))
-    assert second['config'] == first['config']
-    assert second['args']['recipe'] == first['args']['recipe']
-    assert second['seen_classes'] == first['seen_classes']
-    printed = [type_command('evaluate.py', '--resume', path, '--data_path', raw_sets, '--num_workers', 0).stdout
-               for path in (run / f'{NAME}_model.pth', exported[0] / 'hub')]
+def test_the_folder_is_read_wherever_a_model_file_is(run, exported, call_script, tmp_path):
+    hub = exported / 'hub'
+    from_file, from_folder = load_model_file(run / 'birds_run_model.pth'), load_model_file(hub)
+    for key in ('config', 'args', 'epoch', 'made_with', 'seen_classes'):
+        assert from_folder[key] == from_file[key], key
+    printed = [call_script(evaluate, '--model', path, '--data_path', run, '--num_workers', 0)
+               for path in (run / 'birds_run_model.pth', hub)]
     assert printed[0] == printed[1] != ''
+    assert '18 images, 18 to embed' in call_script(
+        embed, '--model', hub, '--images', run / 'birds', '--num_workers', 0, '--data_base', tmp_path / 'c.pth')
 
 
-def test_the_lines_of_the_card_run_and_embed_py_takes_the_folder(run, exported, raw_sets, tmp_path, monkeypatch):
-    card = (exported[0] / 'hub/README.md').read_text()
-    monkeypatch.chdir(exported[0])
-    for name, image in zip('ab', sorted((raw_sets / 'car/uncropped').iterdir()), strict=False):
-        for folder in (tmp_path / 'new', exported[0]):
-            folder.mkdir(exist_ok=True)
-            (folder / f'{name}.jpg').write_bytes(image.read_bytes())
-    left = {}
-    exec(card.split('```python\n')[1].split('```')[0], left)
-    model, contents = load_model(run / f'{NAME}_model.pth', CPU)
-    assert torch.equal(left['embeddings'], embed_images(model, ['a.jpg', 'b.jpg'], contents))
-    for place in (('--data_base', tmp_path / 'new.pth'), ('--qdrant', tmp_path / 'qdrant', '--collection', 'new')):
-        result = type_command(REPOSITORY / 'embed.py', '--model', 'hub', '--images', tmp_path / 'new', '--num_workers',
-                              0, *place, cwd=exported[0])
-        assert result.returncode == 0, result.stderr
-        assert '2 images of 1 folders' in result.stdout
-    torch.testing.assert_close(load_data_base(tmp_path / 'new.pth').test.features, left['embeddings'])
+def test_the_usage_of_the_card_runs(run, exported, monkeypatch):
+    card = (exported / 'hub/README.md').read_text()
+    monkeypatch.chdir(exported)
+    for name in 'ab':
+        shutil.copy(run / 'birds' / name / '0.jpg', f'{name}.jpg')
+    variables = {}
+    exec(card.split('```python\n')[1].split('```')[0], variables)
+    model, contents = load_model(run / 'birds_run_model.pth')
+    assert torch.equal(variables['embeddings'], embed_images(model, ['a.jpg', 'b.jpg'], contents))
 
 
 def test_the_card_has_recipe_results_protocol_and_provenance(run, exported):
     yaml = pytest.importorskip('yaml')
-    _, front, card = (exported[0] / 'hub/README.md').read_text().split('---\n', 2)
-    result = yaml.safe_load(front)['model-index'][0]['results'][0]
-    model, contents = load_model(run / f'{NAME}_model.pth', CPU)
-    metrics = {metric['type']: metric['value'] for metric in result['metrics']}
-    found = measure(load_data_base(run / f'{NAME}_data_base.pth'), (1, 2), CPU)
-    assert metrics['dense R@1'] == round(found['dense']['R@1'], 2)
-    assert metrics['binary R@2'] == round(found['binary']['R@2'], 2)
-    for part in (f'`{BACKBONE}`', 'recipe `balanced_proxy`', '12 queries of 3 test classes', 'not trained on',
-                 'chosen on the test classes', f'code {contents["made_with"]["commit"][:12]}', 'seed 0'):
+    _, metadata, card = (exported / 'hub/README.md').read_text().split('---\n', 2)
+    result = yaml.safe_load(metadata)['model-index'][0]['results'][0]
+    assert result['dataset'] == {'name': 'birds', 'type': 'birds'}
+    values = {metric['type']: metric['value'] for metric in result['metrics']}
+    metrics = measure(load_data_base(run / 'birds_run_data_base.pth'), (1, 2), CPU)
+    assert values['dense R@1'] == round(metrics['dense']['R@1'], 2)
+    assert values['binary R@2'] == round(metrics['binary']['R@2'], 2)
+    for part in (f'`{BACKBONE}`', 'recipe `proxy_anchor`', '11 queries of 3 test classes',
+                 'test classes were not trained on', 'chosen on the test classes', 'code c0ffeec0ffee', 'seed 5',
+                 'resized to a short\nside of 36 px (bilinear)', '32 x 32 px'):
         assert part in card, part
 
 
-def test_a_folder_that_is_damaged_ends_in_one_line(exported, tmp_path):
-    for file in ('config.json', 'model.safetensors', 'README.md'):
-        (tmp_path / file).write_bytes((exported[0] / 'hub' / file).read_bytes())
-    (tmp_path / 'model.safetensors').write_bytes((exported[0] / 'hub/model.safetensors').read_bytes()[:-9])
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        load_model_file(tmp_path)
-    (tmp_path / 'config.json').write_text('{"config": {}}')
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        load_model_file(tmp_path)
+def test_the_card_of_a_trained_run_can_be_rendered(trained_run):
+    file = next(trained_run.glob('*_model.pth'))
+    model, contents = load_model(file)
+    card = export.render_card(model, contents, load_data_base(str(file).replace('_model', '_data_base')), 'hub')
+    assert f'# {contents["args"]["run"]}\n' in card
+    assert f'recipe `{contents["args"]["recipe"]}`' in card
 
 
-# ---------------------------------------------------- refusals ------------------------------------------------------
+@pytest.mark.parametrize(('settings', 'num_seen', 'part'), [
+    ({}, 3, '3 of the test classes were TRAINED ON'), ({'val_ratio': 0.2}, 0, 'chosen on held-out training classes'),
+    ({'trained_on': 'cub'}, 0, 'chosen on the test classes of cub'), ({}, 0, 'slightly optimistic')])
+def test_the_protocol_says_what_the_numbers_are_of(settings, num_seen, part):
+    protocol = export.describe_protocol(settings, num_seen)
+    assert part in protocol
+    assert ('were not trained on' in protocol) == (num_seen == 0)
+
+
+def test_the_card_of_a_pretrained_backbone_says_nothing_of_training_or_binary_codes(run):
+    model, contents = load_model(run / 'birds_run_model.pth')
+    contents['args'] = {**SETTINGS, 'zero_shot': True, 'weights': 'imagenet', 'resize_size': 0}
+    card = export.render_card(model, contents, load_data_base(run / 'birds_run_data_base.pth'), 'hub')
+    assert 'features of its weights `imagenet`' in card
+    assert 'without keeping their proportions' in card
+    for word in ('inary', 'recipe `', 'epoch was chosen'):
+        assert word not in card, word
+
+
+def test_a_damaged_folder_is_refused_in_one_line(exported, tmp_path):
+    hub = shutil.copytree(exported / 'hub', tmp_path / 'hub')
+    (hub / 'model.safetensors').write_bytes((hub / 'model.safetensors').read_bytes()[:-9])
+    with pytest.raises(UserError, match=re.escape(str(hub))):
+        load_model_file(hub)
+    (hub / 'config.json').write_text('{"config": {}}')
+    with pytest.raises(UserError, match=re.escape(str(hub))):
+        load_model_file(hub)
+
+
+# ---------------------------------------------------- refusals ----------------------------------------------------
 class Branching(nn.Module):
-    """A trunk whose way depends on its numbers, which no exporter can follow."""
+    """A backbone whose control flow depends on its values, which no exporter can follow."""
 
     def forward(self, features):
         return features if features.mean() > 0 else -features
 
 
-def test_a_trunk_that_cannot_be_exported_is_named_in_one_line():
-    model = EmbeddingNet(NetConfig(BACKBONE, 7, image_size=32), 'none')
-    model.trunk.network = nn.Sequential(model.trunk.network)
-    model.trunk.network.forward_features = Branching()
-    with pytest.raises(UserError, match=f'{BACKBONE} cannot be exported') as error:
-        trace(model)
+def test_a_backbone_that_cannot_be_exported_is_named_in_one_line():
+    model = make_network()
+    model.backbone.network = nn.Sequential(model.backbone.network)
+    model.backbone.network.forward_features = Branching()
+    with pytest.raises(UserError, match=f'--onnx: {BACKBONE} cannot be exported.*--folder may still work') as error:
+        export.to_onnx(model, {})
     assert '\n' not in str(error.value)
 
 
-def test_an_export_that_differs_is_not_written():
-    expected = nn.functional.normalize(images(5).float().flatten(1), dim=1)
-    check_equal(lambda batch: expected[:len(batch)] + 1e-6, images(5), expected, '--onnx')
-    for wrong in (lambda batch: expected[:len(batch)] * 1.5, lambda batch: expected[:len(batch)] * torch.nan):
-        with pytest.raises(UserError, match='--onnx: the exported model differs'):
-            check_equal(wrong, images(5), expected, '--onnx')
+def test_an_export_that_differs_is_refused():
+    expected = nn.functional.normalize(random_images(5).float().flatten(1), dim=1)
+    export.check_equal(lambda batch: expected[:len(batch)] + 1e-6, random_images(5), expected, '--onnx')
+    for factor in (1.5, torch.nan):
+        with pytest.raises(UserError, match='--onnx: the embeddings of the exported model differ'):
+            export.check_equal(lambda batch, factor=factor: expected[:len(batch)] * factor, random_images(5), expected,
+                               '--onnx')
+    with pytest.raises(UserError, match='differ'):  # a model that is right for batches only
+        export.check_equal(lambda batch: expected[:len(batch)] * (1 if len(batch) > 1 else 2), random_images(5),
+                           expected, '--onnx')
 
 
-def test_files_of_others_are_not_replaced_and_own_ones_are(run, raw_sets, exported, tmp_path):
+def test_an_export_that_differs_is_not_written(run, tmp_path, monkeypatch):
+    other = make_network()
+    monkeypatch.setattr(export, 'to_onnx', lambda *_: b'')
+    monkeypatch.setattr(export, 'OnnxNetwork', lambda *_: other)
+    with pytest.raises(UserError, match='nothing is written'):
+        call_main(export, '--model', run / 'birds_run_model.pth', '--num_images', 0, '--onnx', tmp_path / 'm.onnx')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_other_programs_are_not_replaced_and_earlier_exports_are(run, exported, tmp_path):
     (tmp_path / 'hub').mkdir()
     (tmp_path / 'hub/README.md').write_text('mine')
-    words = ('export.py', '--model', run / f'{NAME}_model.pth', '--num_images', 0)
-    for target in (('--folder', tmp_path / 'hub'), ('--torch', run / f'{NAME}_model.pth')):
-        assert_one_line_error(type_command(*words, *target), target[0], 'not replaced')
-    assert (tmp_path / 'hub/README.md').read_text() == 'mine'
-    for target in ('model.onnx', 'model_int8.onnx', 'model.pt2', *(f'hub/{name}' for name in export.FOLDER_FILES)):
-        assert export.check_replaceable(exported[0] / target)
+    for flag, target in (('--folder', tmp_path / 'hub'), ('--onnx', run / 'birds_run_model.pth')):
+        with pytest.raises(UserError, match=f'{flag} .*not replaced'):
+            export.get_args(['--model', 'm', flag, str(target)])
+    for target in ('model.onnx', 'model_int8.onnx', *(f'hub/{name}' for name in export.FOLDER_FILES)):
+        assert MADE_HERE.encode() in (exported / target).read_bytes(), target
 
 
-@pytest.mark.parametrize(('words', 'part'), [
-    ((), 'nothing to export'), (('--int8', '--torch', 'x.pt2'), '--int8 needs --onnx'),
-    (('--onnx', 'x', '--torch', 'x'), 'one file twice'), (('--onnx', 'x', '--num_images', '-1'), '--num_images -1'),
+@pytest.mark.parametrize(('words', 'message'), [
+    ((), 'nothing to export'), (('--int8', '--folder', 'x'), '--int8 needs --onnx'),
+    (('--onnx', 'x/README.md', '--folder', 'x'), 'name the same file'),
+    (('--onnx', 'x', '--num_images', '-1'), '--num_images -1'),
     (('--onnx', 'x', '--int8', '--num_images', '0'), '--int8 needs --onnx FILE, and training images')])
-def test_a_mistaken_command_line_is_refused(words, part):
-    with pytest.raises(UserError, match=part):
-        get_args(['--model', 'm', *words])
+def test_a_mistaken_command_line_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        export.get_args(['--model', 'm', *words])
 
 
-def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else name)
     with pytest.raises(UserError, match='--onnx needs onnxruntime; install .* -r requirements-export.txt'):
-        get_args(['--model', 'm', '--onnx', 'x.onnx'])
+        export.get_args(['--model', 'm', '--onnx', 'x.onnx'])

@@ -105,10 +105,9 @@ def test_every_loss_has_a_slow_version():
     assert LOOPS.keys() == LOSSES.keys()
 
 
-@pytest.mark.parametrize('seed', [0, 1, 2])
 @pytest.mark.parametrize('name', LOSSES)
-def test_value_and_gradients_equal_the_loops(name, seed):
-    embeddings, proxies = make_batch(seed)
+def test_value_and_gradients_equal_the_loops(name):
+    embeddings, proxies = make_batch(0)
     criterion = build(name, proxies)
     loss = criterion(embeddings, LABELS)
     ours = loss, *torch.autograd.grad(loss, (embeddings, criterion.proxies))
@@ -119,7 +118,7 @@ def test_value_and_gradients_equal_the_loops(name, seed):
 
 @pytest.mark.parametrize('name', LOSSES)
 def test_a_batch_of_one_class_equals_the_loops(name):
-    embeddings, proxies = make_batch(5)
+    embeddings, proxies = make_batch(5)  # every other class has negatives only, and this one positives only
     criterion = build(name, proxies)
     labels = torch.full((N,), 2)
     loss = criterion(embeddings, labels)
@@ -127,17 +126,6 @@ def test_a_batch_of_one_class_equals_the_loops(name):
     proxies = proxies.requires_grad_()
     loss = LOOPS[name](loop_similarity(embeddings, proxies), labels.tolist())
     assert_same(ours, (loss, *torch.autograd.grad(loss, (embeddings, proxies))))
-
-
-@pytest.mark.parametrize('name', LOSSES)
-def test_gradients_scale_with_the_one_from_above_and_can_be_taken_twice(name):
-    embeddings, proxies = make_batch(9)
-    criterion = build(name, proxies)
-    loss = criterion(embeddings, LABELS)
-    once = torch.autograd.grad(loss, (embeddings, criterion.proxies), retain_graph=True)
-    thrice = torch.autograd.grad(-3 * loss, (embeddings, criterion.proxies))
-    for first, second in zip(once, thrice, strict=True):
-        torch.testing.assert_close(-3 * first, second, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize('name', LOSSES)
@@ -249,9 +237,9 @@ def test_loss_is_float32_under_autocast(name):
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_positive_rule_gives_proxies_the_mean_of_their_own_samples_terms(name):
+def test_the_positive_update_gives_each_proxy_the_mean_of_its_own_samples_terms(name):
     embeddings, proxies = make_batch(6)
-    plain, positive = (build(name, proxies, proxy_update=rule) for rule in ('gradient', 'positive'))
+    plain, positive = (build(name, proxies, proxy_update=update) for update in ('gradient', 'positive'))
     losses = plain(embeddings, LABELS), positive(embeddings, LABELS)
     assert losses[0] == losses[1]
     gradients = [torch.autograd.grad(loss, embeddings, retain_graph=True)[0] for loss in losses]
@@ -271,7 +259,7 @@ def test_positive_rule_gives_proxies_the_mean_of_their_own_samples_terms(name):
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_momentum_rule_moves_the_classes_of_the_batch_after_the_loss(name):
+def test_the_momentum_update_moves_the_classes_of_the_batch_after_the_loss(name):
     embeddings, proxies = make_batch(7)
     criterion = build(name, proxies, proxy_update='momentum', momentum=0.3)
     before = criterion.proxies.clone()
@@ -295,18 +283,18 @@ def test_moving_proxies_are_a_buffer_and_stand_still_in_eval_mode():
     assert torch.equal(criterion.state_dict()['proxies'], before)
 
 
-@pytest.mark.parametrize('rule', PROXY_UPDATES)
+@pytest.mark.parametrize('update', PROXY_UPDATES)
 @pytest.mark.parametrize('name', LOSSES)
-def test_every_pair_of_loss_and_rule_trains(name, rule):
+def test_every_pair_of_loss_and_proxy_update_trains(name, update):
     torch.manual_seed(0)
     labels = torch.arange(C).repeat(6)
     centres = F.normalize(torch.randn(C, 16), dim=-1)
     images = centres[labels] + 0.3 * torch.randn(len(labels), 16)
-    network, criterion = torch.nn.Linear(16, 32), make_loss(name, num_classes=C, feature_dim=32, proxy_update=rule)
+    network, criterion = torch.nn.Linear(16, 32), make_loss(name, num_classes=C, feature_dim=32, proxy_update=update)
     groups = [{'params': list(network.parameters()), 'lr': 0.02}, {'params': list(criterion.parameters()), 'lr': 0.002}]
     optimizer = torch.optim.Adam([group for group in groups if group['params']])
     start = criterion(F.normalize(network(images), dim=-1), labels).item()
-    for _ in range(100):
+    for _ in range(50):
         loss = criterion(F.normalize(network(images), dim=-1), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -319,6 +307,39 @@ def test_every_pair_of_loss_and_rule_trains(name, rule):
 def test_a_setting_that_makes_no_sense_is_refused(kwargs):
     with pytest.raises(UserError):
         make_loss('normalized_softmax', num_classes=C, feature_dim=D, **kwargs)
+
+
+@pytest.mark.parametrize('update', PROXY_UPDATES)
+def test_proxies_start_at_the_mean_directions_of_their_classes(update):
+    embeddings, proxies = make_batch(2)
+    criterion = build('normalized_softmax', proxies, proxy_update=update)
+    labels = torch.arange(N) % C
+    criterion.start_at_class_means(embeddings.detach(), labels)
+    expected = []
+    for c in range(C):
+        total = sum(embeddings[i].detach() for i in range(N) if labels[i] == c)
+        expected.append(total / total.square().sum().sqrt())
+    torch.testing.assert_close(criterion.proxies.detach(), torch.stack(expected))
+    assert [*criterion.state_dict()] == ['proxies']
+
+
+def test_unit_proxies_are_the_proxies_as_unit_rows_without_gradient():
+    proxies = make_batch(14)[1]
+    unit = build('proxy_anchor', proxies).unit_proxies()
+    torch.testing.assert_close(unit, torch.stack([row / row.square().sum().sqrt() for row in proxies]))
+    assert not unit.requires_grad
+
+
+@pytest.mark.parametrize(('embeddings', 'labels', 'message'), [
+    (torch.eye(3), torch.tensor([0, 1, 2]), r'expected are \(N, 4\) floats'),
+    (torch.eye(4)[:, :4].long(), torch.arange(4), r'expected are \(N, 4\) floats'),
+    (torch.eye(4), torch.arange(3), r'expected are \(4,\) of torch.int64'),
+    (torch.eye(4), torch.arange(4).int(), r'expected are \(4,\) of torch.int64'),
+    (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 'the batch is empty'),
+    (1.2 * torch.eye(4), torch.arange(4), 'a norm deviates from 1 by 0.2')])
+def test_a_batch_whose_loss_would_be_meaningless_is_refused(embeddings, labels, message):
+    with pytest.raises(UserError, match=message):
+        make_loss('proxy_nca', num_classes=C, feature_dim=D)(embeddings, labels)
 
 
 def test_proxies_start_as_the_recipes_say():

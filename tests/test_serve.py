@@ -1,5 +1,4 @@
-"""The page and the interface: what they answer is what test.py finds, whatever is sent to them."""
-import asyncio
+"""The page and the API: their answers are what a search in the data base finds, whatever is sent to them."""
 import base64
 import io
 import json
@@ -7,11 +6,11 @@ import os
 import re
 import signal
 import socket
+import struct
 import sys
 import tempfile
-import threading
-import urllib.error
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,297 +18,294 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line_error, start_command, type_command
+from conftest import call_main, start_command
 from faults import damaged
+from museum import Server, make_model, write_photos
 from PIL import Image
 from raw_trees import write_image
-from test_embed import SETTINGS, make_model
-from test_hostile import write_bomb
-from test_report import RUN, make_shop
 
 import embed
 import serve
 from common.errors import Unreachable, UserError
 from common.files import save
-from retrieval.database import load_data_base, open_data_base
+from retrieval.database import DataBase, Subset, load_data_base
+from retrieval.embedding import embed_images
+from retrieval.model_file import load_model
 from retrieval.search import NO_MATCH, nearest_images
+from retrieval.searcher import open_searcher
 
 pytest.importorskip('fastapi')
 uvicorn = pytest.importorskip('uvicorn')
+CPU = torch.device('cpu')
 
 
 @pytest.fixture(scope='module')
 def museum(tmp_path_factory) -> Path:
-    """A folder with museum.pth of 15 images in three classes, one of them gone, and its model."""
+    """A folder with museum.pth of 15 images in three classes, one of them deleted since, and its model."""
     folder = tmp_path_factory.mktemp('served')
-    for label, name in enumerate(('ara', 'zebra', "o'hara <b>")):
-        for number in range(5):
-            write_image(folder / 'photos' / name / f'{number}.jpg', label, number)
+    write_photos(folder / 'photos', {'ara': 5, 'zebra': 5, "o'hara <b>": 5})
     write_image(folder / 'outside.jpg', 1, 77)
-    embed.main(embed.get_args(['--data_base', str(folder / 'museum.pth'), '--images', str(folder / 'photos'),
-                               '--labels', 'folder', '--num_workers', '0',
-                               '--model', str(make_model(folder / 'birds_run_model.pth', 0))]))
+    call_main(embed, '--data_base', folder / 'museum.pth', '--images', folder / 'photos', '--labels', 'folder',
+              '--num_workers', 0, '--model', make_model(folder / 'birds_run_model.pth'))
     contents = torch.load(folder / 'museum.pth', weights_only=True)
-    save({**contents, 'absent': [{'rate': 0.05, 'threshold': 0.9999}]}, folder / 'museum.pth')
+    save({**contents, 'open_set': [{'rate': 0.05, 'threshold': 0.9999}]}, folder / 'museum.pth')
     (folder / 'photos/zebra/4.jpg').unlink()
     return folder
 
 
-def open_interface(data_base: Path, data_path: Path = Path('/nowhere')) -> serve.Interface:
-    args = serve.get_args(['--data_base', str(data_base), '--data_path', str(data_path)])
-    return serve.Interface(searching.open_searcher(args), data_base.stem)
-
-
-class Server:
-    """A server in a thread of this process."""
-
-    def __init__(self, interface: serve.Interface, token: str | None = None):
-        listening = serve.listen('127.0.0.1', 0)
-        self.url = f'http://127.0.0.1:{listening.getsockname()[1]}'
-        app = serve.make_app(interface, ['127.0.0.1'], token)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level='warning'))
-        self.thread = threading.Thread(target=self.server.run, args=([listening],))
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join()
-
-    def ask(self, address: str, body=None, **headers) -> tuple[int, dict, bytes]:
-        """Return status, headers and body of an answer; a body that is no bytes is sent as JSON."""
-        if body is not None and not isinstance(body, bytes):
-            body, headers = json.dumps(body).encode(), {'Content-Type': 'application/json', **headers}
-        request = urllib.request.Request(f'{self.url}{address}', body, headers)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, dict(answer.headers), answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, dict(error.headers), error.read()
-
-    def search(self, body, words: str = '') -> dict:
-        status, _, answer = self.ask(f'/search{words}', body)
-        assert status == 200, answer
-        return json.loads(answer)
+def open_museum(museum: Path):
+    return open_searcher(str(museum / 'museum.pth'), '', '/nowhere', CPU)
 
 
 @pytest.fixture(scope='module')
 def server(museum):
-    server = Server(open_interface(museum / 'museum.pth'))
-    yield server
-    server.stop()
+    with Server(open_museum(museum)) as server:
+        yield server
 
 
-def printed_by_test(museum: Path, query: Path, number: int) -> list[tuple[str, str]]:
-    """Return path and similarity of what test.py finds."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = type_command('test.py', '--data_base', museum / 'museum.pth', '--query_img_name', query,
-                              '--retrieval_num', number, '--results_dir', folder)
-    assert result.returncode == 0, result.stderr
-    found = re.findall(r'^ +\d+  (\S+)  (.+?\.jpg)  ', result.stdout, re.MULTILINE)
-    return [(path, similarity) for similarity, path in found]
+def nearest_to_file(museum: Path, file: Path, k: int) -> list[tuple[str, str]]:
+    """Return path and rounded similarity of what the library finds for an image file."""
+    model, run = load_model(museum / 'museum_model.pth')
+    data_base = load_data_base(museum / 'museum.pth')
+    return [(data_base.test.images[index], f'{similarity:.4f}') for index, similarity in nearest_images(
+        embed_images(model, [file], run)[0], data_base, number=k)]
 
 
-# ---------------------------------------------------- answers -------------------------------------------------------
-def test_a_picture_finds_what_test_py_finds(server, museum):
+# ---------------------------------------------------- answers -----------------------------------------------------
+def test_an_upload_finds_what_the_library_finds(server, museum):
     answer = server.search((museum / 'outside.jpg').read_bytes(), '?k=15')
-    assert [(found['path'], f'{found["similarity"]:.4f}') for found in answer['results']] == printed_by_test(
+    assert [(result['path'], f'{result["similarity"]:.4f}') for result in answer['results']] == nearest_to_file(
         museum, museum / 'outside.jpg', 15)
     assert answer['query'] is None
+    assert answer['threshold'] == 0.9999
     assert answer['probably_absent'] is (answer['results'][0]['similarity'] <= 0.9999)
 
 
 @pytest.mark.parametrize('binary', [False, True])
 def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
-    base = load_data_base(museum / 'museum.pth')
+    data_base = load_data_base(museum / 'museum.pth')
     for number in (0, 7):
-        expected = nearest_images(base.test.features[number], base, ('test', number), 9, binary)
-        for asked in ({'image': str(number)}, {'path': base.test.images[number]}, {'image': number},
-                      {'path': str(museum / 'photos' / base.test.images[number])}):
+        expected = nearest_images(data_base.test.features[number], data_base, ('test', number), 9, binary)
+        path = data_base.test.images[number]
+        for asked in ({'image': str(number)}, {'path': path}, {'image': number},
+                      {'path': str(museum / 'photos' / path)}):
             answer = server.search({**asked, 'k': 9, 'binary': binary})
-            assert answer['query']['path'] == base.test.images[number]
-            assert [(int(found['image']), found['similarity']) for found in answer['results']] == expected
-            assert [found['class'] for found in answer['results']] == [base.class_of(int(base.test.labels[index]))
-                                                                       for index, _ in expected]
-            assert (answer['probably_absent'] is None) == binary  # the threshold is one of cosines
+            assert answer['query']['path'] == path
+            assert [(int(result['image']), result['similarity']) for result in answer['results']] == expected
+            assert [result['class'] for result in answer['results']] == [
+                data_base.class_of(int(data_base.test.labels[index])) for index, _ in expected]
+            assert (answer['probably_absent'] is None) == binary  # the threshold is a cosine
+
+
+def test_k_has_a_default_and_a_limit_and_may_exceed_the_collection(server, museum):
+    upload = (museum / 'outside.jpg').read_bytes()
+    assert len(server.search(upload)['results']) == min(15, serve.DEFAULT_K)
+    assert len(server.search(upload, f'?k={serve.MAX_K}')['results']) == 15
+    assert len(server.search(upload, '?k=2&binary=1')['results']) == 2
+    assert server.request(f'/search?k={serve.MAX_K + 1}', upload)[0] == 422
 
 
 def test_words_find_files_and_classes(server):
-    found = json.loads(server.ask('/find?q=ARA%200')[2])
-    assert found['count'] == 2
-    assert [one['path'] for one in found['results']] == ['ara/0.jpg', "o'hara <b>/0.jpg"]
-    assert json.loads(server.ask('/find?q=%20')[2]) == {'count': 0, 'results': []}
+    answer = json.loads(server.request('/find?q=ARA%200')[2])
+    assert answer['count'] == 2
+    assert [result['path'] for result in answer['results']] == ['ara/0.jpg', "o'hara <b>/0.jpg"]
+    assert json.loads(server.request('/find?q=%20')[2]) == {'count': 0, 'results': []}
 
 
-def test_images_are_served_by_number_as_small_copies_that_last(server, museum):
-    found = server.search({'image': '3', 'k': 1})['query']
-    status, headers, body = server.ask(f'/{found["url"]}')
+def test_a_random_image_is_one_of_the_collection(server, museum):
+    answer = json.loads(server.request('/random')[2])
+    assert answer['path'] == load_data_base(museum / 'museum.pth').test.images[int(answer['image'])]
+
+
+def test_images_are_served_by_index_as_small_jpegs_that_browsers_keep(server):
+    image = server.search({'image': '3', 'k': 1})['query']
+    status, headers, body = server.request(f'/{image["url"]}')
     assert status == 200
     assert 'immutable' in headers['cache-control']
     assert headers['x-content-type-options'] == 'nosniff'
-    with Image.open(io.BytesIO(body)) as image:
-        assert image.format == 'JPEG'
-        assert max(image.size) <= serve.THUMBNAIL
-    assert server.ask('/images/3?v=old')[1]['cache-control'] == 'no-cache'
-    base = load_data_base(museum / 'museum.pth')
-    assert server.ask(f'/images/{base.test.images.index("zebra/4.jpg")}')[0] == 404  # it was deleted
-    link, number = museum / 'photos/zebra/4.jpg', base.test.images.index('zebra/4.jpg')
+    with Image.open(io.BytesIO(body)) as picture:
+        assert picture.format == 'JPEG'
+        assert max(picture.size) <= serve.THUMBNAIL_SIDE
+    assert server.request('/images/3?v=old')[1]['cache-control'] == 'no-cache'
+    for index in ('15', '-1', 'x', '..%2f..%2foutside.jpg', 'ara%2f0.jpg', '1e1', '9' * 5000):
+        assert server.request(f'/images/{index}')[0] == 404, index
+
+
+def test_a_large_image_becomes_a_thumbnail_of_its_proportions(tmp_path):
+    Image.new('RGB', (1000, 500)).save(tmp_path / 'a.png')
+    with Image.open(io.BytesIO(serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path='a.png')))) as thumbnail:
+        assert thumbnail.size == (serve.THUMBNAIL_SIDE, serve.THUMBNAIL_SIDE // 2)
+
+
+def test_an_image_that_was_deleted_or_replaced_by_a_link_is_not_served(server, museum):
+    index = load_data_base(museum / 'museum.pth').test.images.index('zebra/4.jpg')
+    assert server.request(f'/images/{index}')[0] == 404
+    link = museum / 'photos/zebra/4.jpg'
     link.symlink_to(museum / 'outside.jpg')
-    assert server.ask(f'/images/{number}')[0] == 404  # a link out of the folder
+    assert server.request(f'/images/{index}')[0] == 404
     link.unlink()
-    for name in ('15', '-1', 'x', '..%2f..%2foutside.jpg', 'ara%2f0.jpg', '1e1', '9' * 5000):
-        assert server.ask(f'/images/{name}')[0] == 404, name
 
 
-def test_the_interface_is_described_without_fetching_anything(server):
-    schema = json.loads(server.ask('/openapi.json')[2])
-    assert {'/search', '/find', '/images/{number}', '/health'} <= schema['paths'].keys()
-    page = server.ask('/docs')[2].decode()
-    assert 'POST /search' in page
-    for text in (page, server.ask('/')[2].decode()):
+def test_the_pages_load_nothing_from_elsewhere(server):
+    schema = json.loads(server.request('/openapi.json')[2])
+    assert {'/search', '/find', '/random', '/images/{index}', '/health'} == schema['paths'].keys()
+    docs, page = (server.request(address)[2].decode() for address in ('/docs', '/'))
+    assert 'POST /search' in docs
+    for text in (docs, page):
         assert not re.search(r'(?:src|href)\s*=\s*"(?:https?:)?//', text)
-    assert json.loads(server.ask('/health')[2]) == {'status': 'ok', 'images': 15}
+    assert "default-src 'none'" in server.request('/')[1]['content-security-policy']
+    assert json.loads(server.request('/health')[2]) == {'status': 'ok', 'images': 15}
 
 
-# ---------------------------------------------------- hostile ------------------------------------------------------
+def test_a_run_is_searched_in_its_gallery_and_without_a_model(tmp_path):
+    settings = {'data_name': 'birds', 'crop_type': 'uncropped', 'batch_size': 4, 'resize_size': 32, 'amp': 'auto',
+                'recalls': [1]}
+    write_photos(tmp_path / 'birds', {'a': 3, 'b': 2})
+    gallery = Subset(['a/1.jpg', 'b/0.jpg', 'b/1.jpg'], torch.tensor([0, 1, 1]), torch.eye(5)[1:4])
+    DataBase(['a', 'b'], Subset(['a/0.jpg'], torch.tensor([0]), torch.eye(5)[:1]), gallery,
+             origin={'args': settings}).save(tmp_path / 'run_data_base.pth')
+    with Server(open_searcher('run_data_base.pth', str(tmp_path), str(tmp_path), CPU)) as server:
+        answer = server.search({'image': '2', 'k': 5})
+        assert answer['query']['path'] == 'b/1.jpg'
+        assert [result['class'] for result in answer['results']] == ['a', 'b']
+        assert answer['threshold'] is None
+        assert server.request('/images/2')[0] == 200
+        status, _, body = server.request('/search', (tmp_path / 'birds/a/0.jpg').read_bytes())
+        assert (status, 'the model is missing' in body.decode()) == (409, True)
+        assert 'id="drop"' not in server.request('/')[2].decode()
+
+
+# ---------------------------------------------------- hostile requests --------------------------------------------
 def bomb() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        write_bomb(Path(folder) / 'bomb.png', 9500)
-        return (Path(folder) / 'bomb.png').read_bytes()
+    """Return a small PNG file that claims to have 9500 x 9500 pixels."""
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    header = struct.pack('>IIBBBBB', 9500, 9500, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(bytes(1000))) + chunk(
+        b'IEND', b'')
 
 
-@pytest.mark.parametrize(('words', 'body', 'status', 'part'), [
-    ('', lambda: bytes(serve.MOST_BYTES + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
-    ('', lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 415, 'of no format that is known'),
-    ('', lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, 'no picture'), ('', lambda: b'', 415, 'no picture'),
-    ('?k=0', lambda: b'x', 422, 'k must be'), ('?k=1e9', lambda: b'x', 422, 'k must be'),
-    ('?binary=maybe', lambda: b'x', 422, 'binary must be'), ('?path=ara/0.jpg', lambda: b'x', 422, 'as JSON'),
-    ('', lambda: {'path': '../outside.jpg'}, 404, 'outside.jpg'), ('', lambda: {'path': '/etc/passwd'}, 404, 'passwd'),
-    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'), ('', lambda: [], 422, 'JSON'),
-    ('', lambda: {'image': '99'}, 404, "'99'"), ('', lambda: {'image': True}, 404, 'True'),
-    ('', lambda: {'image': 0, 'k': 2.5}, 422, 'k must be'), ('', lambda: {'path': 'x' * 10**5}, 413, '10,000 bytes')])
-def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_path, monkeypatch, words, body, status,
-                                                             part):
+@pytest.mark.parametrize(('query_string', 'body', 'status', 'part'), [
+    ('', lambda: bytes(serve.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
+    ('', lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 415, 'unknown format'),
+    ('', lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, 'cannot be read'),
+    ('', lambda: b'', 415, 'cannot be read'), ('?k=0', lambda: b'x', 422, 'k must be'),
+    ('?k=1e9', lambda: b'x', 422, 'k must be'), ('?binary=maybe', lambda: b'x', 422, 'binary must be'),
+    ('?path=ara/0.jpg', lambda: b'x', 422, 'as JSON'), ('', lambda: {'path': '../outside.jpg'}, 404, 'outside.jpg'),
+    ('', lambda: {'path': '/etc/passwd'}, 404, 'passwd'), ('', lambda: [], 422, 'JSON'),
+    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'), ('', lambda: {'image': '99'}, 404, "'99'"),
+    ('', lambda: {'image': True}, 404, 'True'), ('', lambda: {'image': 0, 'k': 2.5}, 422, 'k must be'),
+    ('', lambda: {'path': 'x' * 10**5}, 413, '10,000 bytes')])
+def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_path, monkeypatch, query_string, body,
+                                                             status, part):
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     before = sorted(museum.rglob('*'))
-    found, _, answer = server.ask(f'/search{words}', body())
+    answered, _, answer = server.request(f'/search{query_string}', body())
     line = json.loads(answer)['error']
-    assert found == status
+    assert answered == status
     assert part in line
     assert '\n' not in line
-    assert '0x' not in line
+    assert '0x' not in line  # no address of an object
     assert sorted(museum.rglob('*')) == before
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_pictures_and_strange_json_are_answered_below_500(server):
-    rng, buffer = np.random.default_rng(0), io.BytesIO()
+@pytest.mark.parametrize('count', [8, pytest.param(200, marks=pytest.mark.slow)])
+def test_damaged_pictures_and_json_are_answered_below_500(server, count):
+    rng, buffer = np.random.default_rng(count), io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(buffer, 'PNG')
-    for _ in range(60):
-        assert server.ask('/search?k=2', damaged(buffer.getvalue(), rng))[0] in (200, 415)
+    for _ in range(count):
+        assert server.request('/search?k=2', damaged(buffer.getvalue(), rng))[0] in (200, 415)
     good = b'{"path": "ara/0.jpg", "k": 3, "binary": false}'
-    for _ in range(60):
-        status, _, answer = server.ask('/search', damaged(good, rng), **{'Content-Type': 'application/json'})
+    for _ in range(count):
+        status, _, answer = server.request('/search', damaged(good, rng), **{'Content-Type': 'application/json'})
         assert status in (200, 404, 422), answer
 
 
 def test_another_site_cannot_pass_itself_off_as_the_server(server):
-    assert server.ask('/health', Host='evil.example')[0] == 400
+    assert server.request('/health', Host='evil.example')[0] == 400
 
 
-def test_a_collection_that_cannot_be_reached_is_one_line_on_the_servers_side_alone(museum, monkeypatch, capsys):
-    interface = open_interface(museum / 'museum.pth')
-    server = Server(interface)
+def test_an_unreachable_collection_is_explained_to_the_operator_alone(museum, monkeypatch, capsys):
+    searcher = open_museum(museum)
 
     def unreachable(*_):
         raise Unreachable('--qdrant http://x: connection refused')
 
-    try:
-        monkeypatch.setattr(interface.collection, 'search', unreachable)
-        picture = (museum / 'outside.jpg').read_bytes()
-        assert server.ask('/search', picture)[0] == 503
-        for name in ('item', 'any', 'find', 'index_of'):
-            monkeypatch.setattr(interface.collection, name, unreachable)
-        for address, body in (('/images/3', None), ('/any', None), ('/find?q=ara', None), ('/search', {'image': '3'}),
-                              ('/search', {'path': 'ara/0.jpg'})):
-            status, _, answer = server.ask(address, body)
+    with Server(searcher) as server:
+        monkeypatch.setattr(searcher.collection, 'search', unreachable)
+        assert server.request('/search', (museum / 'outside.jpg').read_bytes())[0] == 503
+        for name in ('item', 'random_index', 'find', 'index_of'):
+            monkeypatch.setattr(searcher.collection, name, unreachable)
+        for address, body in (('/images/3', None), ('/random', None), ('/find?q=ara', None),
+                              ('/search', {'image': '3'}), ('/search', {'path': 'ara/0.jpg'})):
+            status, _, answer = server.request(address, body)
             assert (status, json.loads(answer)) == (503, {'error': 'the collection cannot be reached'}), address
         assert capsys.readouterr().err == 6 * '--qdrant http://x: connection refused\n'
-    finally:
-        server.stop()
 
 
-def test_a_token_is_asked_of_everything_but_health(museum, server):
-    guarded = Server(open_interface(museum / 'museum.pth'), 'let-me-in')
-    try:
-        for address in ('/', '/images/0', '/find?q=a', '/docs', '/openapi.json', '/?token=wrong', '/any'):
-            assert guarded.ask(address)[0] == 401, address
-        assert guarded.ask('/search', {'image': '0'})[0] == 401
-        assert guarded.ask('/health')[0] == 200
-        assert guarded.ask('/search', {'image': '0'}, Authorization='Bearer let-me-in')[0] == 200
-        assert guarded.ask('/', Cookie='token=let-me-in')[0] == 200
+def test_a_token_is_required_of_everything_but_health(museum):
+    with Server(open_museum(museum), 'let-me-in') as server:
+        for address in ('/', '/images/0', '/find?q=a', '/docs', '/openapi.json', '/?token=wrong', '/random'):
+            assert server.request(address)[0] == 401, address
+        assert server.request('/search', {'image': '0'})[0] == 401
+        assert server.request('/health')[0] == 200
+        assert server.request('/search', {'image': '0'}, Authorization='Bearer let-me-in')[0] == 200
+        assert server.request('/', Cookie='token=let-me-in')[0] == 200
         opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
-        with opener.open(f'{guarded.url}/?token=let-me-in') as answer:
-            assert answer.url == f'{guarded.url}/'  # the word is not left in the address
-        with opener.open(f'{guarded.url}/images/0') as answer:
+        with opener.open(f'{server.url}/?token=let-me-in') as answer:
+            assert answer.url == f'{server.url}/'  # the token does not stay in the address
+        with opener.open(f'{server.url}/images/0') as answer:
             assert answer.status == 200
-    finally:
-        guarded.stop()
 
 
-# ---------------------------------------------------- together -----------------------------------------------------
-def test_requests_that_arrive_together_share_a_batch_and_one_that_fails_stops_no_other():
-    collection = SimpleNamespace(search=lambda features, number, binary: [[(int(row[0]), 1.0)] * number
-                                                                          for row in features])
-    searcher = searching.Searcher(collection, None, SETTINGS, None, torch.device('cpu'))
-    batches, answer, free = [], searcher.answer, threading.Event()
-
-    def slow(queries):
-        batches.append(len(queries))
-        free.wait()
-        if any(query.feature[0] == 13 for query in queries):
-            raise ValueError('unlucky')
-        return answer(queries)
-
-    searcher.answer = slow
-
-    async def run() -> list:
-        first = asyncio.create_task(searcher.search(searching.Query(None, torch.tensor([0.0]), 1, False)))
-        while not batches:
-            await asyncio.sleep(0.001)
-        queries = [searching.Query(None, torch.tensor([float(index)]), index, False) for index in range(1, 23)]
-        others = [asyncio.create_task(searcher.search(query)) for query in queries]
-        await asyncio.sleep(0)
-        free.set()
-        return await asyncio.gather(first, *others, return_exceptions=True)
-
-    found = asyncio.run(run())
-    assert batches == [1, searching.BATCH, 22 - searching.BATCH]
-    assert all(isinstance(one, RuntimeError) and 'unlucky' in str(one) for one in found[1:17])
-    assert found[0] == [(0, 1.0)]
-    assert [len(one) for one in found[17:]] == list(range(17, 23))
-
-
-def test_many_clients_get_the_answers_of_one(server, museum):
+# ---------------------------------------------------- clients, signals --------------------------------------------
+@pytest.mark.parametrize('searches', [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_clients_get_the_answers_of_one(server, museum, searches):
     pictures = [(museum / 'outside.jpg').read_bytes(), (museum / 'photos/ara/0.jpg').read_bytes()]
-    alone = [[found['path'] for found in server.search(picture, '?k=5')['results']] for picture in pictures]
-    with ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda index: [found['path'] for found in server.search(
-            pictures[index % 2], '?k=5')['results']], range(64)))
-    assert together == [alone[index % 2] for index in range(64)]
+
+    def search(number: int) -> list[str]:
+        return [result['path'] for result in server.search(pictures[number % 2], '?k=5')['results']]
+
+    alone = [search(0), search(1)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(search, range(searches)))
+    assert together == [alone[number % 2] for number in range(searches)]
 
 
-def test_a_local_server_answers_to_its_own_name_whatever_it_is(museum, monkeypatch):
-    hosts = []
-    monkeypatch.setattr(serve, 'make_app', lambda interface, names, token: hosts.append(names))
-    monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: sockets[0].close()))
-    for host, address in (('127.0.0.1', '127.0.0.1'), ('::1', '[::1]'), ('here.example', 'here.example')):
-        sock = SimpleNamespace(getsockname=lambda: ('127.0.0.1', 8000), close=lambda: None)
-        monkeypatch.setattr(serve, 'listen', lambda *_, sock=sock: sock)
-        serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host]))
-        assert address in hosts[-1]
-    assert all('[::1]' in names for names in hosts)  # as a browser writes it
+@pytest.fixture
+def hosts_of(museum, monkeypatch):
+    """Call serve.py without serving; returns the names that clients may address it by."""
+    def call(host: str, address: str, *words) -> list[str]:
+        hosts = []
+        sock = SimpleNamespace(getsockname=lambda: (address, 8000))
+        monkeypatch.setattr(serve, 'listen', lambda *_: sock)
+        monkeypatch.setattr(serve, 'make_app', lambda api, names, token: hosts.extend(names))
+        monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: None))
+        serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host, *words]))
+        return hosts
+    return call
 
 
+def test_a_local_server_answers_to_its_own_name(hosts_of):
+    for host, name in (('127.0.0.1', '127.0.0.1'), ('::1', '[::1]'), ('here.example', 'here.example')):
+        hosts = hosts_of(host, '127.0.0.1')
+        assert name in hosts
+        assert {'localhost', '[::1]'} <= set(hosts)
+        assert '*' not in hosts
+
+
+def test_a_public_server_says_who_can_see_the_images(hosts_of, capsys):
+    assert hosts_of('0.0.0.0', '0.0.0.0') == ['*']
+    assert 'Anyone who can reach this machine over the network can search' in capsys.readouterr().out
+    hosts_of('0.0.0.0', '0.0.0.0', '--token', 'let-me-in')
+    assert 'and knows the token can search' in capsys.readouterr().out
+    hosts_of('127.0.0.1', '127.0.0.1')
+    assert 'Anyone' not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
     picture, out, err = (museum / 'outside.jpg').read_bytes(), tmp_path / 'out', tmp_path / 'err'
     process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
@@ -317,7 +313,7 @@ def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
         while not (out.exists() and out.read_text().endswith('\n')):
             assert process.is_alive(), err.read_text()
             process.join(0.1)
-        assert re.fullmatch(r'15 images at http://127\.0\.0\.1:\d+; Ctrl-C ends it\n', out.read_text())
+        assert re.fullmatch(r'15 images at http://127\.0\.0\.1:\d+; press Ctrl-C to stop\n', out.read_text())
         with socket.create_connection(('127.0.0.1', int(re.search(r':(\d+);', out.read_text())[1]))) as connection:
             connection.sendall(b'POST /search?k=2 HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\n'
                                b'Connection: close\r\nContent-Length: %d\r\n\r\n' % len(picture))
@@ -333,40 +329,34 @@ def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
         process.kill()
 
 
-# ---------------------------------------------------- command line -------------------------------------------------
-def test_the_data_base_of_a_run_is_served_without_its_model(tmp_path):
-    file = make_shop(tmp_path, gallery=(4, 2, 5, 1, 3))
-    server = Server(open_interface(file, tmp_path))
-    try:
-        base = load_data_base(file)
-        found = server.search({'image': '2', 'k': 5})
-        assert found['query']['path'] == base.gallery.images[2]  # what is searched in
-        assert server.ask('/images/2')[0] == 200
-        status, _, answer = server.ask('/search', (tmp_path / 'birds' / base.test.images[0]).read_bytes())
-        assert (status, 'the model is not there' in answer.decode()) == (409, True)
-        assert 'id="drop"' not in server.ask('/')[2].decode()
-    finally:
-        server.stop()
-    assert open_data_base(f'{RUN}_data_base.pth', tmp_path / 'results', tmp_path).roots == [tmp_path / 'birds']
-
-
-def test_without_its_packages_one_line_says_what_to_install(monkeypatch):
+# ---------------------------------------------------- mistakes -----------------------------------------------------
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'fastapi', None)
     with pytest.raises(UserError, match='pip install -r requirements-serve.txt'):
         serve.main(serve.get_args(['--data_base', 'x.pth']))
 
 
-@pytest.mark.parametrize(('words', 'parts'), [
-    ([], ['no.pth']), (['--token', 'short'], ['--token']), (['--port', '70000'], ['--port 70000']),
-    (['--host', '1.2.3.4'], ['--host 1.2.3.4'])])
-def test_what_cannot_be_served_is_one_line(words, parts):
-    assert_one_line_error(type_command('serve.py', '--port', '0', '--data_base', 'no.pth', *words), *parts)
+@pytest.mark.parametrize(('words', 'message'), [
+    (['--token', 'short'], '--token must be 8 or more'), (['--port', '70000'], '--port 70000'),
+    (['--model', 'm.pth'], '--model m.pth has no effect with --data_base')])
+def test_a_mistaken_command_line_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        serve.get_args(['--data_base', 'm.pth', *words])
 
 
-def test_a_port_that_is_taken_is_one_line():
+@pytest.mark.parametrize(('words', 'message'), [
+    (['--data_base', 'no.pth'], '--data_base no.pth'),
+    (['--data_base', 'no.pth', '--host', '1.2.3.4'], '--host 1.2.3.4 --port 0 is not available')])
+def test_what_cannot_be_served_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        serve.main(serve.get_args(['--port', '0', *words]))
+
+
+def test_a_taken_port_is_refused():
     taken = serve.listen('127.0.0.1', 0)
-    with pytest.raises(UserError, match=f'--port {taken.getsockname()[1]} cannot be had'):
-        serve.listen('127.0.0.1', taken.getsockname()[1])
+    port = taken.getsockname()[1]
+    with pytest.raises(UserError, match=f'--port {port} is not available'):
+        serve.listen('127.0.0.1', port)
     taken.close()
 
 
@@ -377,17 +367,17 @@ def find(browser, selector):
     return browser.find_elements(By.CSS_SELECTOR, selector)
 
 
-def wait_for(browser, is_so):
+def wait_for(browser, condition):
     from selenium.webdriver.support.wait import WebDriverWait
 
-    return WebDriverWait(browser, 60).until(lambda _: is_so())
+    return WebDriverWait(browser, 60).until(lambda _: condition())
 
 
 def shown(browser):
-    """Return path and similarity of the results, at one moment."""
+    """Return path and similarity of the results that the page shows, read at one moment."""
     return [tuple(pair) for pair in browser.execute_script(
         "return [...document.querySelectorAll('#results .tile')].map("
-        r'one => [one.title, one.textContent.match(/\d\.\d{4}/)[0]])')]
+        r'tile => [tile.title, tile.textContent.match(/\d\.\d{4}/)[0]])')]
 
 
 @pytest.fixture
@@ -395,15 +385,16 @@ def page(server, browser):
     browser.get('about:blank')
     browser.get(server.url)
     yield browser
-    # The image that was deleted and the link that leads out are answered by 404, which a browser logs.
+    # The deleted image is answered by 404, which a browser logs.
     assert [entry for entry in browser.get_log('browser') if entry['level'] == 'SEVERE'
             and not re.search(r'/images/\d+\?.*404', entry['message'])] == []
 
 
-def test_the_page_shows_what_test_py_finds_and_searches_on(page, server, museum):
+@pytest.mark.slow
+def test_the_page_shows_what_the_library_finds_and_searches_on(page, server, museum):
     find(page, '#file')[0].send_keys(str(museum / 'outside.jpg'))
     wait_for(page, lambda: len(find(page, '#results .tile')) == 15)
-    assert shown(page) == printed_by_test(museum, museum / 'outside.jpg', 15)
+    assert shown(page) == nearest_to_file(museum, museum / 'outside.jpg', 15)
     absent = server.search((museum / 'outside.jpg').read_bytes())['probably_absent']
     assert find(page, '#note')[0].is_displayed() == absent
     assert (NO_MATCH in find(page, '#note')[0].text) == absent
@@ -412,23 +403,25 @@ def test_the_page_shows_what_test_py_finds_and_searches_on(page, server, museum)
     wait_for(page, lambda: len(shown(page)) == 14)
     assert find(page, '#query .tile')[0].get_dom_attribute('title') == first
     expected = server.search({'path': first})['results']
-    assert shown(page) == [(one['path'], f'{one["similarity"]:.4f}') for one in expected]
+    assert shown(page) == [(result['path'], f'{result["similarity"]:.4f}') for result in expected]
     assert [tile.get_dom_attribute('class').split()[-1] for tile in find(page, '#results .tile')] == [
-        'same' if one['class'] == first.split('/')[0] else 'other' for one in expected]
+        'same' if result['class'] == first.split('/')[0] else 'other' for result in expected]
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_dropped_or_pasted_is_searched_for(page, museum):
     send = """
         const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0)), sent = new DataTransfer();
         sent.items.add(new File([bytes], 'dropped.jpg', {type: 'image/jpeg'}));
         document.dispatchEvent(arguments[1] === 'drop' ? new DragEvent('drop', {dataTransfer: sent, cancelable: true})
             : new ClipboardEvent('paste', {clipboardData: sent}));"""
-    for kind, name in (('drop', 'ara/0.jpg'), ('paste', 'zebra/1.jpg')):
-        page.execute_script(send, base64.b64encode((museum / 'photos' / name).read_bytes()).decode(), kind)
+    for event, name in (('drop', 'ara/0.jpg'), ('paste', 'zebra/1.jpg')):
+        page.execute_script(send, base64.b64encode((museum / 'photos' / name).read_bytes()).decode(), event)
         wait_for(page, lambda name=name: shown(page)[:1] == [(name, '1.0000')])
 
 
-def test_words_keys_and_an_error_on_the_page(page, tmp_path):
+@pytest.mark.slow
+def test_words_keys_the_random_button_and_an_error_on_the_page(page, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     find(page, 'body')[0].send_keys('/')
@@ -441,13 +434,17 @@ def test_words_keys_and_an_error_on_the_page(page, tmp_path):
     page.execute_script('document.activeElement.blur()')
     find(page, 'body')[0].send_keys(Keys.ARROW_RIGHT)
     assert page.switch_to.active_element.get_dom_attribute('class').startswith('tile')
+    page.execute_script("document.querySelector('#results').replaceChildren()")
+    find(page, '#random')[0].click()
+    wait_for(page, lambda: len(find(page, '#results .tile')) == 14)
     (tmp_path / 'no.jpg').write_bytes(b'no picture')
     find(page, '#file')[0].send_keys(str(tmp_path / 'no.jpg'))
-    wait_for(page, lambda: 'no picture that can be read' in find(page, '#error')[0].text)
+    wait_for(page, lambda: 'the picture cannot be read' in find(page, '#error')[0].text)
     log = [entry['message'] for entry in page.get_log('browser')]  # a browser logs the refusal itself
     assert [line for line in log if '/search' not in line and '404' not in line] == []
 
 
+@pytest.mark.slow
 def test_the_page_fits_a_phone(page, museum):
     page.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', {'width': 360, 'height': 740, 'deviceScaleFactor': 2,
                                                                 'mobile': True})

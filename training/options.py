@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from common.distributed import world_size
 from common.errors import UserError, check_choice
 from common.files import LARGEST_FEATURE_DIM, LARGEST_SIDE
-from common.images import resize_for
 from common.results import run_name
 from imagedata.raw_sets import canonical_data_name, count_images
 from recipes import (BACKBONE_NAMES, COMBINED_LOSSES, HEAD_INITS, LOSSES, MOMENTUM, OPTIMIZER_NAMES, POOLINGS,
@@ -328,6 +327,8 @@ def merge_with_recipe(flags: argparse.Namespace, explicit: set[str]) -> dict:
         if settings.get(name, '') is None and name not in ('temperature', 'margin'):
             settings[name] = value
     if settings['resize_size'] is None:
+        from common.images import resize_for  # imports NumPy and Pillow, for which --help need not wait
+
         settings['resize_size'] = resize_for(settings['image_size'])
     if settings['on_collapse'] is None:
         settings['on_collapse'] = 'stop' if settings['proxy_update'] == 'momentum' else 'warn'

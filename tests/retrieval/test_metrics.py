@@ -2,25 +2,17 @@
 import numpy as np
 import pytest
 import torch
-from engine import counting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from common.errors import UserError
-from retrieval.counting import Cosine, Hamming, pack_codes, unpack_codes
+from retrieval import counting
 from retrieval.metrics import plain_metrics, retrieval_metrics
 
 
-@pytest.fixture(scope='module', autouse=True, params=['float32', 'bfloat16'])
-def first_pass(request):
-    """Every test holds for a processor without bfloat16 instructions and for one with them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
-        yield getattr(torch, request.param)
-
-
-def measure(counts, recalls):
+# ---------------------------------------------------- slow versions -----------------------------------------------
+def average_counts(counts, recalls) -> dict:
     """Return the metrics from the negatives before each positive of each query, [[...], ...]; a tied one is a half."""
     counts = [before for before in counts if before]
     hits, maps, precisions = [], [], []
@@ -35,7 +27,7 @@ def measure(counts, recalls):
             'MAP@R': 100 * np.mean(maps), 'R-precision': 100 * np.mean(precisions), 'queries': len(counts)}
 
 
-def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
+def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls) -> dict:
     """Rank every gallery image for every query with Python's own sums; ties between classes count as half."""
     counts = []
     for i, x in enumerate(query.tolist()):
@@ -44,10 +36,22 @@ def brute_force(query, query_labels, gallery, gallery_labels, itself, recalls):
         positives = sorted((score for score, own in scores if own), reverse=True)
         negatives = [score for score, own in scores if not own]
         counts.append([sum(n > p for n in negatives) + sum(n == p for n in negatives) / 2 for p in positives])
-    return measure(counts, recalls)
+    return average_counts(counts, recalls)
 
 
-def random_features(n, d, classes, seed, coarse=False):
+def brute_force_by_matrix(query, query_labels, gallery, gallery_labels, itself, recalls) -> dict:
+    """Brute force as above, by matrices in float64: for more images than loops take."""
+    similarity = ((query.double() @ gallery.double().T) * 2.0**33).round() / 2.0**33
+    positive = query_labels[:, None] == gallery_labels
+    if itself:
+        similarity.fill_diagonal_(-torch.inf)
+        positive.fill_diagonal_(False)
+    return average_counts([[int((scores[~own] > p).sum()) + int((scores[~own] == p).sum()) / 2
+                            for p in scores[own].sort(descending=True).values]
+                           for scores, own in zip(similarity, positive, strict=True)], recalls)
+
+
+def random_features(n: int, d: int, classes: int, seed: int, coarse: bool = False):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=generator)
     features = torch.randn(n, d, generator=generator) + F.one_hot(labels, max(d, classes))[:, :d]
@@ -57,15 +61,27 @@ def random_features(n, d, classes, seed, coarse=False):
     return F.normalize(features, dim=-1), labels
 
 
-def assert_equal(ours, theirs):
+def signs_of(features: torch.Tensor) -> torch.Tensor:
+    return torch.where(features >= 0, 1.0, -1.0)
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
     for key, value in theirs.items():
         assert ours[key] == pytest.approx(value, abs=1e-9), key
 
 
-@settings(max_examples=60, deadline=None)
-@given(n=st.integers(4, 23), d=st.integers(1, 5), classes=st.integers(1, 4), seed=st.integers(0, 10**6),
-       coarse=st.booleans(), gallery=st.integers(0, 11))
-def test_metrics_equal_brute_force(n, d, classes, seed, coarse, gallery):
+@pytest.fixture(autouse=True, params=['float32', 'bfloat16'])
+def first_pass(request, monkeypatch):
+    """Every test holds for a processor without bfloat16 instructions and for one with them."""
+    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+
+
+# ---------------------------------------------------- the definition ----------------------------------------------
+RANDOM_SETS = {'n': st.integers(4, 23), 'd': st.integers(1, 5), 'classes': st.integers(1, 4),
+               'seed': st.integers(0, 10**6), 'coarse': st.booleans(), 'gallery': st.integers(0, 11)}
+
+
+def check_metrics(n: int, d: int, classes: int, seed: int, coarse: bool, gallery: int) -> None:
     query, query_labels = random_features(n, d, classes, seed, coarse)
     query_labels[:2] = query_labels[0]  # one query at least has a positive
     if gallery:
@@ -81,6 +97,23 @@ def test_metrics_equal_brute_force(n, d, classes, seed, coarse, gallery):
     assert_equal(plain_metrics(*arguments, recalls=recalls), expected)
 
 
+@pytest.mark.parametrize('gallery', [0, 11])
+@pytest.mark.parametrize('coarse', [False, True])
+def test_metrics_equal_brute_force(coarse, gallery):
+    for seed in range(4):
+        check_metrics(17, 3, 4, seed, coarse, gallery)
+
+
+@pytest.mark.slow
+def test_metrics_of_many_random_sets_equal_brute_force(first_pass):
+    @settings(max_examples=200, deadline=None)
+    @given(**RANDOM_SETS)
+    def check(**case):
+        check_metrics(**case)
+
+    check()
+
+
 @pytest.mark.parametrize('gallery', [False, True])
 def test_binary_metrics_equal_brute_force_on_signs(gallery):
     query, query_labels = random_features(31, 13, 4, 1)
@@ -88,30 +121,13 @@ def test_binary_metrics_equal_brute_force_on_signs(gallery):
     features, labels = random_features(29, 13, 4, 2)
     arguments = (query, query_labels, features, labels) if gallery else (query, query_labels)
     ours = retrieval_metrics(*arguments, recalls=(1, 3), binary=True)
-    sign = [torch.where(x >= 0, 1.0, -1.0).double() for x in (query, features if gallery else query)]
-    expected = brute_force(sign[0], query_labels, sign[1], labels if gallery else query_labels, not gallery, (1, 3))
+    signs = [signs_of(x).double() for x in (query, features if gallery else query)]
+    expected = brute_force(signs[0], query_labels, signs[1], labels if gallery else query_labels, not gallery, (1, 3))
     assert_equal(ours, expected)
     assert_equal(plain_metrics(*arguments, recalls=(1, 3), binary=True), expected)
 
 
-@pytest.mark.parametrize('d', [1, 7, 64, 65, 255, 257, 512, 514, 2047, 2048])
-@pytest.mark.parametrize('queries', [4, 5])
-def test_packed_codes_count_different_signs(first_pass, d, queries):
-    features = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
-    features[0, 0] = 0.0  # a zero counts as +1
-    features[1], features[2] = features[0], -features[0]
-    features[2, 0] = -1.0
-    assert pack_codes(features).numel() == 9 * -(-d // 8)
-    assert torch.equal(unpack_codes(pack_codes(features), d), torch.where(features >= 0, 1.0, -1.0))
-    different = ((features[:queries, None] >= 0) != (features[None] >= 0)).sum(-1)
-    compare = Hamming(features[:queries], features)
-    tile = compare.tile(slice(0, queries), slice(0, 9))
-    assert tile.dtype == (first_pass if d in (1, 7, 64, 65, 255, 512) else torch.float32)
-    assert torch.equal(tile.double(), d - 2.0 * different.double())
-    assert torch.equal(compare.exact(torch.arange(queries), torch.arange(9)), d - 2.0 * different.double())
-
-
-def test_a_query_is_excluded_by_its_index_and_not_by_its_value():
+def test_recall_excludes_the_query_itself_by_its_index_and_not_by_its_value():
     features = F.normalize(torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [0.1, 1.0]]), dim=-1)
     labels = torch.tensor([0, 0, 1, 1])  # image 1 is an exact copy of image 0 and its nearest neighbour
     metrics = retrieval_metrics(features, labels, recalls=(1,))
@@ -130,112 +146,12 @@ def test_tied_negatives_count_as_half():
 
 
 def test_order_of_the_gallery_does_not_matter_with_duplicates():
-    features, labels = random_features(150, 37, 5, 3)
+    features, labels = random_features(75, 37, 5, 3)
     features = torch.cat([features, features])
     labels = torch.cat([labels, labels.roll(1)])  # every image also stands under another class
     expected = retrieval_metrics(features, labels, recalls=(1, 2, 4))
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0))
     assert retrieval_metrics(features[order], labels[order], recalls=(1, 2, 4)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_blocks_do_not_change_the_result(monkeypatch):
-    features, labels = random_features(101, 8, 6, 4)
-    whole = retrieval_metrics(features, labels)
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 17)
-    assert retrieval_metrics(features, labels) == whole
-
-
-def rows_and_columns(query, query_labels, gallery, gallery_labels, itself, recalls):
-    """Brute force as above, by matrices in float64: for more images than loops take."""
-    similarity = ((query.double() @ gallery.double().T) * 2.0**33).round() / 2.0**33
-    positive = query_labels[:, None] == gallery_labels
-    if itself:
-        similarity.fill_diagonal_(-torch.inf)
-        positive.fill_diagonal_(False)
-    return measure([[int((scores[~own] > p).sum()) + int((scores[~own] == p).sum()) / 2
-                     for p in scores[own].sort(descending=True).values]
-                    for scores, own in zip(similarity, positive, strict=True)], recalls)
-
-
-@pytest.fixture
-def small_pieces(monkeypatch):
-    """Constants so small that few images take every path: many tiles, chunks, pieces, a sample, a second pass."""
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 48)
-    monkeypatch.setattr(counting, 'SAMPLED_IMAGES', 25)
-    monkeypatch.setattr(counting, 'ENTRIES_A_TEST', 8)
-
-
-@pytest.mark.parametrize('spread', [0.0, 1e-8, 1e-7, 1e-6, 1e-4])
-@pytest.mark.parametrize('gallery', [False, True])
-def test_similarities_that_float32_does_not_tell_apart_are_ranked_exactly(small_pieces, spread, gallery):
-    generator = torch.Generator().manual_seed(8)
-    centres = torch.randn(5, 96, generator=generator, dtype=torch.float64)
-    kinds = torch.arange(260) % 5
-    features = F.normalize(centres[kinds] + spread * torch.randn(260, 96, generator=generator), dim=-1).float()
-    labels = torch.randint(0, 12, (260,), generator=generator)
-    arguments = (features[:90], labels[:90], features[90:], labels[90:]) if gallery else (features, labels)
-    searched = arguments if gallery else (features, labels, features, labels)
-    assert_equal(retrieval_metrics(*arguments, recalls=(1, 3, 100)),
-                 rows_and_columns(*searched, not gallery, (1, 3, 100)))
-
-
-@pytest.mark.parametrize('d', [2, 512, 4096])
-@pytest.mark.parametrize('kind', ['any signs', 'one sign', 'equal entries'])
-def test_the_first_pass_is_off_by_no_more_than_it_says(first_pass, d, kind):
-    features = torch.randn(300, d, generator=torch.Generator().manual_seed(d))
-    features = F.normalize({'any signs': features, 'one sign': features.abs(),
-                            'equal entries': 1 + torch.arange(300)[:, None] / 300 + 0 * features}[kind], dim=-1)
-    features[::7] *= 1 + 0.9e-3  # unit rows as far as evaluate.py takes them
-    compare, every = Cosine(features, features), slice(0, 300)
-    tile = compare.tile(every, every)
-    assert tile.dtype == first_pass
-    off = (tile.double() - features.double() @ features.double().T).abs()
-    bound = torch.as_tensor(compare.error_of(tile.double()))
-    assert (off <= bound).all()
-    assert (bound <= compare.error).all()
-    if kind == 'any signs' and first_pass == torch.bfloat16:
-        assert off.max() > compare.error / 8  # a bound that tells something
-    for dtype, error in compare.finer:
-        rows = torch.arange(300)
-        for value, expected in ((compare.recompute(every, every, dtype), features.double() @ features.double().T),
-                                (compare.pairs(rows, rows.flip(0), dtype),
-                                 (features.double() * features.double().flip(0)).sum(1))):
-            assert (value.double() - expected).abs().max() <= error + 2.0**-33
-
-
-@pytest.mark.parametrize('binary', [False, True])
-@pytest.mark.parametrize('noise', [0.5, 2.0, 50.0])
-def test_near_and_far_positives_are_counted_alike(small_pieces, noise, binary):
-    generator = torch.Generator().manual_seed(9)
-    labels = torch.arange(330) % 41
-    features = F.normalize(torch.randn(41, 30, generator=generator)[labels] + noise * torch.randn(
-        330, 30, generator=generator), dim=-1)
-    compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
-    recalls = (1, 10, 30, 50, 80, 120, 300)
-    assert_equal(retrieval_metrics(features, labels, recalls=recalls, binary=binary),
-                 rows_and_columns(compared, labels, compared, labels, True, recalls))
-
-
-@pytest.mark.parametrize('binary', [False, True])
-@pytest.mark.parametrize('guess', ['far too high', 'far too low', 'any'])
-def test_a_wrong_guess_of_the_thresholds_changes_nothing(small_pieces, monkeypatch, guess, binary):
-    generator = torch.Generator().manual_seed(10)
-    features, labels = random_features(200, 16, 9, 10)
-    unit = 16 if binary else 1  # the scale of the similarities
-    thresholds = {'far too high': torch.full((200,), 2.0 * unit), 'far too low': torch.full((200,), -2.0 * unit),
-                  'any': unit * (2 * torch.rand(200, generator=generator) - 1)}[guess]
-    expected = retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary)
-    monkeypatch.setattr(counting, 'guess_threshold', lambda *arguments: thresholds)
-    assert retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary) == expected
-    compared = torch.where(features >= 0, 1.0, -1.0) if binary else features
-    assert_equal(expected, rows_and_columns(compared, labels, compared, labels, True, (1, 7, 60)))
-
-
-def test_groups_of_queries_do_not_change_the_result(monkeypatch, small_pieces):
-    features, labels = random_features(150, 8, 3, 11)
-    whole = retrieval_metrics(features, labels)
-    monkeypatch.setattr(counting, 'NUMBERS_AT_ONCE', 2500)  # classes of 50: groups of about 25 queries
-    assert retrieval_metrics(features, labels) == whole
 
 
 def test_classes_of_one_image_and_classes_only_in_the_gallery_count_as_negatives():
@@ -246,7 +162,7 @@ def test_classes_of_one_image_and_classes_only_in_the_gallery_count_as_negatives
     gallery_labels[5] = 70  # one image
     query_labels[3] = 70
     assert_equal(retrieval_metrics(query, query_labels, gallery, gallery_labels, recalls=(1, 4)),
-                 rows_and_columns(query, query_labels, gallery, gallery_labels, False, (1, 4)))
+                 brute_force_by_matrix(query, query_labels, gallery, gallery_labels, False, (1, 4)))
 
 
 def test_queries_without_a_positive_are_left_out_and_counted():
@@ -261,6 +177,7 @@ def test_metrics_equal_pytorch_metric_learning():
     from pytorch_metric_learning.distances import CosineSimilarity
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
     from pytorch_metric_learning.utils.inference import CustomKNN
+
     features, labels = random_features(211, 16, 13, 6)
     calculator = AccuracyCalculator(include=('precision_at_1', 'mean_average_precision_at_r', 'r_precision'),
                                     k='max_bin_count', knn_func=CustomKNN(CosineSimilarity()),
@@ -272,6 +189,7 @@ def test_metrics_equal_pytorch_metric_learning():
     assert ours['R-precision'] == pytest.approx(100 * theirs['r_precision'], abs=1e-4)
 
 
+# ---------------------------------------------------- bad input ---------------------------------------------------
 def test_broken_features_are_counted():
     features, labels = random_features(9, 4, 2, 7)
     features[2, 1] = float('nan')
@@ -280,8 +198,11 @@ def test_broken_features_are_counted():
         retrieval_metrics(features, labels, recalls=(1,))
 
 
-@pytest.mark.parametrize(('recalls', 'labels', 'message'), [((1, 4), [0, 0, 1, 1], 'R@4 asks for more than the 3'),
-                                                           ((1,), [0, 1, 2, 3], 'no query')])
-def test_what_cannot_be_measured_is_an_error(recalls, labels, message):
+@pytest.mark.parametrize(('features', 'labels', 'recalls', 'message'), [
+    (torch.eye(4), [0, 0, 1, 1], (1, 4), 'R@4 asks for more than the 3'),
+    (torch.eye(4), [0, 1, 2, 3], (1,), 'no query'), (2 * torch.eye(4), [0, 0, 1, 1], (1,), 'not unit rows'),
+    (torch.eye(4)[0], [0], (1,), r'expected are \(n, D\) floats'),
+    (torch.eye(4), [0, 1, 1], (1,), r'expected are \(4,\) of torch.int64')])
+def test_what_cannot_be_measured_is_an_error(features, labels, recalls, message):
     with pytest.raises(UserError, match=message):
-        retrieval_metrics(torch.eye(4), torch.tensor(labels), recalls=recalls)
+        retrieval_metrics(features, torch.tensor(labels), recalls=recalls)

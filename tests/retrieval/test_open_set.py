@@ -1,23 +1,24 @@
-"""From which similarity on an answer is to be trusted: as it is defined, by loops."""
+"""The similarity above which an answer can be trusted, against its definition in loops."""
+import importlib.util
 import math
 
 import pytest
 import torch
-from conftest import type_command
-from faults import TINY, train
-from test_report import RUN, make_shop
+from conftest import REPOSITORY
+from torch.nn import functional as F
 
+import evaluate
 from common.files import load, save
+from retrieval import counting
 from retrieval.database import load_data_base, open_set_threshold
 from retrieval.metrics import OPEN_SET_RATES, measure_open_set, open_set_thresholds, similarity_of
-from retrieval.nearest import best_similarities
 
 
 def make_features(count: int, dim: int, seed: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def leave_out_each_class(features, labels, gallery, gallery_labels, rate):
+def leave_out_each_class(features, labels, gallery, gallery_labels, rate: float) -> dict:
     """Search for each query among the images without its class; then among all, with loops in float64."""
     itself, answers, right, positives = gallery is None, [], [], []
     if itself:
@@ -41,15 +42,14 @@ def leave_out_each_class(features, labels, gallery, gallery_labels, rate):
 @pytest.mark.parametrize('pass_dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('gallery', [False, True])
 def test_the_threshold_is_that_of_leaving_each_class_out_in_turn(gallery, pass_dtype, monkeypatch):
-    monkeypatch.setattr('engine.counting.bfloat16_is_fast', lambda device: pass_dtype == 'bfloat16')
-    monkeypatch.setattr('engine.nearest.TILE_SIDE', {'cpu': 32})
+    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: pass_dtype == 'bfloat16')
+    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 32)
     labels = torch.arange(101) % 12
     labels[-1] = 12  # without another image
-    features = torch.nn.functional.normalize(make_features(101, 9, 0) + 1.5 * make_features(13, 9, 1)[labels], dim=1)
+    features = F.normalize(make_features(101, 9, 0) + 1.5 * make_features(13, 9, 1)[labels], dim=1)
     features[40], features[50] = features[41], features[20]  # ties, of one class and of two
     others = (features[:60].roll(1, 1), labels[:60]) if gallery else (None, None)
-    found = measure_open_set(features, labels, *others, rates=(0.0, 0.01, 0.05, 0.3, 0.999))
-    for row in found:
+    for row in measure_open_set(features, labels, *others, rates=(0.0, 0.01, 0.05, 0.3, 0.999)):
         assert row == pytest.approx(leave_out_each_class(features, labels, *others, row['rate']), abs=1e-12)
     assert [row['rate'] for row in measure_open_set(features, labels, *others)] == list(OPEN_SET_RATES)
 
@@ -62,40 +62,36 @@ def test_queries_that_tie_with_the_threshold_are_not_answered():
     assert open_set_thresholds(positive, negative, (0.0,))[0]['answered'] == 0
 
 
-def test_a_class_alone_has_no_threshold():
-    features = make_features(5, 3, 0)
-    positive, negative = best_similarities(features, torch.zeros(5, dtype=torch.int64))
-    assert negative.tolist() == [-math.inf] * 5
-    assert (positive > -1).all()
-    assert measure_open_set(features, torch.zeros(5, dtype=torch.int64)) == []
+def test_a_single_class_has_no_threshold():
+    assert measure_open_set(make_features(5, 3, 0), torch.zeros(5, dtype=torch.int64)) == []
 
 
-def test_evaluate_prints_it_and_a_run_carries_it_in_its_data_base_and_its_model(raw_sets, tmp_path):
-    code, printed = train((*TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                           '--results_dir', tmp_path), tmp_path / 'log')
-    assert code == 0, printed
-    file = next(tmp_path.glob('*_data_base.pth'))
+def test_a_run_stores_its_thresholds_in_data_base_and_model_and_evaluate_prints_them(trained_run, call_script):
+    file = next(trained_run.glob('*_data_base.pth'))
     data_base = load_data_base(file)
     expected = measure_open_set(*data_base.tensors())
-    assert data_base.origin['absent'] == expected == load(next(tmp_path.glob('*_model.pth')), 'model')['absent']
-    result = type_command('evaluate.py', '--data_base', file)
-    assert result.returncode == 0, result.stderr
+    assert len(expected) == len(OPEN_SET_RATES)
+    assert data_base.origin['open_set'] == expected == load(next(trained_run.glob('*_model.pth')), 'model')['open_set']
+    printed = call_script(evaluate, '--data_base', file)
     for row in expected:
         assert (f'class absent: {100 * row["rate"]:g} % answered above similarity {row["threshold"]:.4f}, which keeps '
-                f'{row["kept"]:.1f} of {row["right"]:.1f} % right answers') in result.stdout
+                f'{row["kept"]:.1f} of {row["right"]:.1f} % right answers') in printed
 
 
-@pytest.mark.parametrize(('threshold', 'mark'), [(0.99999, True), (-0.5, False)])
-def test_an_answer_below_the_threshold_is_marked(tmp_path, threshold, mark):
-    file = make_shop(tmp_path)
-    save({**torch.load(file, weights_only=True), 'absent': [{'rate': 0.05, 'threshold': threshold}]}, file)
-    result = type_command('test.py', '--data_base', f'{RUN}_data_base.pth', '--data_path', tmp_path, '--results_dir',
-                          tmp_path / 'results', '--query_img_name', '003.jpg', '--retrieval_num', 3)
-    assert result.returncode == 0, result.stderr
-    assert ('003.jpg (Ara & Co): probably not in the collection' in result.stdout) == mark
+def test_an_answer_below_the_threshold_is_marked(run, raw_sets, tmp_path, call_script):
+    spec = importlib.util.spec_from_file_location('retrieve', REPOSITORY / 'test.py')  # `test` is a standard package
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    file = next(run.glob('*_data_base.pth'))
+    contents = load(file, 'data base')
+    for threshold, is_marked in ((0.99999, True), (-0.5, False)):
+        save({**contents, 'open_set': [{'rate': 0.05, 'threshold': threshold}]}, file)
+        printed = call_script(script, '--data_base', file, '--data_path', raw_sets, '--results_dir', tmp_path,
+                              '--query_img_name', '000014.jpg', '--retrieval_num', 3)
+        assert ('000014.jpg (Maker Model 99): probably not in the collection' in printed) == is_marked
 
 
-@pytest.mark.parametrize('absent', [None, 3, {'rate': 0.05}, [3], [{'rate': 0.05, 'threshold': '1'}], [{'rate': 0.01}]])
-def test_a_data_base_of_a_stranger_may_say_anything_of_it(absent):
-    assert open_set_threshold({'absent': absent}) is None
-    assert open_set_threshold({'absent': [{'rate': 0.05, 'threshold': 0.25}]}) == 0.25
+@pytest.mark.parametrize('rows', [None, 3, {'rate': 0.05}, [3], [{'rate': 0.05, 'threshold': '1'}], [{'rate': 0.01}]])
+def test_a_file_from_elsewhere_may_hold_anything_as_its_thresholds(rows):
+    assert open_set_threshold({'open_set': rows}) is None
+    assert open_set_threshold({'open_set': [{'rate': 0.05, 'threshold': 0.25}]}) == 0.25

@@ -1,0 +1,95 @@
+"""Exact neighbours from a fast pass: against the whole matrix of similarities in float64."""
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from retrieval import counting, nearest
+from retrieval.metrics import similarity_of
+from retrieval.nearest import Nearest, best_similarities, pairs_above
+
+
+def make_features(count: int, dim: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+@pytest.fixture(params=['float32', 'bfloat16'])
+def first_pass(request, monkeypatch):
+    """For a processor without bfloat16 instructions, and for one with them."""
+    for module in (counting, nearest):
+        monkeypatch.setattr(module, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+    return request.param
+
+
+@pytest.mark.parametrize('binary', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32, torch.float64])
+def test_neighbours_come_in_the_order_of_the_exact_similarity_and_ties_in_that_of_the_rows(dtype, binary, first_pass,
+                                                                                         monkeypatch):
+    monkeypatch.setattr(nearest, 'BLOCK_ROWS', 16)
+    features = make_features(61, 9, 0)
+    features[50], features[20] = features[3], features[3]  # equal rows in three blocks
+    queries = torch.cat([features[:4], make_features(3, 9, 1)])
+    features = features.to(dtype)
+    answers = Nearest(features, resident=True).search(queries, 7, binary)
+    for similarity, answer in zip(similarity_of(queries, features, binary), answers, strict=True):
+        expected = sorted(range(61), key=lambda row, values=similarity.tolist(): (-values[row], row))[:7]
+        assert [row for row, _ in answer] == expected
+        assert [value for _, value in answer] == pytest.approx(similarity[expected].tolist(), abs=1e-9)
+    assert [row for row, _ in answers[3]][:3] == [3, 20, 50]
+
+
+def test_similarities_that_the_fast_pass_does_not_tell_apart_are_ranked_exactly(first_pass):
+    centre = make_features(1, 64, 2).double()
+    noise = 1e-7 * torch.randn(200, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    features = F.normalize(centre + noise, dim=1).float()
+    similarity = similarity_of(features[:5], features)
+    for row, answer in enumerate(Nearest(features, resident=True).search(features[:5], 20)):
+        expected = sorted(range(200), key=lambda column, values=similarity[row].tolist(): (-values[column], column))
+        assert [column for column, _ in answer] == expected[:20]
+
+
+def test_rows_and_queries_that_are_not_finite_are_not_retrieved():
+    features = make_features(9, 5, 4)
+    features[2, 1] = torch.nan
+    queries = torch.stack([features[0], torch.full((5,), torch.nan)])
+    answers = Nearest(features).search(queries, 20)
+    assert sorted(row for row, _ in answers[0]) == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert answers[1] == []
+
+
+def test_pairs_above_a_similarity_are_all_of_them(first_pass, monkeypatch):
+    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 64)
+    features = make_features(150, 3, 0)
+    features[140] = features[2]
+    similarity = similarity_of(features, features)
+    for threshold in (0.9, similarity[3, 7].item(), -0.5):
+        expected = {(one, other): similarity[one, other].item() for one in range(150) for other in range(one + 1, 150)
+                    if similarity[one, other] >= threshold}
+        pairs = pairs_above(features, threshold)
+        assert {pair[:2]: pair[2] for pair in pairs} == expected
+        assert [pair[2] for pair in pairs] == sorted(expected.values(), reverse=True)
+
+
+@pytest.mark.parametrize('gallery', [False, True])
+def test_the_best_positive_and_the_best_negative_are_those_of_all_similarities(gallery, first_pass, monkeypatch):
+    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 16)
+    labels = torch.arange(53) % 7
+    labels[-1] = 7  # without another image
+    features = F.normalize(make_features(53, 6, 5) + make_features(8, 6, 6)[labels], dim=1)
+    features[40], features[50] = features[41], features[20]  # ties, of one class and of two
+    others = (features[:30].roll(1, 1), labels[:30]) if gallery else (None, None)
+    searched, searched_labels = others if gallery else (features, labels)
+    positive, negative = best_similarities(features, labels, *others)
+    for query, row in enumerate(similarity_of(features, searched).tolist()):
+        own = [value for image, value in enumerate(row) if searched_labels[image] == labels[query]
+               and (gallery or image != query)]
+        other = [value for image, value in enumerate(row) if searched_labels[image] != labels[query]]
+        assert positive[query] == pytest.approx(max(own, default=-math.inf), abs=1e-12)
+        assert negative[query] == pytest.approx(max(other), abs=1e-12)
+
+
+def test_in_a_single_class_there_is_no_best_negative():
+    positive, negative = best_similarities(make_features(5, 3, 0), torch.zeros(5, dtype=torch.int64))
+    assert negative.tolist() == [-math.inf] * 5
+    assert (positive > -1).all()
