@@ -241,7 +241,7 @@ def draw_open_set_curve(curve: dict) -> str:
         axis.axhline(curve['rows'][0]['right'], color=GREY, linestyle='--', label='without a threshold')
         axis.set(xlabel='queries of absent classes that are answered (%)', ylabel='right answers kept (%)',
                  ylim=(0, 102))
-        axis.legend(loc='lower right')
+        axis.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format='png', dpi=200, bbox_inches='tight')
         pyplot.close(figure)

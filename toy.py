@@ -327,7 +327,7 @@ def get_args(argv: list[str] | None = None):
     for flag in ('temperature', 'lr'):
         if not 1e-6 <= getattr(args, flag) < math.inf:
             raise UserError(f'--{flag} {getattr(args, flag)} must be a number of at least 1e-6')
-    check_between(args, {'num_epochs': (1, None), 'seed': (0, None), 'momentum': (1e-30, 1)})
+    check_between(args, {'batch_size': (1, None), 'num_epochs': (1, None), 'seed': (0, None), 'momentum': (1e-30, 1)})
     return args
 
 

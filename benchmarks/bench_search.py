@@ -84,7 +84,7 @@ def measure_embedding(folder: Path, count: int, backbone_type: str, repetitions:
     from embed import embed_items
     from imagedata.folders import scan_images
     from model import EmbeddingNet, NetConfig
-    from retrieval.collection import FileCollection, Item
+    from retrieval.collection import CollectionItem, FileCollection
     from common.distributed import use_amp
 
     write_photographs(folder / 'photos', count, (500, 375))
@@ -93,7 +93,7 @@ def measure_embedding(folder: Path, count: int, backbone_type: str, repetitions:
     settings = {'batch_size': 64, 'resize_size': 256, 'amp': 'auto', 'data_name': 'made', 'crop_type': 'uncropped',
                 'recalls': [1]}
     photographs = scan_images(folder / 'photos')[0]
-    items = [Item(str(folder / 'photos'), path, '', *stamp) for path, stamp in photographs.items()]
+    items = [CollectionItem(str(folder / 'photos'), path, '', *stamp) for path, stamp in photographs.items()]
     images = torch.randint(0, 256, (64, 3, 224, 224), dtype=torch.uint8)
     calls = []
 

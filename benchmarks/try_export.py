@@ -1,10 +1,10 @@
-"""Export every trunk of the README, with random weights, and compare what the exports embed with the network.
+"""Export every backbone of the README, with random weights, and compare what the exports embed with the network.
 
     python benchmarks/try_export.py                       # some minutes on two cores
     python benchmarks/try_export.py --backbone_type resnet50 timm:NAME --image_size 224
 
 The largest difference of a number in an embedding, over batches of 1 and of 5 random images, and for 8-bit integers the
-smallest cosine of an image's two embeddings. A trunk that cannot be exported has the reason in its row. Ends with one
+smallest cosine of an image's two embeddings. A backbone that cannot be exported has the reason in its row. Ends with one
 line of JSON.
 """
 from bench_common import finish
@@ -18,11 +18,11 @@ SIZES = {'timm:vit_small_patch14_reg4_dinov2': 70, 'timm:maxvit_rmlp_pico_rw_256
 
 
 def compare(backbone: str, size: int) -> dict:
-    """Return what came of one trunk: numbers, or the reason why not."""
+    """Return what came of one backbone: numbers, or the reason why not."""
     import torch
 
     from common.errors import UserError
-    from export import OnnxNetwork, TorchNetwork, quantise, to_onnx, to_torch, trace
+    from export import OnnxNetwork, quantise, to_onnx
     from model import EmbeddingNet, NetConfig
 
     torch.manual_seed(0)
@@ -35,9 +35,7 @@ def compare(backbone: str, size: int) -> dict:
             return max(float((network(part) - model(part)).abs().max()) for part in (images, images[:1]))
 
     try:
-        program = trace(model)
-        row['torch.export'] = difference(TorchNetwork(to_torch(program, {}), 64))
-        whole = to_onnx(program, {}, backbone)
+        whole = to_onnx(model, {})
         row['ONNX'] = difference(OnnxNetwork(whole, 64))
         small = OnnxNetwork(quantise(whole, images, {}, backbone), 64)
         with torch.inference_mode():
@@ -51,21 +49,21 @@ def get_args():
     from utils import Parser
 
     parser = Parser(description=__doc__)
-    parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='trunks [%(default)s]')
-    parser.add_argument('--image_size', type=int, help='side in pixels [64, where the trunk takes it]')
+    parser.add_argument('--backbone_type', nargs='+', default=BACKBONES, help='backbones [%(default)s]')
+    parser.add_argument('--image_size', type=int, help='side in pixels [64, where the backbone takes it]')
     return parser.parse_args()
 
 
 def main() -> None:
     args = get_args()
     rows = {}
-    print('| trunk | px | torch.export | ONNX | int8, cosine | |\n|---|---|---|---|---|---|')
+    print('| backbone | px | ONNX | int8, cosine | |\n|---|---|---|---|---|')
     for backbone in args.backbone_type:
         size = args.image_size or SIZES.get(backbone, 64)
         row = rows[backbone] = compare(backbone, size)
-        numbers = [f'{row[name]:.1e}' if name in row else '-' for name in ('torch.export', 'ONNX')]
+        difference = f'{row["ONNX"]:.1e}' if 'ONNX' in row else '-'
         cosine = f'{row["int8, cosine"]:.3f}' if 'int8, cosine' in row else '-'
-        print(f'| {backbone} | {size} | {" | ".join(numbers)} | {cosine} | {row.get("reason", "")} |', flush=True)
+        print(f'| {backbone} | {size} | {difference} | {cosine} | {row.get("reason", "")} |', flush=True)
     finish({'benchmark': 'export', 'rows': rows})
 
 

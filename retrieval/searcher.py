@@ -105,7 +105,7 @@ class Searcher:
             largest_k = max(queries[index].k for index in indices)
             neighbours = self.collection.search(torch.stack([features[index] for index in indices]), largest_k, binary)
             for index, row in zip(indices, neighbours, strict=True):
-                answers[index] = row
+                answers[index] = row[:queries[index].k]
         return answers
 
     @torch.inference_mode()

@@ -228,7 +228,7 @@ def differing_results(one: Path, other: Path) -> list[str]:
         if not b.exists():
             continue
         if a.suffix == '.csv':
-            tables = [pd.read_csv(path).drop(columns='img_s').astype(str) for path in (a, b)]
+            tables = [pd.read_csv(path).drop(columns='img_s', errors='ignore').astype(str) for path in (a, b)]
             found += [] if tables[0].equals(tables[1]) else [name]
         elif a.suffix == '.pth':
             found += differences(*(torch.load(path, weights_only=True) for path in (a, b)), name)

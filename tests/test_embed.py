@@ -1,5 +1,6 @@
 """Any folder becomes a data base: what it contains, how it changes, and what an interruption does to it."""
 import csv
+import os
 import runpy
 import shutil
 import signal
@@ -112,6 +113,13 @@ def test_only_new_and_changed_files_are_embedded_again(call, embedded, museum):
     for row, path in enumerate(before['test_images']):
         is_equal = torch.equal(before['test_features'][row], after.test.features[after.test.images.index(path)])
         assert is_equal == (path != 'ara/1.jpg')
+
+
+@pytest.mark.parametrize('flag', ['--update', '--images'])
+def test_a_file_of_the_same_size_and_another_time_has_changed(flag, call, embedded, museum):
+    (museum / 'broken.png').unlink()
+    os.utime(museum / 'ara/1.jpg', ns=(10**18, 10**18))
+    assert '\n1 images in ' in (call('--update') if flag == '--update' else call('--images', museum))
 
 
 def test_a_second_folder_keeps_its_own_paths(call, embedded, museum, tmp_path):

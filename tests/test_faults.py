@@ -1,22 +1,22 @@
-"""A run that is killed, stopped, or cannot write: nothing is lost, nothing is torn, one line says what to do."""
+"""A run that is killed, stopped, or cannot write: nothing is lost, nothing is torn, and one line says what to do.
+
+The default tests interrupt a run in this process; the slow ones kill processes at every point and at random.
+"""
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from conftest import REPOSITORY, assert_one_line_error, type_command
+import torch
+from conftest import call_main
 from faults import RULES, TINY, children_of, differing_results, start_torchrun, start_train, torchrun_killed, train
-from PIL import Image
+from tiny_runs import draw_nothing
 
-from common.errors import UserError
+import train as train_script
 from common.files import load, save
-from common.results import RunFiles
 
 NAME = 'car_timm-test_resnet_{}_16'
 NAMES = {'gradient': NAME.format('balanced_proxy'), 'positive': NAME.format('balanced_proxy') + '_positive',
@@ -27,34 +27,95 @@ FAULTS = [('write', 1), ('write', 2), ('write', 3), ('write', 4), ('write', 5), 
           ('step', 2), ('step', 5), ('embed', 2)]
 
 
-@pytest.fixture(scope='module')
-def whole(raw_sets, tmp_path_factory):
-    """An uninterrupted run for each way in which the proxies move."""
-    folders = {}
-    for rule, words in RULES.items():
-        folders[rule] = tmp_path_factory.mktemp(rule)
-        code, printed = train(command(raw_sets, folders[rule], words), folders[rule].with_suffix('.log'))
-        assert code == 0, printed
-    return folders
-
-
 def command(raw_sets, folder, words):
     return (*words, *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir', folder)
 
 
+# ---------------------------------------------------- interrupted in this process --------------------------------
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing catches it."""
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Train a command and raise an exception in its n-th step; returns the exception."""
+    def call(words, step: int, error: BaseException) -> BaseException:
+        zero_grad, steps = torch.optim.Optimizer.zero_grad, 0
+
+        def count(*args, **kwargs):
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                raise error
+            zero_grad(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_script, 'draw_curves', draw_nothing)
+            patch.setattr(torch.optim.Optimizer, 'zero_grad', count)
+            with pytest.raises(type(error)) as raised:
+                call_main(train_script, *words)
+        return raised.value
+
+    return call
+
+
+def test_a_run_that_ends_in_an_epoch_goes_on_bit_for_bit(raw_sets, tmp_path, interrupt, call_script, monkeypatch):
+    """Weights, proxies, optimizer, schedule, random state, statistics and data base."""
+    monkeypatch.setattr(train_script, 'draw_curves', draw_nothing)
+    words = ('--lr_decay_step', 1, '--color_jitter', 0.3, *command(raw_sets, tmp_path / 'whole', ()))
+    call_script(train_script, *words)
+    words = (*words[:-1], tmp_path / 'killed')
+    interrupt(words, 5, Killed())
+    torch.manual_seed(99)  # whatever else drew numbers in between
+    printed = call_script(train_script, *words, '--resume')
+    assert 'epoch 1/3' not in printed  # it continues, and does not begin again
+    assert 'epoch 2/3' in printed
+    assert not differing_results(tmp_path / 'whole', tmp_path / 'killed')
+
+
+def test_ctrl_c_says_which_epoch_is_saved_and_how_to_continue(raw_sets, tmp_path, interrupt):
+    words, name = command(raw_sets, tmp_path / 'r', ()), NAMES['gradient']
+    stopped = interrupt(words, 2, KeyboardInterrupt())
+    assert str(stopped) == 'no epoch was complete, nothing is saved'
+    assert not list((tmp_path / 'r').iterdir())
+    stopped = interrupt(words, 5, KeyboardInterrupt())
+    assert str(stopped) == f'epoch 1 of {name} is saved; the same command with --resume continues it'
+    before = {file.name: file.read_bytes() for file in (tmp_path / 'r').iterdir()}
+    stopped = interrupt((*words, '--overwrite', '--lr', 0.5), 2, KeyboardInterrupt())
+    assert str(stopped) == f'no epoch was complete, and the earlier run {name} is untouched'
+    assert {file.name: file.read_bytes() for file in (tmp_path / 'r').iterdir()} == before
+    stopped = interrupt((*words, '--overwrite', '--lr', 0.5), 5, KeyboardInterrupt())
+    assert str(stopped).endswith('with --resume in place of --overwrite continues it')
+    assert load(tmp_path / 'r' / f'{name}_model.pth', 'model')['args']['lr'] == 0.5
+
+
+# ---------------------------------------------------- killed processes -------------------------------------------
+@pytest.fixture(scope='module')
+def whole(raw_sets, tmp_path_factory):
+    """An uninterrupted run for each proxy update."""
+    folders = {}
+    for update, words in RULES.items():
+        folders[update] = tmp_path_factory.mktemp(update)
+        code, printed = train(command(raw_sets, folders[update], words), folders[update].with_suffix('.log'))
+        assert code == 0, printed
+    return folders
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('fault', FAULTS)
-@pytest.mark.parametrize('rule', RULES)
-def test_a_run_killed_anywhere_goes_on_bit_for_bit(whole, raw_sets, tmp_path, rule, fault):
-    words = command(raw_sets, tmp_path / 'killed', RULES[rule])
+@pytest.mark.parametrize('update', RULES)
+def test_a_run_killed_anywhere_goes_on_bit_for_bit(whole, raw_sets, tmp_path, update, fault):
+    words = command(raw_sets, tmp_path / 'killed', RULES[update])
     code, _ = train(words, tmp_path / 'log', fault)
     assert code == -signal.SIGKILL
-    saved = (tmp_path / 'killed' / f'{NAMES[rule]}_checkpoint.pth').is_file()
+    saved = (tmp_path / 'killed' / f'{NAMES[update]}_checkpoint.pth').is_file()
     code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
     assert code == 0, printed
-    assert ('epoch 1/3' in printed) is not saved  # it goes on, and does not begin again
-    assert not differing_results(whole[rule], tmp_path / 'killed')
+    assert ('epoch 1/3' in printed) is not saved  # it continues, and does not begin again
+    assert not differing_results(whole[update], tmp_path / 'killed')
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets, tmp_path):
     shutil.copytree(whole['gradient'], tmp_path / 'r')
     words = command(raw_sets, tmp_path / 'r', RULES['gradient'])
@@ -72,19 +133,23 @@ def test_a_run_killed_while_it_overwrites_another_mixes_nothing(whole, raw_sets,
     assert 'without --resume and with --overwrite' in printed
 
 
+@pytest.mark.slow
 def test_seeds_that_are_overwritten_keep_none_of_the_old_runs(raw_sets, tmp_path):
-    words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 2, '--warm_up', 0)
+    words = (*command(raw_sets, tmp_path / 'r', RULES['gradient']), '--seeds', '1,2', '--num_epochs', 2, '--warm_up',
+             0)
     assert train(words, tmp_path / 'log')[0] == 0
     second = tmp_path / 'r' / f'{NAMES["gradient"]}_seed2_checkpoint.pth'
     before = load(second, 'checkpoint')
     save({**before, 'made_with': {'commit': 'old'}}, second)
-    assert train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 8))[0] == 143  # in the second run
+    code, _ = train((*words, '--overwrite'), tmp_path / 'log2', ('send', signal.SIGTERM, 8))  # in the second run
+    assert code == 143
     assert not second.exists()
     code, printed = train((*words, '--resume'), tmp_path / 'log3')
     assert code == 0, printed
     assert load(second, 'checkpoint')['made_with']['commit'] != 'old'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seed', range(2))
 def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole, raw_sets, tmp_path, seed):
     words = (*RULES['gradient'], *TINY, '--num_workers', 2, '--data_path', raw_sets, '--results_dir', tmp_path / 'k')
@@ -93,10 +158,11 @@ def test_a_run_with_workers_killed_at_a_random_moment_goes_on_bit_for_bit(whole,
     saved = (tmp_path / 'k' / f'{NAMES["gradient"]}_checkpoint.pth').is_file()
     code, printed = train((*words, '--resume' if saved else '--overwrite'), tmp_path / 'log2')
     assert code == 0, printed
-    assert ('epoch 1/3' in printed) is not saved  # it goes on, and does not begin again
+    assert ('epoch 1/3' in printed) is not saved  # it continues, and does not begin again
     assert not differing_results(whole['gradient'], tmp_path / 'k')
 
 
+@pytest.mark.slow
 def test_the_workers_of_a_killed_run_end_with_it(raw_sets, tmp_path):
     run = start_train((*TINY, '--num_epochs', 1000, '--num_workers', 2, '--data_path', raw_sets, '--results_dir',
                        tmp_path / 'r'), tmp_path / 'log')
@@ -112,6 +178,7 @@ def test_the_workers_of_a_killed_run_end_with_it(raw_sets, tmp_path):
     assert not [number for number in below if Path(f'/proc/{number}').exists()]
 
 
+@pytest.mark.slow
 def test_two_killed_processes_go_on_bit_for_bit(raw_sets, tmp_path):
     words = (*RULES['gradient'], *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir')
     printed = torchrun_killed((*words, tmp_path / 'killed'))
@@ -121,24 +188,27 @@ def test_two_killed_processes_go_on_bit_for_bit(raw_sets, tmp_path):
         with start_torchrun((*words, *more)) as process:
             printed = process.communicate(timeout=200)[0]
         assert process.returncode == 0, printed
-    assert 'epoch 1/3: loss' not in printed  # it goes on, and does not begin again
+    assert 'epoch 1/3: loss' not in printed  # it continues, and does not begin again
     assert not differing_results(tmp_path / 'whole', tmp_path / 'killed')
 
 
-# ---------------------------------------------------- signals -------------------------------------------------------
-@pytest.mark.parametrize(('number', 'code', 'name'), [(signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'Ctrl-C')])
+# ---------------------------------------------------- signals -----------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(('number', 'code', 'name'), [
+    (signal.SIGTERM, 143, 'SIGTERM'), (signal.SIGINT, 130, 'Ctrl-C')])
 def test_a_signal_ends_a_run_with_a_line_that_says_how_to_go_on(whole, raw_sets, tmp_path, number, code, name):
     words = command(raw_sets, tmp_path / 'r', RULES['momentum'])
     ended, printed = train(words, tmp_path / 'log', ('send', number, 5))  # in the second epoch
     assert ended == code
     last = printed.strip().splitlines()[-1]
-    assert last.endswith(f'train.py: stopped by {name}: epoch 1 of {NAMES["momentum"]} is saved; the same command with '
-                         '--resume goes on')
+    assert last.endswith(f'train.py: stopped by {name}: epoch 1 of {NAMES["momentum"]} is saved; the same command '
+                         'with --resume continues it')
     assert 'Traceback' not in printed
     assert train((*words, '--resume'), tmp_path / 'log2')[0] == 0
     assert not differing_results(whole['momentum'], tmp_path / 'r')
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_first_epoch_leaves_nothing(raw_sets, tmp_path):
     ended, printed = train(command(raw_sets, tmp_path / 'r', ()), tmp_path / 'log', ('send', signal.SIGTERM, 2))
     assert ended == 143
@@ -146,20 +216,8 @@ def test_a_signal_in_the_first_epoch_leaves_nothing(raw_sets, tmp_path):
     assert not list((tmp_path / 'r').iterdir())
 
 
-def test_a_second_signal_ends_a_script_at_once(tmp_path):
-    script = ('import sys, time; sys.path.insert(0, sys.argv[1]); from utils import run_script\n'
-              'def main():\n    try:\n        print("ready", flush=True); time.sleep(60)\n'
-              '    finally:\n        print("tidying", flush=True); time.sleep(60)\n'
-              'run_script(main)')
-    with subprocess.Popen([sys.executable, '-c', script, REPOSITORY], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == 'ready\n'
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == 'tidying\n'
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == -signal.SIGINT
-
-
-# ---------------------------------------------------- disks ---------------------------------------------------------
+# ---------------------------------------------------- disks, other processes --------------------------------------
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_and_names_the_file(whole, raw_sets, tmp_path):
     words = command(raw_sets, tmp_path / 'r', RULES['gradient'])
     assert train(words, tmp_path / 'log', ('step', 5))[0] == -signal.SIGKILL  # the first epoch is saved
@@ -179,27 +237,7 @@ def test_a_full_disk_leaves_the_checkpoint_and_names_the_file(whole, raw_sets, t
     assert not differing_results(whole['gradient'], tmp_path / 'r')
 
 
-def test_a_folder_that_vanishes_is_named(tmp_path):
-    with pytest.raises(UserError, match='cannot write .*gone/a.pth: No such file'):
-        save({'a': 1}, tmp_path / 'gone' / 'a.pth')
-
-
-def test_a_file_that_vanishes_while_it_is_written_is_named(tmp_path, monkeypatch):
-    save({'a': 1}, tmp_path / 'a.pth')
-    fsync = os.fsync
-
-    def lose(number: int) -> None:
-        fsync(number)
-        for file in tmp_path.glob('.a.pth.*'):
-            file.unlink()
-
-    monkeypatch.setattr(os, 'fsync', lose)
-    with pytest.raises(UserError, match='cannot write .*a.pth: No such file'):
-        save({'a': 2}, tmp_path / 'a.pth')
-    assert load(tmp_path / 'a.pth', 'file') == {'a': 1}
-
-
-# ---------------------------------------------------- two runs, workers, losses -------------------------------------
+@pytest.mark.slow
 def test_a_second_run_of_the_same_name_stops(raw_sets, tmp_path):
     words = command(raw_sets, tmp_path / 'r', ())
     first = start_train((*words, '--num_epochs', 300), tmp_path / 'log')
@@ -216,14 +254,7 @@ def test_a_second_run_of_the_same_name_stops(raw_sets, tmp_path):
     assert train((*words, '--overwrite'), tmp_path / 'log3')[0] == 0  # the lock of a dead process holds nobody up
 
 
-def test_a_lock_ends_with_its_context(tmp_path):
-    refused = pytest.raises(UserError, match='taken')
-    files = RunFiles(tmp_path, 'run')
-    with files.locked('taken'), refused, files.locked('taken'):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_a_run_in_one_line(raw_sets, tmp_path):
     run = start_train((*TINY, '--num_epochs', 1000, '--num_workers', 2, '--data_path', raw_sets, '--results_dir',
                        tmp_path / 'r'), tmp_path / 'log')
@@ -237,33 +268,3 @@ def test_a_worker_that_dies_ends_a_run_in_one_line(raw_sets, tmp_path):
     assert printed.count('train.py: error: a process that reads images has died') == 1
     assert '--num_workers' in printed
     assert 'Traceback' not in printed
-
-
-def test_a_loss_that_is_not_finite_names_step_rate_and_images(raw_sets, tmp_path):
-    result = type_command('train.py', *TINY, '--num_workers', 0, '--data_path', raw_sets, '--results_dir', tmp_path,
-                          '--warm_up', 0, '--lr', '1e30', '--optimizer_type', 'sgd')
-    assert_one_line_error(result, 'the loss is not finite in step 2 of this epoch', '1e+30', '4 images', '.jpg',
-                          '--clip_value')
-
-
-@pytest.mark.parametrize('choice', ['stop', 'warn', None])
-def test_a_collapse_stops_or_warns(tmp_path, choice):
-    # Every image is the same: nothing can be learned, in however many epochs.
-    for subset in ('train', 'test'):
-        for label in range(40 if subset == 'train' else 2):
-            folder = tmp_path / 'grey' / subset / f'{subset}_{label}'
-            folder.mkdir(parents=True)
-            for number in range(2):
-                Image.new('RGB', (32, 32), (90, 90, 90 + number)).save(folder / f'{number}.png')
-    assert type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'grey').returncode == 0
-    given = ('--on_collapse', choice) if choice else ()
-    words = [word for word in TINY if word not in ('--on_collapse', 'warn')]
-    result = type_command('train.py', '--recipe', 'asymptotic_proxy', *words, '--num_workers', 0, '--data_path',
-                          tmp_path, '--data_name', 'grey', '--batch_size', 16, '--results_dir', tmp_path / 'r', *given)
-    if choice == 'warn':
-        assert result.returncode == 0, result.stderr
-        assert 'collapsed? an accuracy of' in result.stdout
-    else:
-        assert_one_line_error(result, 'in epoch 3 is chance for 40 classes', '--momentum nearer 0.5',
-                              '--on_collapse warn')
-    assert len(pd.read_csv(tmp_path / 'r' / 'grey_timm-test_resnet_asymptotic_proxy_16_statistics.csv')) == 3

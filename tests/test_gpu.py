@@ -55,8 +55,8 @@ def test_every_loss_with_every_proxy_update_stays_on_its_device(loss_name, updat
 
 
 @pytest.mark.parametrize(('name', 'pooling'), [
-    ('resnet18', 'max'), ('inception', 'avg'), ('timm:test_efficientnet', 'avg_max'), ('timm:test_vit', 'cls'),
-    ('timm:test_resnet', 'gem'), pytest.param('googlenet', 'max', marks=pytest.mark.slow)])
+    ('resnet18', 'max'), ('timm:test_efficientnet', 'avg_max'), ('timm:test_vit', 'cls'), ('timm:test_resnet', 'gem'),
+    pytest.param('inception', 'avg', marks=pytest.mark.slow), pytest.param('googlenet', 'max', marks=pytest.mark.slow)])
 def test_every_kind_of_backbone_embeds_on_its_device(name, pooling):
     mode = FakeTensorMode()
     network = place(EmbeddingNet(NetConfig(name, 5, pooling, image_size=64, flip_tta=True), 'none'), mode).eval()
@@ -206,6 +206,7 @@ def test_without_a_gpu_the_benchmark_says_so(tmp_path, bench_gpu, call_script):
     assert not (tmp_path / 'gpu.md').exists()
 
 
+@pytest.mark.slow
 def test_the_rows_of_recall_and_losses_agree_with_what_they_are_compared_with(bench_gpu):
     assert len(bench_gpu.ROWS) == 8
     args = SimpleNamespace(device='cpu', small=True)

@@ -1,9 +1,10 @@
-"""Files from strangers: damaged, crafted or absurd, they end in success or in one line, and never as something else."""
-import argparse
+"""Files from strangers, damaged, crafted or absurd: reading them succeeds, or ends in one line, and nothing else.
+
+The default tests try a few of each; the slow ones, hundreds.
+"""
 import contextlib
 import os
 import re
-import shutil
 import struct
 import zlib
 from multiprocessing import spawn
@@ -12,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_one_line_error, type_command
-from training.checkpoint import load_checkpoint_file
+from conftest import REPOSITORY, call_main
 from faults import BACKBONE, damaged, differences, fuzz, fuzz_targets, tamper, tamper_targets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +21,7 @@ from PIL import Image
 from raw_trees import make_car, make_cub, make_isc, make_sop
 from scipy.io import loadmat, savemat
 
+import data_utils
 from common.errors import UserError
 from common.files import check_paths, image_file, load, save
 from common.images import BrokenImage, load_image
@@ -31,9 +32,10 @@ from imagedata.raw_sets import RAW_SETS, images_of, read_car
 from model import EmbeddingNet, NetConfig
 from retrieval.database import load_data_base
 from retrieval.model_file import load_model
-from utils import int_list, seed_list
+from training.checkpoint import load_checkpoint_file
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
+FEW_OR_MANY = [12, pytest.param(200, marks=pytest.mark.slow)]
 
 
 # ---------------------------------------------------- damage -------------------------------------------------------
@@ -51,31 +53,34 @@ def read_damaged(path, data: bytes, read):
         return None
 
 
+@pytest.mark.parametrize('number', FEW_OR_MANY)
 @pytest.mark.parametrize('kind', ['checkpoint', 'data base', 'model'])
-def test_a_damaged_file_is_refused_or_the_same(run, tmp_path, kind):
-    file = run / f'{NAME}_{kind.replace(" ", "_")}.pth'
+def test_a_damaged_file_is_refused_or_read_as_it_was(trained_run, tmp_path, kind, number):
+    file = trained_run / f'{NAME}_{kind.replace(" ", "_")}.pth'
     read = {'data base': lambda path: load_data_base(path) and load(path, kind),
             'model': lambda path: load_model(path, torch.device('cpu'))[1], 'checkpoint': load_checkpoint_file}[kind]
     good, data, rng = read(file), file.read_bytes(), np.random.default_rng(0)
     refused = 0
-    for _ in range(200):
-        found = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), read)
-        refused += found is None
-        assert found is None or not differences(good, found)
-    assert refused >= 150
+    for _ in range(number):
+        contents = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), read)
+        refused += contents is None
+        assert contents is None or not differences(good, contents)
+    assert refused >= 0.7 * number
 
 
-def test_damaged_weights_are_refused_or_the_same(tmp_path):
+@pytest.mark.parametrize('number', FEW_OR_MANY)
+def test_damaged_weights_are_refused_or_read_as_they_were(tmp_path, number):
     network = EmbeddingNet(NetConfig(BACKBONE, 4), 'none')
-    torch.save(network.trunk.state_dict(), tmp_path / 'w.pth')
+    torch.save(network.backbone.state_dict(), tmp_path / 'w.pth')
     good, data = load(tmp_path / 'w.pth', 'weights file'), (tmp_path / 'w.pth').read_bytes()
     rng = np.random.default_rng(1)
-    for _ in range(200):
-        found = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), lambda path: load(path, 'weights file'))
-        assert found is None or not differences(good, found)
+    for _ in range(number):
+        contents = read_damaged(tmp_path / 'damaged.pth', damaged(data, rng), lambda path: load(path, 'weights file'))
+        assert contents is None or not differences(good, contents)
 
 
-def test_a_damaged_cache_is_refused_or_the_same(own_car):
+@pytest.mark.parametrize('number', FEW_OR_MANY)
+def test_a_damaged_cache_is_refused_or_read_as_it_was(own_car, number):
     root, split, _ = open_data(own_car, 'car')
     images = images_of(split)
     build_cache(root, 'uncropped', 24, images)
@@ -88,55 +93,34 @@ def test_a_damaged_cache_is_refused_or_the_same(own_car):
     for suffix in ('bin', 'pth'):
         file = root / f'uncropped_cache_24.{suffix}'
         data, refused = file.read_bytes(), 0
-        for _ in range(200):
-            found = read_damaged(file, damaged(data, rng), lambda _: pixels())
-            refused += found is None
-            assert found is None or not differences(good, found)
+        for _ in range(number):
+            contents = read_damaged(file, damaged(data, rng), lambda _: pixels())
+            refused += contents is None
+            assert contents is None or not differences(good, contents)
         file.write_bytes(data)
-        assert refused >= 100
-
-
-def test_a_data_base_of_a_stranger_may_say_anything_of_its_origin(run, tmp_path):
-    data_base = load(run / f'{NAME}_data_base.pth', 'data base')
-    for made in ([1], 'x', None, {'commit': [1], 'changed_since': [2]}):
-        save({**data_base, 'made_with': made, 'epoch': torch.zeros(2)}, tmp_path / 'd.pth')
-        for words in ((), ('--json',)):
-            result = type_command('evaluate.py', '--data_base', tmp_path / 'd.pth', *words)
-            assert result.returncode == 0, result.stderr
-
-
-def test_features_that_are_no_unit_rows_are_refused(run, tmp_path):
-    data_base = load(run / f'{NAME}_data_base.pth', 'data base')
-    save({**data_base, 'test_features': 3 * data_base['test_features']}, tmp_path / 'd.pth')
-    with pytest.raises(UserError, match='d.pth: the test features are no unit rows'):
-        load_data_base(tmp_path / 'd.pth')
+        assert refused >= 0.4 * number
 
 
 # ---------------------------------------------------- paths --------------------------------------------------------
-@pytest.mark.parametrize('path', ['../../etc/passwd', '/etc/passwd', 'uncropped/../../x.jpg', '..', 'a\\..\\b', 'a\0b'])
-def test_a_path_that_leaves_the_folder_is_refused_by_name(run, raw_sets, tmp_path, path):
-    data_base = load(run / f'{NAME}_data_base.pth', 'data base')
+@pytest.mark.parametrize('path', ['../../etc/passwd', '/etc/passwd', 'uncropped/../../x.jpg', '..', 'a\\..\\b',
+                                  'a\0b'])
+def test_a_path_that_leaves_the_folder_is_refused_by_name(trained_run, tmp_path, path):
+    data_base = load(trained_run / f'{NAME}_data_base.pth', 'data base')
     save({**data_base, 'test_images': [path, *data_base['test_images'][1:]]}, tmp_path / 'evil.pth')
-    with pytest.raises(UserError, match='evil.pth: the image .* does not lie in'):
+    with pytest.raises(UserError, match='evil.pth: the image .* lies outside'):
         load_data_base(tmp_path / 'evil.pth')
     (tmp_path / 'mine').mkdir()
     save({'train': {'a': [path, 'x.jpg']}, 'test': {'b': ['y.jpg']}}, tmp_path / 'mine/uncropped_data_dicts.pth')
-    with pytest.raises(UserError, match='does not lie in'):
+    with pytest.raises(UserError, match='lies outside'):
         open_data(tmp_path, 'mine')
 
 
-def test_a_link_out_of_the_folder_is_refused_by_name(run, raw_sets, tmp_path):
+def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path):
     (tmp_path / 'secret.jpg').write_bytes(b'secret')
-    root = tmp_path / 'data/car'
-    shutil.copytree(raw_sets / 'car', root)
-    image = load_data_base(run / f'{NAME}_data_base.pth').test.images[0]
-    (root / image).unlink()
-    os.symlink(tmp_path / 'secret.jpg', root / image)
-    with pytest.raises(UserError, match='is a link out of'):
-        image_file(root, image)
-    result = type_command('test.py', '--data_base', run / f'{NAME}_data_base.pth', '--data_path', tmp_path / 'data',
-                          '--results_dir', tmp_path, '--query_img_name', image)
-    assert_one_line_error(result, image, 'is a link out of')
+    (tmp_path / 'car').mkdir()
+    os.symlink(tmp_path / 'secret.jpg', tmp_path / 'car/a.jpg')
+    with pytest.raises(UserError, match='car/a.jpg is a link out of its folder'):
+        image_file(tmp_path / 'car', 'a.jpg')
 
 
 def test_annotations_that_lead_out_of_the_folder_are_refused(tmp_path):
@@ -144,8 +128,8 @@ def test_annotations_that_lead_out_of_the_folder_are_refused(tmp_path):
     table = (root / 'images.txt').read_text()
     first = table.splitlines()[0].split()[1]
     (root / 'images.txt').write_text(table.replace(first, '../../../x.jpg'))
-    assert_one_line_error(type_command('data_utils.py', '--data_path', tmp_path, '--data_name', 'cub'), 'x.jpg',
-                          'is no path of an image below the data set')
+    with pytest.raises(UserError, match='x.jpg.* is not the path of an image below the data set'):
+        call_main(data_utils, '--data_path', tmp_path, '--data_name', 'cub')
 
 
 # ---------------------------------------------------- images -------------------------------------------------------
@@ -159,53 +143,41 @@ def write_bomb(path, side: int) -> None:
                      + chunk(b'IEND', b''))
 
 
-@pytest.mark.parametrize('side', [9500, 50_000])  # Pillow warns of the first and refuses the second
+@pytest.mark.parametrize('side', [9500, 50_000])  # Pillow warns about the first and refuses the second
 def test_a_decompression_bomb_is_refused(tmp_path, side):
     write_bomb(tmp_path / 'bomb.png', side)
     with pytest.raises(BrokenImage, match='decompression bomb'):
         load_image(tmp_path / 'bomb.png')
 
 
-def test_postscript_is_no_image(tmp_path):
+def test_postscript_is_not_an_image(tmp_path):
     (tmp_path / 'x.jpg').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n')
     with pytest.raises(BrokenImage, match='cannot identify'):  # and not: unable to locate Ghostscript
         load_image(tmp_path / 'x.jpg')
 
 
-def test_a_damaged_image_is_broken_or_an_image(tmp_path):
+@pytest.mark.parametrize('number', [5, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_damaged_image_is_broken_or_an_image(tmp_path, number):
     rng = np.random.default_rng(3)
     for suffix in ('jpg', 'png', 'gif', 'webp', 'tif', 'bmp'):
         Image.fromarray(rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)).save(tmp_path / f'good.{suffix}')
         data = (tmp_path / f'good.{suffix}').read_bytes()
-        for _ in range(60):
+        for _ in range(number):
             (tmp_path / f'bad.{suffix}').write_bytes(damaged(data, rng))
             with contextlib.suppress(BrokenImage):
                 assert load_image(tmp_path / f'bad.{suffix}').mode == 'RGB'
 
 
 # ---------------------------------------------------- fuzzing ------------------------------------------------------
-@pytest.mark.parametrize('seed', [0, 1])
-def test_no_text_ends_in_anything_but_success_or_one_line(tmp_path, seed):
+@pytest.mark.parametrize(('seed', 'number'), [(0, 300), *(pytest.param(seed, 5000, marks=pytest.mark.slow)
+                                                         for seed in (0, 1))])
+def test_no_text_ends_in_anything_but_success_or_one_line(tmp_path, seed, number):
     for make in (make_cub, make_sop, make_isc):
         make(tmp_path)
-    assert not fuzz(fuzz_targets(tmp_path), 5000, np.random.default_rng(seed))
+    assert not fuzz(fuzz_targets(tmp_path), number, np.random.default_rng(seed))
 
 
-PROPERTY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@PROPERTY
-@given(st.lists(st.integers(-5, 10**6), max_size=6))
-def test_recalls_and_seeds_are_read_as_they_are_written_or_refused(numbers):
-    text = ','.join(map(str, numbers))
-    for parse, sound in ((int_list, len(numbers) > 0 and min(numbers, default=0) > 0
-                          and numbers == sorted(set(numbers))),
-                         (seed_list, len(numbers) > 1 and min(numbers) >= 0 and len(set(numbers)) == len(numbers))):
-        if sound:
-            assert parse(text) == tuple(numbers)
-        else:
-            with pytest.raises(argparse.ArgumentTypeError):
-                parse(text)
+PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @PROPERTY
@@ -240,31 +212,32 @@ def test_any_text_as_annotations_is_read_or_refused(tmp_path, table, file):
     (tmp_path / file).write_bytes(good)
 
 
-def test_no_tampered_file_ends_in_anything_but_success_or_one_line(run, raw_sets, tmp_path):
-    assert not tamper(tamper_targets(run, raw_sets, tmp_path), 150, np.random.default_rng(4))
+@pytest.mark.parametrize('number', [15, pytest.param(150, marks=pytest.mark.slow)])
+def test_no_tampered_file_ends_in_anything_but_success_or_one_line(trained_run, raw_sets, tmp_path, number):
+    assert not tamper(tamper_targets(trained_run, raw_sets, tmp_path), number, np.random.default_rng(4))
 
 
-def test_an_optimizer_of_other_shapes_is_refused(run, raw_sets, tmp_path):
-    good, read = tamper_targets(run, raw_sets, tmp_path)['checkpoint']
+def test_an_optimizer_of_other_shapes_is_refused(trained_run, raw_sets, tmp_path):
+    good, read = tamper_targets(trained_run, raw_sets, tmp_path)['checkpoint']
     state = {number: {**values, 'exp_avg': torch.zeros(1)} for number, values in good['optimizer']['state'].items()}
     with pytest.raises(UserError, match='exp_avg of the optimizer has the shape'):
         read({**good, 'optimizer': {**good['optimizer'], 'state': state}})
 
 
-def test_a_model_that_asks_for_all_memory_is_refused(run, tmp_path):
-    contents = load(run / f'{NAME}_model.pth', 'model')
+def test_a_model_that_asks_for_all_memory_is_refused(trained_run, tmp_path):
+    contents = load(trained_run / f'{NAME}_model.pth', 'model')
     save({**contents, 'config': {**contents['config'], 'feature_dim': 20_000_000}}, tmp_path / 'm.pth')
-    with pytest.raises(UserError, match='m.pth is no sound model: feature_dim cannot be used'):
+    with pytest.raises(UserError, match='m.pth is not a valid model: feature_dim cannot be used'):
         load_model(tmp_path / 'm.pth', torch.device('cpu'))
 
 
 @pytest.mark.parametrize('features', [torch.ones(1, 1).expand(12, 10**9), torch.zeros(12, 0),
                                       torch.eye(12).requires_grad_()])
-def test_features_that_cannot_be_used_are_refused(run, tmp_path, features):
-    contents = load(run / f'{NAME}_data_base.pth', 'data base')
+def test_features_that_cannot_be_used_are_refused(trained_run, tmp_path, features):
+    contents = load(trained_run / f'{NAME}_data_base.pth', 'data base')
     assert len(contents['test_features']) == 12
     torch.save({**contents, 'test_features': features}, tmp_path / 'd.pth')
-    with pytest.raises(UserError, match='no sound data base: test_features cannot be used'):
+    with pytest.raises(UserError, match='not a valid data base: test_features cannot be used'):
         load_data_base(tmp_path / 'd.pth')
 
 
@@ -290,10 +263,11 @@ def test_a_reader_of_annotations_that_crashes_is_one_line(tmp_path, monkeypatch)
     (tmp_path / 'crash').write_text('#!/bin/sh\nkill -SEGV $$\n')
     (tmp_path / 'crash').chmod(0o700)
     monkeypatch.setattr(spawn, '_python_exe', os.fsencode(tmp_path / 'crash'))
-    with pytest.raises(UserError, match='cars_annos.mat is no annotation file of CARS196 .A process in'):
+    with pytest.raises(UserError, match='cars_annos.mat is not the annotation file of CARS196 .A process in'):
         read_car(root)
 
 
+@pytest.mark.slow
 def test_damaged_annotations_are_refused_or_read(tmp_path):
     root = make_car(tmp_path)
     contents = {name: value for name, value in loadmat(root / 'cars_annos.mat').items() if name[0] != '_'}
@@ -302,19 +276,20 @@ def test_damaged_annotations_are_refused_or_read(tmp_path):
     assert len(read_car(root)[0]) == 24
     for _ in range(40):
         refused += read_damaged(root / 'cars_annos.mat', damaged(data, rng), lambda _: read_car(root)) is None
-    assert refused > 20  # half of them are cut off
+    assert refused > 16  # half of them are cut off
 
 
 def test_a_checkpoint_of_other_contents_is_refused(tmp_path):
     save({'version': 2, 'model': 5}, tmp_path / 'c.pth')
-    with pytest.raises(UserError, match='is no checkpoint of this project: it lacks'):
+    with pytest.raises(UserError, match='is not a checkpoint of this project: it lacks'):
         load_checkpoint_file(tmp_path / 'c.pth')
 
 
-def test_nothing_is_given_to_a_shell():
-    for file in (*REPOSITORY.glob('*.py'), *REPOSITORY.glob('engine/*.py')):
+def test_nothing_is_given_to_a_shell_and_no_file_is_executed():
+    files = [*REPOSITORY.glob('*.py'), *REPOSITORY.glob('[a-z]*/*.py')]
+    assert {path.parent.name for path in files} >= {'common', 'imagedata', 'retrieval', 'training'}
+    for file in files:
         code = file.read_text()
-        assert 'shell=True' not in code
-        assert 'os.system' not in code
-        assert 'pickle.load' not in code
-        assert 'weights_only=False' not in code
+        if file.parent.name != 'tests':
+            for word in ('shell=True', 'os.system', 'pickle.load', 'weights_only=False', 'trust_remote_code'):
+                assert word not in code, (file, word)

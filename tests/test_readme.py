@@ -1,4 +1,7 @@
-"""README and docs say what is so: their links lead somewhere, their commands run, their recipes for adding work."""
+"""README and docs say what is true: links lead somewhere, commands parse and run, and so do the steps of `How to add`.
+"""
+import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -11,40 +14,26 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, type_command
 from raw_trees import write_image
+from test_train import PRINTED, WITH_RECIPE
 
 import recipes
+from common.files import save
+from model import EmbeddingNet, NetConfig
 from training.options import parse_options
 
 PAGES = sorted([REPOSITORY / 'README.md', *(REPOSITORY / 'docs').glob('*.md')])
-LONGEST, MOST_LINES = 119, 220
-# What makes a printed command small; a later flag wins.
-TRAIN = ('--weights', 'none', '--image_size', '32', '--batch_size', '4', '--num_epochs', '1', '--warm_up', '0',
-         '--recalls', '1,2', '--num_workers', '0', '--on_collapse', 'warn', '--amp', 'off', '--overwrite')
+LONGEST_LINE = 120
 BACKBONE = 'timm:test_resnet'
-# Printed commands that are parsed and not run: page, beginning of the command, reason.
-PARSED = [
-    ('docs/command_lines.md', '', 'tests/test_scripts.py runs these lines, and test.py and evaluate.py after them'),
-    ('docs/own_photographs.md', '', 'tests/test_folders.py does the same on a folder of its own'),
-    ('', 'torchrun', 'needs GPUs or machines; tests/test_distributed.py runs several processes'),
-    ('', 'srun', 'needs a cluster'),
-    ('', 'python benchmarks/', 'takes minutes to an hour'),
-    ('', 'python toy.py', 'downloads STL10, or takes minutes; tests/test_pictures.py trains a small one'),
-    ('', 'python embed.py --qdrant', 'needs a server; tests/test_collection.py embeds into the embedded mode'),
-    ('', 'python serve.py', 'runs until it is stopped; tests/test_serve.py serves'),
-    ('', 'python evaluate.py --resume results/grid/', 'models are not committed; tests/test_ingredients.py does it'),
-    ('', 'python report.py', 'takes half a minute where UMAP is installed; tests/test_report.py writes one'),
-]
-# Targets of make that are not run: they are printed by `make -n`, which parses the Makefile. Those of the demo are run.
-PRINTED_TARGETS = ('test', 'sweep', 'results', 'serve', 'gpu')
+VARIABLES = {'DATA': '/home/data', 'WEIGHTS': 'imagenet', 'HEAD_NODE': 'node', 'SLURM_NNODES': '2'}
 
 
 def name_of(page: Path) -> str:
     return page.relative_to(REPOSITORY).as_posix()
 
 
-def blocks(page: Path, language: str) -> list[tuple[str, str]]:
-    """Return the fenced blocks of a language: the text since the block before, and the block."""
-    return re.findall(rf'(?:\A|```\n)((?:(?!```).)*?)```{language}\n(.*?)(?=```\n)', page.read_text(), re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    """Return the fenced blocks of a language."""
+    return re.findall(rf'^```{language}\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
 
 
 def prose(page: Path) -> list[tuple[int, str]]:
@@ -57,14 +46,10 @@ def prose(page: Path) -> list[tuple[int, str]]:
     return lines
 
 
-# ---------------------------------------------------- form ----------------------------------------------------------
-def test_the_readme_is_read_in_five_minutes():
-    assert len((REPOSITORY / 'README.md').read_text().splitlines()) <= MOST_LINES
-
-
+# ---------------------------------------------------- form --------------------------------------------------------
 @pytest.mark.parametrize('page', PAGES, ids=name_of)
 def test_prose_fits_the_width_of_the_code(page):
-    assert [(number, line) for number, line in prose(page) if len(line) > LONGEST] == []
+    assert [(number, line) for number, line in prose(page) if len(line) > LONGEST_LINE] == []
 
 
 def anchors(page: Path) -> set[str]:
@@ -83,34 +68,56 @@ def test_every_link_and_image_leads_somewhere(page):
             assert not anchor or anchor in anchors(file), target
 
 
-def test_every_page_of_docs_is_linked_from_the_readme():
+def test_every_page_is_linked_from_the_readme():
     text = (REPOSITORY / 'README.md').read_text()
-    assert [name_of(page) for page in PAGES[1:] if f']({name_of(page)}' not in text] == []
+    assert [name_of(page) for page in PAGES if page.parent != REPOSITORY and f']({name_of(page)}' not in text] == []
 
 
-def test_every_file_of_the_top_level_and_of_the_engine_is_described():
-    listed = re.findall(r'\w+\.py', (REPOSITORY / 'README.md').read_text().split('## Files')[1].split('\n## ')[0])
-    files = [path.name for folder in ('', 'engine') for path in (REPOSITORY / folder).glob('[a-z]*.py')]
-    assert sorted(listed) == sorted(files)
+def test_the_readme_describes_every_script_and_every_room():
+    text = (REPOSITORY / 'README.md').read_text()
+    scripts = [path.name for path in REPOSITORY.glob('[a-z]*.py')]
+    rooms = [f'{path.parent.name}/' for path in REPOSITORY.glob('[a-z]*/__init__.py')]
+    assert {'common/', 'imagedata/', 'retrieval/', 'training/'} <= set(rooms)
+    assert [name for name in (*scripts, *rooms) if not re.search(rf'^ .*(?<!\S){re.escape(name)}  ', text,
+                                                                 re.MULTILINE)] == []
 
 
-def test_the_recipes_page_is_what_recipes_prints():
-    result = type_command('recipes.py')
-    assert result.stdout == recipes.format_table() + '\n'
-    assert result.stdout in (REPOSITORY / 'docs/recipes.md').read_text()
+def test_the_page_of_recipes_holds_the_table_that_recipes_py_prints():
+    assert recipes.recipe_table() + '\n' in (REPOSITORY / 'docs/recipes.md').read_text()
 
 
-# ---------------------------------------------------- command lines -------------------------------------------------
-def commands_of(page: Path, variables: dict[str, str]) -> list[list[str]]:
+def test_the_citation_claims_no_more_than_is_known():
+    yaml = pytest.importorskip('yaml')
+    cited = yaml.safe_load((REPOSITORY / 'CITATION.cff').read_text())
+    assert cited['cff-version'] == '1.2.0'
+    by_title = {reference['title'].lower(): reference for reference in cited['references']}
+    for source in (recipes.RECIPES[name]['source'].lower() for name in ('balanced_proxy', 'asymptotic_proxy',
+                                                                       'positive_proxy', 'momentum_proxy',
+                                                                       'proxy_anchor')):
+        (reference,) = [reference for title, reference in by_title.items() if title in source]
+        if reference['authors'] == [{'name': 'unknown'}]:  # then it says what is known, and holds nothing else
+            assert 'names the title' in reference['notes']
+            assert not reference.keys() & {'year', 'doi', 'identifiers', 'volume', 'pages'}
+            assert ('journal' in reference) == ('journal' in reference['notes'])
+        else:
+            assert all(author['family-names'] and author['given-names'] for author in reference['authors'])
+            assert reference['year'] > 2000
+            (identifier,) = reference['identifiers']
+            assert identifier['value'].replace('arXiv:', 'arXiv ').lower() in source
+    assert 'The authors of' not in (REPOSITORY / 'CITATION.cff').read_text()
+
+
+# ---------------------------------------------------- command lines -----------------------------------------------
+def commands_of(page: Path, variables: dict[str, str] = VARIABLES) -> list[list[str]]:
     """Return the words of each command in the bash blocks of a page, its variables filled in as a shell does."""
     commands, variables = [], dict(variables)
-    for _, block in blocks(page, 'bash'):
+    for block in blocks(page.read_text(), 'bash'):
         text = ''
         for line in block.replace('\\\n', ' ').splitlines():
             text = f'{text} {line}' if text else line
-            if text.split(' #')[0].count('"') % 2:  # a value that goes on in the next line
+            if text.split(' #')[0].count('"') % 2:  # a value that continues in the next line
                 continue
-            text = re.sub(r'\$(\w+)', lambda found: variables[found[1]], text)
+            text = re.sub(r'\$(\w+)', lambda match: variables[match[1]], text)
             words, text = shlex.split(text, comments=True), ''
             assigned = re.fullmatch(r'([A-Z]+)=(.*)', words[0]) if len(words) == 1 else None
             if assigned:
@@ -120,108 +127,52 @@ def commands_of(page: Path, variables: dict[str, str]) -> list[list[str]]:
     return commands
 
 
-def replaced(words: list[str], texts: dict[str, str]) -> list[str]:
-    """Return words, the paths of a user's data replaced by those that are here."""
-    for printed, here in texts.items():
-        words = [here + word[len(printed):] if word == printed or word.startswith(f'{printed}/') else word
-                 for word in words]
-    return words
-
-
-def parse(words: list[str], monkeypatch) -> None:
-    """Let the script that a command names read its flags, and go no further; raises what it raises."""
-    if 'torchrun' in words:
+def parse(words: list[str]) -> None:
+    """Let the script that a command names read its flags, and no more; raises what it raises."""
+    if words[0] == 'make':
+        assert make(*words[1:])
+        return
+    if 'torchrun' in words:  # perhaps behind srun
         from torch.distributed.run import get_args_parser
 
-        known = get_args_parser().parse_args(words[words.index('torchrun') + 1:])
-        words = ['python', known.training_script, *known.training_script_args]
+        launched = get_args_parser().parse_args(words[words.index('torchrun') + 1:])
+        words = ['python', launched.training_script, *launched.training_script_args]
+    assert words[0] == 'python', words
     script, words = REPOSITORY / words[1], words[2:]
-    monkeypatch.setattr(sys, 'argv', [str(script), *words])
-    monkeypatch.syspath_prepend(script.parent)
     if script.name == 'train.py':
         parse_options(words)
-        return
-    spec = importlib.util.spec_from_file_location(f'script_{script.stem}', script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if hasattr(module, 'get_args'):
-        module.get_args()
+    elif script.name == 'recipes.py':
+        assert words == []
     else:
-        module.get_parser().parse_args()
+        module = load_script(script)
+        if script.parent == REPOSITORY:
+            module.get_args(words)
+            return
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Parsed):  # a benchmark
+            patch.setattr(sys, 'argv', [script.name, *words])
+            patch.setattr(argparse.ArgumentParser, 'parse_args', parse_only)
+            module.main()
+            raise AssertionError(f'{script} has read no flags')
 
 
-class Workspace:
-    """A folder in which commands are typed: small data, and what they leave."""
-
-    def __init__(self, folder: Path, raw_sets: Path):
-        from common.files import save
-        from model import EmbeddingNet, NetConfig
-
-        self.folder = folder
-        self.weights = str(folder / 'weights.pth')
-        save(EmbeddingNet(NetConfig(BACKBONE, 4, image_size=32), 'none').trunk.network.state_dict(), Path(self.weights))
-        for label in range(6):
-            for number in range(4):
-                write_image(folder / f'me/flowers/{label}/{number}.jpg', label, number)
-        for name in ('museum/birds/0', 'museum/birds/1', 'museum/loans/0', 'museum/loans/1', 'new/0', 'photo'):
-            write_image(folder / f'me/{name}.jpg', len(name), 0)
-        self.texts = {'/home/data': str(raw_sets), '/home/me': str(folder / 'me')}
-        self.variables = {'DATA': str(raw_sets), 'WEIGHTS': self.weights, 'HEAD_NODE': 'node', 'SLURM_NNODES': '2'}
-
-    def run(self, words: list[str]) -> None:
-        """Type a command, made small, and check that it ends well."""
-        script, words = words[1], replaced(words[2:], self.texts)
-        words = [file for word in words for file in self.matches(word)]
-        words += self.small(script, words)
-        result = type_command(REPOSITORY / script, *words, cwd=self.folder)
-        assert result.returncode == 0, (script, words, result.stderr)
-
-    def matches(self, word: str) -> list[str]:
-        """Return the files that a word with a star stands for, as a shell does, or the word."""
-        return (sorted(str(path) for path in self.folder.glob(word)) if '*' in word else []) or [word]
-
-    def small(self, script: str, words: list[str]) -> list[str]:
-        """Return the flags that make a command small."""
-        if script == 'train.py':
-            seeds = ('--seeds', '1,2') if '--seeds' in words else ()
-            narrow = ('--feature_dim', '64') if {'whitened_start', 'whitened_mirror'} & {*words} else ()  # than BACKBONE
-            return [*TRAIN, *seeds, *narrow, *(('--backbone_type', BACKBONE) if 'resnet18' not in words else ())]
-        if script == 'data_utils.py' and 'glyph' in words:
-            return ['--glyph_classes', '9', '--glyph_images', '4']
-        if script == 'evaluate.py' and '--zero_shot' in words:
-            return ['--backbone_type', BACKBONE, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
-                    '--num_workers', '0']
-        if script == 'export.py' or script == 'evaluate.py' and '--resume' in words:
-            return ['--num_workers', '0']
-        if script == 'test.py' and '--query_img_name' in words and any(word.endswith('museum.pth') for word in words):
-            return ['--retrieval_num', '3']
-        if script == 'test.py' and '--query_img_name' in words:
-            car = any('car_' in word for word in words)
-            glyphs = sorted(path.name for path in (self.folder / 'data/glyph/uncropped').glob('test_*'))
-            return ['--query_img_name', '000014.jpg' if car else glyphs[0], '--retrieval_num', '3']
-        return []
+class Parsed(Exception):  # noqa: N818
+    """Stops a script once it has read its flags."""
 
 
-@pytest.fixture(scope='module')
-def workspace(raw_sets, tmp_path_factory) -> Workspace:
-    """A workspace after `make demo`, whose commands are run as make prints them, and a run of a sweep and of cars."""
-    workspace = Workspace(tmp_path_factory.mktemp('workspace'), raw_sets)
-    printed = make('demo').replace('\\\n', ' ')
-    demo = [shlex.split(line) for line in printed.splitlines() if re.match(r'\S+/python \w+\.py ', line)]
-    assert [words[1] for words in demo] == ['data_utils.py', 'train.py', 'evaluate.py', 'test.py']
-    sweep = ['python', 'train.py', '--data_path', 'data', '--data_name', 'glyph', '--recipe', 'asymptotic_proxy',
-             '--results_dir', 'results/sweep']
-    cars = ['python', 'train.py', '--data_path', '/home/data', '--recipe', 'positive_proxy']
-    caches = [['python', 'data_utils.py', '--data_path', '/home/data', '--data_name', name, '--cache_size', size]
-              for name, size in (('car', '146'), ('cub', '256'))]
-    for words in (*demo, sweep, cars, *caches):
-        workspace.run(words)
-    shutil.copytree(REPOSITORY / 'results/grid', workspace.folder / 'results/grid')
-    # Of the trunk that the figure was made with: as small as the others, under its name.
-    results = workspace.folder / 'results'
-    shutil.copy(results / 'car_timm-test_resnet_positive_proxy_512_data_base.pth',
-                results / 'car_timm-tf_efficientnet_lite0_positive_proxy_512_data_base.pth')
-    return workspace
+def parse_only(parser, argv=None):
+    _, unknown = parser.parse_known_args(argv)
+    assert not unknown, unknown
+    raise Parsed
+
+
+def load_script(script: Path):
+    """Import a script of the root or of benchmarks/ by its file; test.py has the name of a package of Python's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(script.parent)
+        spec = importlib.util.spec_from_file_location(f'script_{script.stem}', script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
 
 
 def make(*words: str) -> str:
@@ -234,34 +185,131 @@ def make(*words: str) -> str:
 
 
 @pytest.mark.parametrize('page', PAGES, ids=name_of)
-def test_every_printed_command_runs_or_at_least_parses(page, workspace, monkeypatch, capsys):
-    for words in commands_of(page, workspace.variables):
-        command = ' '.join(words)
-        if words[0] == 'make':
-            assert words[1] == 'demo' or words[1] in PRINTED_TARGETS, command  # the demo ran in the workspace
-            make(*words[1:])
-        elif any(name_of(page).startswith(where) and command.startswith(start) for where, start, _ in PARSED):
-            parse(words, monkeypatch)
-        else:
-            assert words[0] == 'python', command
-            workspace.run(words)
+def test_every_printed_command_is_one_that_its_script_understands(page):
+    for words in commands_of(page):
+        parse(words)
 
 
-def test_what_is_parsed_only_is_printed_somewhere(workspace):
-    printed = [(name_of(page), ' '.join(words)) for page in PAGES for words in commands_of(page, workspace.variables)]
-    for where, start, _ in PARSED:
-        assert any(page.startswith(where) and command.startswith(start) for page, command in printed)
-
-
-def test_the_systems_lines_are_those_that_are_run():
-    from test_scripts import PRINTED
-
-    printed = {' '.join(words[2:]) for words in commands_of(REPOSITORY / 'docs/command_lines.md', {})}
+def test_the_systems_commands_are_on_their_page():
+    printed = {' '.join(words[2:]) for words in commands_of(REPOSITORY / 'docs/command_lines.md')}
     assert [words for words, _ in PRINTED if words not in printed] == []
+    assert WITH_RECIPE[1][0] in printed
 
 
-# ---------------------------------------------------- how to add ----------------------------------------------------
-SMALL_RUN = (*TRAIN, '--freeze_bn', '0', '--feature_dim', '8', '--results_dir', 'results/new')
+def test_make_knows_the_targets_that_pages_name():
+    for page in PAGES:
+        for target in set(re.findall(r'`make ([\w-]+)', page.read_text())):
+            assert make(target) is not None, (name_of(page), target)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=name_of)
+def test_python_on_a_page_is_python(page):
+    for block in blocks(page.read_text(), 'python'):
+        block = block.replace('{..., ', '{')
+        compile(f'{{{block}}}' if block.startswith(' ') else block, f'a block of {name_of(page)}', 'exec')
+
+
+# ---------------------------------------------------- the quick start, typed as it is printed ----------------------
+# What makes a printed command small; a later flag wins.
+SMALL = ('--weights', 'none', '--image_size', '32', '--batch_size', '4', '--warm_up', '0', '--recalls', '1,2',
+         '--num_workers', '0', '--on_collapse', 'warn', '--amp', 'off')
+TYPED_PAGES = ('README.md', 'docs/own_photographs.md', 'docs/search.md', 'docs/experiment_tracking.md',
+               'docs/export.md', 'docs/gallery.md')
+# Commands on these pages that are parsed only: the beginning, and the reason.
+PARSED = {'make ': 'the demo is typed by the workspace', 'python serve.py': 'runs until it is stopped',
+          'python toy.py': 'takes minutes; tests/test_toy.py trains a small one',
+          'python benchmarks/': 'takes minutes to an hour', 'python embed.py --qdrant': 'needs a server',
+          'python report.py': 'compiles UMAP; tests/test_report.py writes reports',
+          'python plot.py --sweep': 'needs the runs of make sweep; tests/test_plot.py draws sweeps'}
+
+
+class Workspace:
+    """A folder in which commands are typed, with small data."""
+
+    def __init__(self, folder: Path, raw_sets: Path):
+        self.folder, self.weights = folder, str(folder / 'weights.pth')
+        save(EmbeddingNet(NetConfig(BACKBONE, 4, image_size=32), 'none').backbone.network.state_dict(),
+             Path(self.weights))
+        for label in range(6):
+            for number in range(4):
+                write_image(folder / f'me/flowers/{label}/{number}.jpg', label, number)
+        for name in ('museum/birds/0', 'museum/birds/1', 'museum/loans/0', 'museum/loans/1', 'new/0', 'photo'):
+            write_image(folder / f'me/{name}.jpg', len(name), 0)
+        self.places = {'/home/data': str(raw_sets), '/home/me': str(folder / 'me')}
+        printed = make('demo').replace('\\\n', ' ')
+        self.demo = [shlex.split(line) for line in printed.splitlines() if re.match(r'\S+/python \w+\.py ', line)]
+        assert [words[1] for words in self.demo] == ['data_utils.py', 'train.py', 'evaluate.py', 'test.py']
+        (self.demo_run,) = {match for words in self.demo for word in words
+                            for match in re.findall(r'([\w.-]+)_data_base\.pth', word)}
+
+    def run(self, words: list[str]) -> None:
+        """Type a command, made small, and check that it succeeds."""
+        script, words = words[1], [word.replace('@@RUN@@', self.demo_run) for word in words[2:]]
+        for printed, actual in self.places.items():
+            words = [re.sub(rf'^{printed}(?=/|$)', actual, word) for word in words]
+        words = [match for word in words for match in self.matches(word)]
+        words += self.small(script, words)
+        result = type_command(REPOSITORY / script, *words, cwd=self.folder)
+        assert result.returncode == 0, (script, words, result.stderr)
+
+    def matches(self, word: str) -> list[str]:
+        """Return the files that a word with a star stands for, as a shell does, or the word."""
+        matches = sorted(str(path.relative_to(self.folder)) for path in self.folder.glob(word)) if '*' in word else []
+        return matches or [word]
+
+    def small(self, script: str, words: list[str]) -> list[str]:
+        """Return the flags that make a command small."""
+        if script == 'train.py':
+            # A run that starts from weights keeps its own; whitening needs fewer features than BACKBONE has.
+            small = SMALL[2:] if '--init' in words else SMALL
+            seeds = ['--seeds', '1,2'] if '--seeds' in words else []
+            narrow = ['--feature_dim', '64'] if 'whitened_mirror' in words else []
+            backbone = [] if 'resnet18' in words else ['--backbone_type', BACKBONE]
+            epochs = ['--resume'] if '--resume' in words else ['--num_epochs', '1', '--overwrite']
+            return [*small, *seeds, *narrow, *backbone, *epochs]
+        if script == 'data_utils.py' and 'glyph' in words:
+            return ['--glyph_classes', '9', '--glyph_images', '4']
+        if script == 'evaluate.py' and '--zero_shot' in words:
+            return ['--backbone_type', BACKBONE, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
+                    '--num_workers', '0']
+        if script == 'export.py' or script == 'evaluate.py' and '--model' in words:
+            return ['--num_workers', '0']
+        if script == 'test.py' and '--num_queries' in words:
+            return ['--retrieval_num', '3']
+        if script == 'test.py' and any(word.endswith('museum.pth') for word in words):
+            return ['--retrieval_num', '3']
+        if script == 'test.py':
+            glyphs = sorted(path.name for path in (self.folder / 'data/glyph/uncropped').glob('test_*'))
+            return ['--query_img_name', glyphs[0], '--retrieval_num', '3']
+        return []
+
+
+@pytest.fixture(scope='module')
+def workspace(raw_sets, tmp_path_factory) -> Workspace:
+    """A workspace after `make demo`, whose commands are typed as make prints them, and the quick start of the README.
+    """
+    workspace = Workspace(tmp_path_factory.mktemp('workspace'), raw_sets)
+    for words in workspace.demo:
+        workspace.run(words)
+    return workspace
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_pages_run_one_after_the_other(workspace):
+    """Some of a page's commands use what those of an earlier page have written."""
+    for name in TYPED_PAGES:
+        for words in commands_of(REPOSITORY / name):
+            if not ' '.join(words).startswith(tuple(PARSED)):
+                workspace.run(words)
+
+
+def test_what_is_parsed_only_is_printed_somewhere():
+    printed = [' '.join(words) for page in PAGES for words in commands_of(page)]
+    assert [start for start in PARSED if not any(command.startswith(start) for command in printed)] == []
+
+
+# ---------------------------------------------------- how to add --------------------------------------------------
+SMALL_RUN = (*SMALL, '--num_epochs', '1', '--freeze_bn', '0', '--feature_dim', '8', '--results_dir', 'results/new')
 
 
 @pytest.fixture
@@ -277,31 +325,18 @@ def copy(tmp_path) -> Path:
     return tmp_path / 'copy'
 
 
-def follow(copy: Path, *places: str) -> None:
-    """Do in a copy what the README says under `How to add`, for the blocks whose place is named just before them.
+def steps(what: str) -> list[str]:
+    """Return the Python blocks of a part of `How to add`, which begins with its name in bold."""
+    section = (REPOSITORY / 'README.md').read_text().split('## How to add')[1].split('\n## ')[0]
+    (part,) = [part for part in re.split(r'^(?=\*\*)', section, flags=re.MULTILINE) if part.startswith(f'**{what}**')]
+    return blocks(part, 'python')
 
-    A place is a file, to whose end code goes (in raw_sets.py above the registry), or a registry, which gets a line.
-    """
-    section = copy / 'section.md'
-    section.write_text((copy / 'README.md').read_text().split('## How to add')[1].split('\n## ')[0])
-    code = {}
-    for before, block in blocks(section, 'python'):
-        named = re.findall(r'`(\w+\.(?:py|[A-Z_]+))`', before)
-        code[named[-1]] = block
-    for place in places:
-        module, _, name = place.partition('.')
-        file = copy / f'{module}.py'
-        text = file.read_text()
-        if name != 'py':
-            text, number = re.subn(rf'^{name} = {{', lambda found, block=code[place]: f'{found[0]}\n{block}', text,
-                                   flags=re.MULTILINE)
-            assert number == 1, place
-        elif module == 'raw_sets':
-            above, below = text.split('\nRAW_SETS = {')
-            text = f'{above}\n{code[place]}\n\nRAW_SETS = {{{below}'
-        else:
-            text = f'{text}\n\n{code[place]}'
-        file.write_text(text)
+
+def edit(file: Path, pattern: str, replacement: str) -> None:
+    """Replace the only match of a pattern in a file."""
+    text, count = re.subn(pattern, lambda match: match.expand(replacement), file.read_text(), flags=re.MULTILINE)
+    assert count == 1, (file, pattern)
+    file.write_text(text)
 
 
 def type_in(copy: Path, *words) -> str:
@@ -312,28 +347,41 @@ def type_in(copy: Path, *words) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_readme_adds_a_loss(copy, raw_sets):
-    follow(copy, 'model.py', 'recipes.LOSSES')
-    type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--loss_name', 'proxy_hinge',
-            *SMALL_RUN)
-    assert (copy / 'results/new/car_timm-test_resnet_proxy_hinge_8_statistics.csv').is_file()
+    loss, entry = steps('A loss')
+    (copy / 'model.py').write_text(f'{(copy / "model.py").read_text()}\n\n{loss}')
+    edit(copy / 'recipes.py', r'^LOSSES = \{\n', r'\g<0>' + entry)
+    for update in recipes.PROXY_UPDATES:
+        type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--loss_name', 'proxy_hinge',
+                '--proxy_update', update, '--remark', update, *SMALL_RUN)
+    assert len(list((copy / 'results/new').glob('car_timm-test_resnet_proxy_hinge_8_*_statistics.csv'))) == 3
+    assert 'proxy_hinge' in type_in(copy, 'train.py', '--help')
 
 
-def test_the_readme_adds_a_trunk(copy, raw_sets):
-    follow(copy, 'trunks.py', 'recipes.TRUNKS')
-    type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', 'mobilenet_v3_small', *SMALL_RUN)
-    assert (copy / 'results/new/car_mobilenet_v3_small_balanced_proxy_8_statistics.csv').is_file()
+@pytest.mark.slow
+def test_the_readme_adds_a_backbone(copy, raw_sets):
+    function, entry = steps('A backbone')
+    name, builder = re.search(r"\.\.\., '(\w+)': (\w+)}", entry).groups()
+    edit(copy / 'model.py', r'^BACKBONES = \{', function.replace('\\', r'\\') + r'\n\n\g<0>')
+    edit(copy / 'model.py', r'^(BACKBONES = \{[^}]*)\}', rf"\1, '{name}': {builder}}}")
+    edit(copy / 'recipes.py', r'^(BACKBONE_NAMES = \([^)]*)\)', rf"\1, '{name}')")
+    type_in(copy, 'train.py', '--data_path', raw_sets, '--backbone_type', name, *SMALL_RUN)
+    assert (copy / f'results/new/car_{name}_balanced_proxy_8_statistics.csv').is_file()
 
 
+@pytest.mark.slow
 def test_the_readme_adds_a_data_set(copy):
-    follow(copy, 'raw_sets.py', 'raw_sets.RAW_SETS')
+    function, entry = steps('A data set')
+    edit(copy / 'imagedata/raw_sets.py', r'^RAW_SETS = \{\n', function.replace('\\', r'\\') + r'\n\n\g<0>' + entry)
     lines = []
     for label in range(6):
         for number in range(4):
             write_image(copy / f'data/flora/{label}/{number}.jpg', label, number)
-            lines.append(f'{label}/{number}.jpg,species {label},{"train" if label < 3 else "test"}\n')
+            subset = 'train' if label < 3 else 'test'
+            lines.append(f'{label}/{number}.jpg,species {label},{subset}\n')
     (copy / 'data/flora/labels.csv').write_text(''.join(lines))
     printed = type_in(copy, 'data_utils.py', '--data_path', 'data', '--data_name', 'flora')
-    assert 'flora: the counts are those of the complete data set' in printed
+    assert 'not the complete data set' not in printed
     type_in(copy, 'train.py', '--data_path', 'data', '--data_name', 'flora', '--backbone_type', BACKBONE, *SMALL_RUN)
     assert (copy / 'results/new/flora_timm-test_resnet_balanced_proxy_8_statistics.csv').is_file()

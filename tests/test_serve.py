@@ -131,6 +131,16 @@ def test_images_are_served_by_index_as_small_jpegs_that_browsers_keep(server):
         assert server.request(f'/images/{index}')[0] == 404, index
 
 
+def test_the_url_of_an_image_changes_with_its_file(museum):
+    searcher = open_museum(museum)
+    url = serve.Api(searcher, 'museum').summary(3)['url']
+    item = searcher.collection.item(3)
+    searcher.collection.item = lambda index: item.with_stamp((item.size, item.time + 1))
+    changed = serve.Api(searcher, 'museum').summary(3)['url']
+    assert url.split('?')[0] == changed.split('?')[0] == 'images/3'
+    assert url != changed
+
+
 def test_a_large_image_becomes_a_thumbnail_of_its_proportions(tmp_path):
     Image.new('RGB', (1000, 500)).save(tmp_path / 'a.png')
     with Image.open(io.BytesIO(serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path='a.png')))) as thumbnail:

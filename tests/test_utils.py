@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from recipes import RECIPES
+from training.options import parse_options
 from utils import Parser, Terminated, fraction_list, int_list, parse_keywords, run_script, seed_list, switch
 
 SCRIPTS = ('train', 'evaluate', 'test', 'data_utils', 'embed', 'serve', 'export', 'plot', 'report', 'toy')
@@ -33,7 +34,7 @@ def parser_of(monkeypatch):
 
     def build(script: str) -> Parser:
         if script == 'train':
-            from training.options import parse_options as parse
+            parse = parse_options
         elif script == 'test':  # the name of a package of Python's own
             from test_test_script import test_script
             parse = test_script.get_args
@@ -154,6 +155,18 @@ def test_milestones_are_ascending_fractions():
     for text in ('0.8,0.5', '0.5,1', '0', 'a', '', '0.5,nan'):
         with pytest.raises(argparse.ArgumentTypeError, match='ascending fractions'):
             fraction_list(text)
+
+
+@pytest.mark.parametrize('script', ['train', 'evaluate', 'report'])
+def test_the_home_folder_is_expanded_where_the_shell_does_not(script, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    if script == 'train':
+        [args] = parse_options(['--results_dir=~/r', '--data_path=~/d', '--weights=~/w.pth'])
+        assert args.weights == '/home/me/w.pth'
+    else:
+        words = ['--results_dir=~/r', '--data_path=~/d', *(['--model=~/m.pth'] if script == 'evaluate' else [])]
+        args = importlib.import_module(script).get_args(words)
+    assert (args.results_dir, args.data_path) == ('/home/me/r', '/home/me/d')
 
 
 def test_a_switch_is_0_or_1():

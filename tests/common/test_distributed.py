@@ -21,6 +21,7 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, call_main
 from faults import PRELOAD, TINY
 from filelock import FileLock
+from tiny_runs import NAME, train_in_group
 from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 
@@ -29,7 +30,6 @@ from common import distributed as processes
 from common.distributed import (broadcast_state, first_process_first, gather_rows, progress, shard, start_processes,
                                 stop_processes, use_amp, world_rank, world_size)
 from common.errors import UserError
-from common.results import RunFiles
 from imagedata.loading import RetrievalDataset, make_transform, open_data
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import LOSSES, PROXY_UPDATES
@@ -38,7 +38,6 @@ from retrieval.database import load_data_base
 from retrieval.embedding import WithoutHead, embed_images
 from retrieval.metrics import retrieval_metrics
 from retrieval.model_file import load_model
-from training.options import parse_options
 from training.pml import PmlLoss
 
 C, D, IMAGE, STEPS = 5, 4, 6, 3
@@ -48,7 +47,6 @@ CASES = [*itertools.product(LOSSES, PROXY_UPDATES, ['adamw']), ('arc_face', 'gra
          ('pml:ProxyAnchorLoss', 'gradient', 'adamw'),
          ('pml:TripletMarginLoss', 'gradient', 'adamw')]  # with a miner that draws at random
 SECONDS = 120  # until processes that wait for each other are ended
-RUN = 'car_timm-test_resnet_balanced_proxy_16'
 
 
 # ---------------------------------------------------- what each process does --------------------------------------
@@ -132,15 +130,6 @@ WHITENED = ('--head_init', 'whiten', '--proxy_init', 'mean', '--batch_size', '6'
 TIMM = ('--backbone_type', 'timm:test_convnext', '--freeze_bn', '1', '--num_epochs', '2', '--batch_size', '5')
 
 
-def train_run(data_path: Path, folder: Path, *words) -> None:
-    """Train a run without its curves, which take longer to draw than the run to train."""
-    [options] = parse_options([str(word) for word in (
-        *TINY, '--num_workers', 0, '--data_path', data_path, '--results_dir', folder, *words)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_script, 'draw_curves', lambda *_: None)
-        train_script.train(options, RunFiles(folder, options.run), torch.device('cpu'))
-
-
 def train_apart(data_path: Path, folder: Path, *words) -> None:
     """Train a run whose proxies and whitening differ in the processes unless they take those of the first."""
     with pytest.MonkeyPatch.context() as patch:
@@ -157,7 +146,7 @@ def train_apart(data_path: Path, folder: Path, *words) -> None:
 
         patch.setattr(train_script, 'build_criterion', build_apart)
         patch.setattr(EmbeddingNet, 'whiten_head', whiten_apart)
-        train_run(data_path, folder, *words)
+        train_in_group(data_path, folder, *words)
 
 
 def start_whitened(data_path: Path, folder: Path) -> dict:
@@ -173,7 +162,7 @@ def start_whitened(data_path: Path, folder: Path) -> dict:
 
         patch.setattr(train_script, 'start_from_images', keep)
         with contextlib.suppress(KeyError):  # the training itself is not needed
-            train_run(data_path, folder, *WHITENED)
+            train_in_group(data_path, folder, *WHITENED)
     return kept['state']
 
 
@@ -300,7 +289,7 @@ def test_on_a_cpu_the_processes_choose_the_cpu_and_only_the_first_prints(pair):
 
 def test_a_run_of_two_processes_is_that_of_one_to_rounding(pair, raw_sets, tmp_path):
     """Through the end of the warm-up, although proxies begin apart; some timm models have parts without gradient."""
-    train_run(raw_sets, tmp_path, *TIMM)
+    train_in_group(raw_sets, tmp_path, *TIMM)
     name = 'car_timm-test_convnext_balanced_proxy_16'
     folders = (pair[1] / 'runs', tmp_path)
     two, one = (pd.read_csv(folder / f'{name}_statistics.csv') for folder in folders)
@@ -408,7 +397,7 @@ def test_torchrun_gives_the_run_of_one_process_to_rounding_and_prints_once(raw_s
     result = torchrun(2, 'train.py', *words, '--results_dir', tmp_path / '2')
     assert result.returncode == 0, result.stderr
     assert result.stdout.count('epoch 1/2: loss') == result.stdout.count('next:') == 1
-    one, two = (pd.read_csv(tmp_path / size / f'{RUN}_statistics.csv').drop(columns=['img_s', 'made.processes'])
+    one, two = (pd.read_csv(tmp_path / size / f'{NAME}_statistics.csv').drop(columns=['img_s', 'made.processes'])
                 for size in '12')
     pd.testing.assert_frame_equal(two, one, rtol=1e-3, atol=1e-3)
 

@@ -10,6 +10,12 @@ from retrieval.metrics import similarity_of
 from retrieval.nearest import Nearest, best_similarities, pairs_above
 
 
+def order_of(similarity: torch.Tensor) -> list[int]:
+    """Return the rows by falling similarity (N,), ties in the order of the rows."""
+    values = similarity.tolist()
+    return sorted(range(len(values)), key=lambda row: (-values[row], row))
+
+
 def make_features(count: int, dim: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(count, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -33,7 +39,7 @@ def test_neighbours_come_in_the_order_of_the_exact_similarity_and_ties_in_that_o
     features = features.to(dtype)
     answers = Nearest(features, resident=True).search(queries, 7, binary)
     for similarity, answer in zip(similarity_of(queries, features, binary), answers, strict=True):
-        expected = sorted(range(61), key=lambda row, values=similarity.tolist(): (-values[row], row))[:7]
+        expected = order_of(similarity)[:7]
         assert [row for row, _ in answer] == expected
         assert [value for _, value in answer] == pytest.approx(similarity[expected].tolist(), abs=1e-9)
     assert [row for row, _ in answers[3]][:3] == [3, 20, 50]
@@ -45,8 +51,7 @@ def test_similarities_that_the_fast_pass_does_not_tell_apart_are_ranked_exactly(
     features = F.normalize(centre + noise, dim=1).float()
     similarity = similarity_of(features[:5], features)
     for row, answer in enumerate(Nearest(features, resident=True).search(features[:5], 20)):
-        expected = sorted(range(200), key=lambda column, values=similarity[row].tolist(): (-values[column], column))
-        assert [column for column, _ in answer] == expected[:20]
+        assert [column for column, _ in answer] == order_of(similarity[row])[:20]
 
 
 def test_rows_and_queries_that_are_not_finite_are_not_retrieved():

@@ -276,16 +276,12 @@ def test_options_are_frozen_and_know_the_flags_that_were_given():
         options.lr = 0.2
 
 
-def test_the_help_teaches_every_flag_and_comes_without_waiting_for_torch():
-    result = subprocess.run([sys.executable, '-X', 'importtime', REPOSITORY / 'train.py', '--help'], check=True,
-                            capture_output=True, text=True)
-    imported = {line.rsplit('|', 1)[1].strip() for line in result.stderr.splitlines() if line.startswith('import time')}
+def test_the_command_line_is_read_without_waiting_for_torch_or_pillow():
+    words = ('-c', 'import sys; from training.options import get_parser; get_parser(); print(*sys.modules)')
+    result = subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    imported = set(result.stdout.split())
     assert 'argparse' in imported
     assert not imported & {'torch', 'numpy', 'pandas', 'PIL', 'matplotlib'}
-    assert 'train.py --recipe asymptotic_proxy --feature_dim 1024' in result.stdout
-    for action in options_module.get_parser()._actions:
-        assert action.help, action.option_strings
-        assert action.option_strings[0] in result.stdout
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from faults import TINY
 from pytorch_metric_learning import losses, miners
 from test_losses import C, D, assert_same, build, make_batch
+from tiny_runs import train_tiny
 from torch import nn
 from torch.nn import functional as F
 
@@ -196,13 +196,14 @@ def test_a_missing_package_is_one_line_and_it_is_imported_only_when_asked_for(mo
 
 
 # ---------------------------------------------------- runs -------------------------------------------------------
-def test_a_run_with_a_mined_loss_without_proxies_is_trained_and_resumed(raw_sets, tmp_path, call_script):
-    words = (*TINY, '--warm_up', 0, '--num_workers', 0, '--images_per_class', 2, '--data_path', raw_sets,
-             '--results_dir', tmp_path, '--loss_name', 'pml:MultiSimilarityLoss', '--miner', 'MultiSimilarityMiner')
-    printed = call_script(train, *words, '--num_epochs', 1)
+def test_a_run_with_a_mined_loss_without_proxies_is_trained_and_resumed(raw_sets, tmp_path, capsys):
+    words = ('--warm_up', 0, '--images_per_class', 2, '--loss_name', 'pml:MultiSimilarityLoss', '--miner',
+             'MultiSimilarityMiner')
+    train_tiny(raw_sets, tmp_path, *words, '--num_epochs', 1)
+    printed = capsys.readouterr().out
     assert 'pml:MultiSimilarityLoss; 12 images' in printed
     assert 'proxy update' not in printed
-    call_script(train, *words, '--num_epochs', 2, '--resume')
+    train_tiny(raw_sets, tmp_path, *words, '--num_epochs', 2, '--resume')
     name = 'car_timm-test_resnet_pml-multisimilarityloss_16_multisimilarityminer'
     checkpoint = load(tmp_path / f'{name}_checkpoint.pth', 'checkpoint')
     assert [row['epoch'] for row in checkpoint['rows']] == [1, 2]
@@ -228,12 +229,12 @@ def glyph(tmp_path_factory):
     (('pml:SupConLoss',), False),
     (('pml:TripletMarginLoss', '--miner', 'TripletMarginMiner', '--miner_args', 'type_of_triplets=semihard'), False),
     (('pml:ProxyAnchorLoss',), True)])
-def test_a_run_learns_and_continues_bit_for_bit(words, has_proxies, glyph, tmp_path, call_script):
-    command = ('--data_path', glyph, '--data_name', 'glyph', *TINY, '--images_per_class', 4, '--batch_size', 16,
-               '--warm_up', 0, '--lr_schedule', 'constant', '--lr', 1e-3, '--loss_name', *words, '--results_dir')
-    call_script(train, *command, tmp_path / 'whole', '--num_epochs', 3)
-    call_script(train, *command, tmp_path / 'cut', '--num_epochs', 2)
-    call_script(train, *command, tmp_path / 'cut', '--num_epochs', 3, '--resume')
+def test_a_run_learns_and_continues_bit_for_bit(words, has_proxies, glyph, tmp_path):
+    words = ('--data_name', 'glyph', '--images_per_class', 4, '--batch_size', 16, '--warm_up', 0, '--lr_schedule',
+             'constant', '--lr', 1e-3, '--loss_name', *words)
+    train_tiny(glyph, tmp_path / 'whole', *words, '--num_epochs', 3)
+    train_tiny(glyph, tmp_path / 'cut', *words, '--num_epochs', 2)
+    train_tiny(glyph, tmp_path / 'cut', *words, '--num_epochs', 3, '--resume')
     ends = [load(next((tmp_path / folder).glob('*_checkpoint.pth')), 'checkpoint') for folder in ('whole', 'cut')]
     for part in ('model', 'criterion'):
         for key, value in ends[0][part].items():

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from faults import TINY
+from tiny_runs import NAME, train_tiny
 
 import train
 from common.errors import UserError
@@ -12,7 +13,6 @@ from common.results import RunFiles
 from training import tracking
 from training.tracking import Tracker, parse_services
 
-NAME = 'car_timm-test_resnet_balanced_proxy_16'
 ROWS = [{'epoch': epoch, 'loss': 1 / epoch, 'dense_R@1': 10.0 * epoch} for epoch in (1, 2, 3)]
 
 
@@ -138,12 +138,11 @@ def test_wandb_is_called_as_it_documents(tmp_path, monkeypatch):
 
 # ---------------------------------------------------- once, and no harm ------------------------------------------
 def test_a_run_reports_its_rows_and_its_settings_without_paths_and_is_the_same_run(fake_service, trained_run, raw_sets,
-                                                                                 tmp_path, call_script, monkeypatch):
+                                                                                 tmp_path, monkeypatch):
     started = []
     init = FakeService.__init__
     monkeypatch.setattr(FakeService, '__init__', lambda self, run: init(self, run) or started.append(self))
-    call_script(train, *TINY, '--num_epochs', 1, '--warm_up', 0, '--num_workers', 0, '--data_path', raw_sets,
-                '--results_dir', tmp_path, '--log_to', 'tensorboard')
+    train_tiny(raw_sets, tmp_path, '--num_epochs', 1, '--warm_up', 0, '--log_to', 'tensorboard')
     [service] = started
     assert service.received == [1, (tmp_path / f'{NAME}_curves.png', 1)]
     assert service.run.settings['base_loss'] == 'balanced_proxy'
@@ -168,7 +167,8 @@ def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_its_own(fake_service, tmp
     assert second.state['run_id'] == first.state['run_id'] != other.state['run_id']
 
 
-@pytest.mark.parametrize('contents', ['', '[1]', '{"run_id": 3, "epochs": {}}', '{"run_id": "a", "epochs": {"x": "2"}}'])
+@pytest.mark.parametrize('contents', ['', '[1]', '{"run_id": 3, "epochs": {}}',
+                                      '{"run_id": "a", "epochs": {"x": "2"}}'])
 def test_a_damaged_log_file_starts_a_new_log(fake_service, tmp_path, contents):
     files = RunFiles(tmp_path, 'a_run')
     files.log.write_text(contents)
