@@ -10,8 +10,8 @@
 `--zero_shot` measures the pooled features of a pretrained backbone, from which a training starts. With --save, the last
 two write a data base and a model that test.py and report.py search like those of a run:
 {data}_{backbone}_{feature length}_zero_shot_data_base.pth, or {run}_on_{data}_data_base.pth.
-All numbers are per cent; retrieval/metrics.py defines them. The last lines of the table give the similarity above which
-an answer can be trusted, although the class of a query may be missing from the searched images.
+All numbers are per cent; retrieval/metrics.py defines them. The lines `no close match` below the table give
+similarities below which an answer is doubtful, since the class of a query may be absent from the searched images.
 """
 import json
 import shlex

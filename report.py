@@ -144,18 +144,18 @@ def measure_classes(ranked: dict[str, dict], images: ImageList) -> list[dict]:
 
 
 def measure_open_set_curve(data_base: DataBase) -> dict | None:
-    """Measure how many right answers a threshold keeps, against the queries of absent classes that it lets through.
+    """Measure which share of the answers a threshold marks: right ones, and those to queries of absent classes.
 
     Returns:
-        {'rows': of metrics.open_set_thresholds at OPEN_SET_RATES, 'rates', 'kept': of the curve, per cent}; None where
+        {'rows': of metrics.open_set_thresholds at OPEN_SET_RATES, 'lost', 'marked': of the curve, per cent}; None where
         nothing can be measured.
     """
     rows = measure_open_set(*data_base.tensors(), rates=(*OPEN_SET_RATES, *CURVE_RATES))
     if not rows:
         return None
     curve = rows[len(OPEN_SET_RATES):]
-    return {'rows': rows[:len(OPEN_SET_RATES)], 'rates': [100 * row['rate'] for row in curve],
-            'kept': [row['kept'] for row in curve]}
+    return {'rows': rows[:len(OPEN_SET_RATES)], 'lost': [row['lost'] for row in curve],
+            'marked': [row['marked'] for row in curve]}
 
 
 # ---------------------------------------------------- map of the embeddings ----------------------------------------
@@ -229,18 +229,18 @@ def draw_curves_inline(statistics: Path, run: str | None) -> str:
 
 
 def draw_open_set_curve(curve: dict) -> str:
-    """Draw right answers kept against queries of absent classes that are answered; returns the PNG as base64."""
+    """Draw the answers to queries of absent classes that are marked, against right answers; returns a PNG as base64."""
     with plot_style():
         from matplotlib import pyplot
 
         figure, axis = pyplot.subplots(figsize=(4.2, 2.8))
-        axis.plot(curve['rates'], curve['kept'], color=COLOURS[0])
+        axis.plot(curve['lost'], curve['marked'], color=COLOURS[0])
         for row, marker in zip(curve['rows'], 'os', strict=True):
-            axis.plot(100 * row['rate'], row['kept'], marker, color=COLOURS[5],
-                      label=f'{100 * row["rate"]:g} %: similarity {row["threshold"]:.3f}, keeps {row["kept"]:.1f} %')
-        axis.axhline(curve['rows'][0]['right'], color=GREY, linestyle='--', label='without a threshold')
-        axis.set(xlabel='queries of absent classes that are answered (%)', ylabel='right answers kept (%)',
-                 ylim=(0, 102))
+            axis.plot(row['lost'], row['marked'], marker, color=COLOURS[5],
+                      label=f'below {row["threshold"]:.3f}: {row["marked"]:.1f} % and {row["lost"]:.1f} %')
+        axis.axline((0, 0), slope=1, color=GREY, linestyle='--', label='no separation')
+        axis.set(xlabel='right answers that are marked (%)', ylabel='answers to absent classes marked (%)',
+                 xlim=(0, 100 * CURVE_RATES[-1]), ylim=(0, 102))
         axis.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format='png', dpi=200, bbox_inches='tight')

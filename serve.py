@@ -196,12 +196,13 @@ class Api:
                 raise RequestError(404, f'no image, or more than one, has the path {asked.path[:200]!r}')
             query = Query(None, self.collection.feature(index), asked.k + 1, asked.binary)  # it finds itself, too
         neighbours = [pair for pair in await self.searcher.search(query) if pair[0] != index][:asked.k]
-        threshold = None if asked.binary else self.searcher.threshold
-        probably_absent = None
+        # An image of the collection is there, so only uploads are judged.
+        threshold = self.searcher.threshold if index is None and not asked.binary else None
+        no_close_match = None
         if threshold is not None and neighbours:
-            probably_absent = neighbours[0][1] <= threshold
+            no_close_match = neighbours[0][1] < threshold
         return {'query': None if index is None else self.summary(index), 'threshold': threshold,
-                'probably_absent': probably_absent,
+                'no_close_match': no_close_match,
                 'results': [{**self.summary(other), 'similarity': similarity} for other, similarity in neighbours]}
 
     async def embed_upload(self, data: bytes, asked: SearchRequest) -> Query:

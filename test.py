@@ -119,9 +119,9 @@ def retrieve(query: tuple[str, int] | Path, embedded: dict, opened: OpenDataBase
     """Retrieve a number of images for one query: subset and index in the data base, or an embedded file.
 
     Returns:
-        {'query': file, 'class': name or None, 'note': NO_MATCH or '', 'probably_absent': whether the nearest image is
-        at most as similar as the open-set threshold, or None, 'retrieved': [{'image', 'file', 'class', 'similarity',
-        'correct': None if a class is unknown}, ...]}.
+        {'query': file, 'class': name or None, 'note': NO_MATCH or '', 'no_close_match': whether the nearest image is
+        less similar than the open-set threshold, None for an image of the data base or without a threshold,
+        'retrieved': [{'image', 'file', 'class', 'similarity', 'correct': None if a class is unknown}, ...]}.
     """
     data_base = opened.data_base
     if isinstance(query, Path):
@@ -141,10 +141,10 @@ def retrieve(query: tuple[str, int] | Path, embedded: dict, opened: OpenDataBase
         retrieved.append({'image': searched.images[index], 'file': opened.image_file(data_base.searched, index),
                           'class': data_base.class_of(other), 'similarity': similarity,
                           'correct': None if min(label, other) < 0 else other == label})
-    threshold = None if binary else open_set_threshold(data_base.origin)
-    is_absent = None if threshold is None else hits[0][1] <= threshold
-    return {'query': file, 'class': data_base.class_of(label), 'note': NO_MATCH if is_absent else '',
-            'retrieved': retrieved, 'probably_absent': is_absent}
+    threshold = None if binary or skip else open_set_threshold(data_base.origin)
+    no_match = None if threshold is None else hits[0][1] < threshold
+    return {'query': file, 'class': data_base.class_of(label), 'note': NO_MATCH if no_match else '',
+            'retrieved': retrieved, 'no_close_match': no_match}
 
 
 # ---------------------------------------------------- figures -----------------------------------------------------

@@ -3,7 +3,7 @@
     python benchmarks/bench_serve.py                     # 16 clients, 2,000 searches, 2,048 images; some minutes
     python benchmarks/bench_serve.py --searches 100 --clients 4 --images 128
 
-Made photographs (JPEG, 500 x 375 px) are embedded with a backbone of random weights, then served by a process of its own.
+Made photographs (JPEG, 500 x 375 px) are embedded with a backbone of random weights, then served by another process.
 Each client sends one picture after the other over HTTP and waits for its answer (decode, embed, search). `alone` is
 one client. `model` is the network on one image and on 16 in memory, in this process, before and after. Ends with one
 line of JSON.

@@ -4,8 +4,8 @@
     python benchmarks/try_export.py --backbone_type resnet50 timm:NAME --image_size 224
 
 The largest difference of a number in an embedding, over batches of 1 and of 5 random images, and for 8-bit integers the
-smallest cosine of an image's two embeddings. A backbone that cannot be exported has the reason in its row. Ends with one
-line of JSON.
+smallest cosine of an image's two embeddings. A backbone that cannot be exported has the reason in its row. Ends with
+one line of JSON.
 """
 from bench_common import finish
 

@@ -20,6 +20,7 @@ from model import EmbeddingNet
 from retrieval.model_file import SAVED_SETTINGS, load_model, model_fingerprint
 
 ORIGIN = ('args', 'epoch', 'made_with', 'seen_classes', 'open_set')  # what models and data bases say of their making
+MARKED_RATE = 0.05  # share of right answers that may be called `no close match`
 LONGEST_UNIT_ROW = 1.01  # a norm up to which a row passes as a unit row
 
 
@@ -50,13 +51,16 @@ def check_seen(seen, measured: list[str], allowed: bool, what: str = 'test class
 
 
 def open_set_threshold(origin: dict) -> float | None:
-    """Return the similarity above which 5 % of the queries whose class is absent would still be answered.
+    """Return the similarity below which an answer is called `no close match`, None if no threshold is worth it.
 
-    It is what metrics.open_set_thresholds measured for the run; None if the file does not hold it.
+    It is the one that metrics.open_set_thresholds measured at MARKED_RATE, if it marks the answers to queries of absent
+    classes at least twice as often as right answers: if such queries are as frequent as others, two of three marks are
+    then right.
     """
     rows = origin.get('open_set')
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and row.get('rate') == 0.05 and type(row.get('threshold')) is float:
+        if isinstance(row, dict) and row.get('rate') == MARKED_RATE and {type(row.get(key)) for key in (
+                'threshold', 'marked')} == {float} and row['marked'] >= 200 * MARKED_RATE:
             return row['threshold']
     return None
 

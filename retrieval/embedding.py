@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.images import BrokenImage, to_image
 from imagedata.loading import make_transform
 from model import EmbeddingNet
-from retrieval.database import DataBase, Subset
+from retrieval.database import DataBase, Subset, open_set_threshold
 from retrieval.metrics import NUMBERS_OF_QUERIES, measure_open_set, retrieval_metrics
 
 
@@ -139,8 +139,10 @@ def format_results(results: dict) -> str:
         if kind in results:
             lines.append(f'{kind:<8}' + ''.join(f'{results[kind][column]:{widths[column]}.2f}' for column in columns))
     for row in results['open_set']:
-        lines.append(f'class absent: {100 * row["rate"]:g} % answered above similarity {row["threshold"]:.4f}, which '
-                     f'keeps {row["kept"]:.1f} of {row["right"]:.1f} % right answers')
+        lines.append(f'no close match below similarity {row["threshold"]:.4f}: {row["marked"]:.1f} % of the answers to '
+                     f'queries whose class is absent, {row["lost"]:.1f} % of the right answers')
+    if results['open_set'] and open_set_threshold(results) is None:
+        lines.append('No threshold separates queries whose class is absent, so answers are not marked.')
     parts = [f'{settings["data_name"]}, {settings["crop_type"]}']
     if settings['flip_tta']:
         parts.append('with flip_tta')

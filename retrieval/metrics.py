@@ -15,7 +15,7 @@ from common.errors import UserError
 from retrieval.counting import cosine_similarity, nearer_negatives
 from retrieval.nearest import best_similarities
 
-OPEN_SET_RATES = (0.01, 0.05)  # share of the queries with an absent class that may be answered
+OPEN_SET_RATES = (0.01, 0.05)  # share of the right answers that a threshold may lose
 NUMBERS_OF_QUERIES = ('queries', 'without_positive')  # the metrics that are not per cents
 
 
@@ -186,49 +186,48 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
 
 # ---------------------------------------------------- open set ----------------------------------------------------
 def open_set_thresholds(positive: torch.Tensor, negative: torch.Tensor, rates: tuple[float, ...] = OPEN_SET_RATES
-                      ) -> list[dict[str, float]]:
-    """Find the similarity above which an answer can be trusted, if the class of a query may be absent.
+                        ) -> list[dict[str, float]]:
+    """Find similarities below which an answer is called `no close match`, since the query's class may be absent.
 
-    Leave out each class of the searched images in turn. The nearest image of each of its queries q is then of another
-    class, at the similarity n_q of its best negative. If an answer is given when its similarity exceeds a threshold t,
-    the share #{q: n_q > t} / Q of these queries is answered, wrongly. The threshold of a rate r is the smallest
-    similarity at which that share is at most r:
+    A search always returns a neighbour, even for a query whose class has no image in the collection. An answer is
+    marked if its similarity is below a threshold t. Two shares describe t:
 
-        t_r = n_(k), k = floor(r Q) + 1, of n_(1) >= n_(2) >= ... >= n_(Q).
+    - lost: of the R right answers (queries whose best positive is nearer than any negative, p_q > n_q), the share that
+      is marked, #{q right: p_q < t} / R;
+    - marked: if each class is left out of the searched images in turn, the nearest image of each of its Q queries is
+      its best negative; the share of these answers that is marked, #{q: n_q < t} / Q.
 
-    Queries that tie with t_r are not answered, so the share can be smaller than r, never larger. With all classes
-    present, a query whose best positive has the similarity p_q is answered rightly if p_q > n_q, and the threshold
-    keeps that answer if p_q > t_r. Thresholds hold for a collection of this size: among more images, the best negative
-    is nearer.
+    The threshold of a rate r is the largest at which at most the share r of the right answers is lost:
+
+        t_r = p_(k+1), k = floor(r R), of the right answers' p_(1) <= p_(2) <= ... <= p_(R).
+
+    Answers that tie with t_r are not marked. Thresholds hold for a collection of this size: among more images, the
+    best negative is nearer.
 
     Args:
         positive, negative: p_q and n_q, (Q,) float64; p_q is -inf for a query without a positive.
         rates: r in [0, 1).
 
     Returns:
-        [{'rate': r, 'threshold': t_r, 'answered': the share above, 'right': the share of queries with p_q > n_q among
-        those with a positive, 'kept': the share that also has p_q > t_r}, ...], shares in per cent.
+        [{'rate': r, 'threshold': t_r, 'lost', 'marked': per cent}, ...]; [] if no answer is right.
     """
-    descending = negative.sort(descending=True).values
-    has_positive = positive > -torch.inf
-    right = has_positive & (positive > negative)
+    right = positive[positive > negative].sort().values
+    if not len(right):
+        return []
     rows = []
     for rate in rates:
-        threshold = descending[min(int(rate * len(negative)), len(negative) - 1)]
-        shares = {'answered': (negative > threshold).double().mean(), 'right': right[has_positive].double().mean(),
-                  'kept': (right & (positive > threshold))[has_positive].double().mean()}
+        threshold = right[int(rate * len(right))]
         rows.append({'rate': rate, 'threshold': threshold.item(),
-                     **{name: 100 * share.item() for name, share in shares.items()}})
+                     'lost': 100 * (right < threshold).double().mean().item(),
+                     'marked': 100 * (negative < threshold).double().mean().item()})
     return rows
 
 
 def measure_open_set(query_features: torch.Tensor, query_labels: torch.Tensor,
-                   gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
-                   rates: tuple[float, ...] = OPEN_SET_RATES) -> list[dict[str, float]]:
+                     gallery_features: torch.Tensor | None = None, gallery_labels: torch.Tensor | None = None,
+                     rates: tuple[float, ...] = OPEN_SET_RATES) -> list[dict[str, float]]:
     """Return `open_set_thresholds` of features and labels, as `retrieval_metrics` takes them; [] for a single class.
     """
     positive, negative = best_similarities(query_features, query_labels, gallery_features, gallery_labels)
     measured = negative > -torch.inf
-    if not (measured & (positive > -torch.inf)).any():
-        return []
     return open_set_thresholds(positive[measured], negative[measured], rates)

@@ -9,7 +9,7 @@ from retrieval.metrics import check_features, similarity_of
 from retrieval.nearest import Nearest
 
 BLOCK_ENTRIES = 2**24  # similarities at a time: 128 MiB in float64
-NO_MATCH = 'probably not in the collection'  # shown beside an answer below the open-set threshold
+NO_MATCH = 'no close match'  # shown beside an answer below the open-set threshold
 
 
 def rank_queries(data_base: DataBase, binary: bool = False) -> dict[str, torch.Tensor]:

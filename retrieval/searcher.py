@@ -43,7 +43,7 @@ class Searcher:
     Args:
         collection: what is searched, of retrieval.collection or retrieval.qdrant.
         model: None if there is none; then queries must be features of the collection.
-        threshold: similarity up to which the nearest image is probably of another class, or None.
+        threshold: similarity below which an answer is called `no close match`, or None.
         device: of the model.
     """
 

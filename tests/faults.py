@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-# Half a million parameters: files are written, damaged and read in no time.
+# Half a million parameters, so that files are written, damaged and read at once.
 BACKBONE = 'timm:test_resnet'
 TINY = ('--backbone_type', BACKBONE, '--feature_dim', '16', '--weights', 'none', '--image_size', '32', '--batch_size',
         '4', '--num_epochs', '3', '--warm_up', '1', '--freeze_bn', '0', '--recalls', '1,2', '--on_collapse', 'warn',
@@ -172,8 +172,9 @@ def train(words, log: Path, fault: tuple | None = None, seconds: float | None = 
 
 def children_of(number: int) -> list[int]:
     """Return the processes below a process."""
-    found = [int(word) for file in Path(f'/proc/{number}/task').glob('*/children') for word in file.read_text().split()]
-    return found + [below for child in found for below in children_of(child)]
+    children = [int(word) for file in Path(f'/proc/{number}/task').glob('*/children')
+                for word in file.read_text().split()]
+    return children + [below for child in children for below in children_of(child)]
 
 
 def start_torchrun(words) -> subprocess.Popen:
@@ -202,53 +203,54 @@ def torchrun_killed(words, seconds: float = 0) -> str:
     return printed
 
 
-def differences(one, other, place: str = '') -> list[str]:
-    """Return where two plain contents differ, apart from the speed."""
+def differences(one, other, path: str = '') -> list[str]:
+    """Return the paths at which two plain contents differ, apart from the speed."""
     if type(one) is not type(other):
-        return [place]
+        return [path]
     if isinstance(one, dict):
-        found = [] if one.keys() == other.keys() else [f'{place} (keys)']
-        return found + [where for key in one.keys() & other.keys() if key != 'img_s'
-                        for where in differences(one[key], other[key], f'{place}.{key}')]
+        different = [] if one.keys() == other.keys() else [f'{path} (keys)']
+        for key in one.keys() & other.keys() - {'img_s'}:
+            different += differences(one[key], other[key], f'{path}.{key}')
+        return different
     if isinstance(one, (list, tuple)):
         if len(one) != len(other):
-            return [f'{place} (length)']
+            return [f'{path} (length)']
         return [where for index, (a, b) in enumerate(zip(one, other, strict=True))
-                for where in differences(a, b, f'{place}[{index}]')]
-    same = torch.equal(one, other) if torch.is_tensor(one) else one == other
-    return [] if same else [place]
+                for where in differences(a, b, f'{path}[{index}]')]
+    is_equal = torch.equal(one, other) if torch.is_tensor(one) else one == other
+    return [] if is_equal else [path]
 
 
 def differing_results(one: Path, other: Path) -> list[str]:
-    """Return where the files of two runs differ: weights, proxies, optimizer, statistics, data base, pictures."""
+    """Return where the files of two runs differ: weights, proxies, optimizer, statistics, data base, figures."""
     names = sorted(path.name for path in one.iterdir())
-    found = [] if names == sorted(path.name for path in other.iterdir()) else ['files']
+    different = [] if names == sorted(path.name for path in other.iterdir()) else ['files']
     for name in names:
         a, b = one / name, other / name
         if not b.exists():
             continue
         if a.suffix == '.csv':
             tables = [pd.read_csv(path).drop(columns='img_s', errors='ignore').astype(str) for path in (a, b)]
-            found += [] if tables[0].equals(tables[1]) else [name]
+            different += [] if tables[0].equals(tables[1]) else [name]
         elif a.suffix == '.pth':
-            found += differences(*(torch.load(path, weights_only=True) for path in (a, b)), name)
+            different += differences(*(torch.load(path, weights_only=True) for path in (a, b)), name)
         else:
-            found += [] if a.read_bytes() == b.read_bytes() else [name]
-    return found
+            different += [] if a.read_bytes() == b.read_bytes() else [name]
+    return different
 
 
 # ---------------------------------------------------- files ---------------------------------------------------------
 def damaged(data: bytes, rng) -> bytes:
-    """Cut a file off at a random place, or flip one of its bits."""
-    place = int(rng.integers(len(data)))
+    """Cut a file off at a random position, or flip one of its bits."""
+    position = int(rng.integers(len(data)))
     if rng.random() < 0.5:
-        return data[:place]
-    return data[:place] + bytes([data[place] ^ 1 << int(rng.integers(8))]) + data[place + 1:]
+        return data[:position]
+    return data[:position] + bytes([data[position] ^ 1 << int(rng.integers(8))]) + data[position + 1:]
 
 
 STRANGE = (None, True, 0, -1, 1, 2.5, float('nan'), 2**40, 2**70, '', 'x', '../x', 'x' * 300, b'x', [], {}, (), [None],
-           ['x'], {'a': 1}, {1: 'a'}, torch.zeros(0), torch.zeros(()), torch.zeros(2, 3), torch.full((3, 4), torch.nan),
-           torch.full((4,), 2**62), torch.zeros(1, dtype=torch.complex64), torch.eye(3).to_sparse())
+           ['x'], {'a': 1}, {1: 'a'}, torch.zeros(0), torch.zeros(()), torch.zeros(2, 3),
+           torch.full((3, 4), torch.nan), torch.full((4,), 2**62), torch.zeros(1, dtype=torch.complex64), torch.eye(3).to_sparse())
 
 
 def tampered(value, rng):
@@ -272,7 +274,7 @@ def tampered(value, rng):
 def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
     """Return readers of files that others may have made: {name: (good contents, function of contents)}.
 
-    A function ends, or raises UserError; all else is a fault.
+    A function returns, or raises UserError; anything else is a fault.
 
     Args:
         run: the folder of a run that was trained with TINY for one epoch without warm-up.
@@ -304,8 +306,8 @@ def tamper_targets(run: Path, data: Path, folder: Path) -> dict:
 
     def data_base(contents) -> None:
         torch.save(contents, file)
-        found = load_data_base(file)
-        measure(found, tuple(found.origin['args']['recalls']), cpu)
+        loaded = load_data_base(file)
+        measure(loaded, tuple(loaded.origin['args']['recalls']), cpu)
 
     def network(contents) -> None:
         torch.save(contents, file)
@@ -341,9 +343,10 @@ def tamper(targets: dict, number: int, rng) -> list[str]:
 
 
 def mutated(text: str, rng) -> str:
-    """Change a text in one to four places: characters, digits, lines, pieces of it."""
+    """Change a text at one to four positions: characters, digits, lines, pieces of it."""
     strange = ['', ' ', '\n', '\t', '\0', ',', '-', '.', '..', '/', '\\', '%', '{', '"', "'", '0', '1', '-1', '1e999',
-               'nan', 'inf', '99999999999999999999', 'é', '\u202e', '\ud800', '😀', 'a' * 300, '--', '=', '__class__']
+               'nan', 'inf', '99999999999999999999', 'é', '\u202e', '\ud800', '😀', 'a' * 300, '--', '=',
+               '__class__']
     for _ in range(int(rng.integers(1, 5))):
         start = int(rng.integers(len(text) + 1))
         end = min(len(text), start + int(rng.integers(0, 6)))
@@ -358,7 +361,7 @@ def mutated(text: str, rng) -> str:
 def fuzz_targets(folder: Path) -> dict:
     """Return what is fuzzed: {name: (good inputs, function of an input)}.
 
-    A function ends, or raises UserError (ArgumentTypeError from the parser of a value); all else is a fault.
+    A function returns, or raises UserError (ArgumentTypeError from the parser of a value); anything else is a fault.
     """
     from common.files import check_paths
     from imagedata.raw_sets import RAW_SETS

@@ -48,7 +48,7 @@ def museum(tmp_path_factory) -> Path:
     call_main(embed, '--data_base', folder / 'museum.pth', '--images', folder / 'photos', '--labels', 'folder',
               '--num_workers', 0, '--model', make_model(folder / 'birds_run_model.pth'))
     contents = torch.load(folder / 'museum.pth', weights_only=True)
-    save({**contents, 'open_set': [{'rate': 0.05, 'threshold': 0.9999}]}, folder / 'museum.pth')
+    save({**contents, 'open_set': [{'rate': 0.05, 'threshold': 0.9999, 'marked': 50.0}]}, folder / 'museum.pth')
     (folder / 'photos/zebra/4.jpg').unlink()
     return folder
 
@@ -78,7 +78,7 @@ def test_an_upload_finds_what_the_library_finds(server, museum):
         museum, museum / 'outside.jpg', 15)
     assert answer['query'] is None
     assert answer['threshold'] == 0.9999
-    assert answer['probably_absent'] is (answer['results'][0]['similarity'] <= 0.9999)
+    assert answer['no_close_match'] is (answer['results'][0]['similarity'] < 0.9999)
 
 
 @pytest.mark.parametrize('binary', [False, True])
@@ -94,7 +94,7 @@ def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
             assert [(int(result['image']), result['similarity']) for result in answer['results']] == expected
             assert [result['class'] for result in answer['results']] == [
                 data_base.class_of(int(data_base.test.labels[index])) for index, _ in expected]
-            assert (answer['probably_absent'] is None) == binary  # the threshold is a cosine
+            assert (answer['threshold'], answer['no_close_match']) == (None, None)  # it is in the collection
 
 
 def test_k_has_a_default_and_a_limit_and_may_exceed_the_collection(server, museum):
@@ -405,7 +405,7 @@ def test_the_page_shows_what_the_library_finds_and_searches_on(page, server, mus
     find(page, '#file')[0].send_keys(str(museum / 'outside.jpg'))
     wait_for(page, lambda: len(find(page, '#results .tile')) == 15)
     assert shown(page) == nearest_to_file(museum, museum / 'outside.jpg', 15)
-    absent = server.search((museum / 'outside.jpg').read_bytes())['probably_absent']
+    absent = server.search((museum / 'outside.jpg').read_bytes())['no_close_match']
     assert find(page, '#note')[0].is_displayed() == absent
     assert (NO_MATCH in find(page, '#note')[0].text) == absent
     first = shown(page)[0][0]

@@ -19,7 +19,7 @@ from retrieval.collection import CollectionItem, FileCollection, SearchableImage
 from retrieval.database import load_data_base
 from retrieval.metrics import similarity_of
 
-ORIGIN = {'args': SETTINGS, 'open_set': [{'rate': 0.05, 'threshold': 0.5}]}
+ORIGIN = {'args': SETTINGS, 'open_set': [{'rate': 0.05, 'threshold': 0.5, 'marked': 50.0}]}
 FINGERPRINT = 'f' * 64
 
 

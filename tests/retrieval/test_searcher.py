@@ -111,7 +111,7 @@ def test_the_model_beside_the_data_base_embeds_and_must_be_its_own(tmp_path, cap
 
     contents = load_model_file(make_model(tmp_path / 'c_model.pth'))
     items, features = make_items(5)
-    origin = {'args': SETTINGS, 'open_set': [{'rate': 0.05, 'threshold': 0.25}]}
+    origin = {'args': SETTINGS, 'open_set': [{'rate': 0.05, 'threshold': 0.25, 'marked': 50.0}]}
     collection = FileCollection(tmp_path / 'c.pth', origin, model_fingerprint(contents))
     collection.add(items, features)
     collection.finish()
