@@ -250,7 +250,8 @@ def damaged(data: bytes, rng) -> bytes:
 
 STRANGE = (None, True, 0, -1, 1, 2.5, float('nan'), 2**40, 2**70, '', 'x', '../x', 'x' * 300, b'x', [], {}, (), [None],
            ['x'], {'a': 1}, {1: 'a'}, torch.zeros(0), torch.zeros(()), torch.zeros(2, 3),
-           torch.full((3, 4), torch.nan), torch.full((4,), 2**62), torch.zeros(1, dtype=torch.complex64), torch.eye(3).to_sparse())
+           torch.full((3, 4), torch.nan), torch.full((4,), 2**62), torch.zeros(1, dtype=torch.complex64),
+           torch.eye(3).to_sparse())
 
 
 def tampered(value, rng):

@@ -197,7 +197,7 @@ def test_a_pretrained_backbone_is_searched_reported_and_exported(zero_shot, tmp_
                 tmp_path / 'hub')
     card = ' '.join((tmp_path / 'hub/README.md').read_text().split())
     assert 'w.pth' in card
-    assert 'squeeze the whole image to 32 x 32 px' in card
+    assert 'resized to 32 x 32 px (bicubic) without keeping their proportions' in card
     assert 'binary' not in card
 
 

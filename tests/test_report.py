@@ -84,7 +84,7 @@ def test_a_report_loads_nothing_from_elsewhere(shop, write_report):
 
 def test_a_report_holds_the_figures_of_curves_and_open_set(written):
     figures = re.findall(r'src="data:image/png;base64,([^"]+)"\s+alt="(\w+)', written[0])
-    assert [title for _, title in figures] == ['Right', 'Loss']
+    assert [title for _, title in figures] == ['Answers', 'Loss']
     for figure, _ in figures:
         assert Image.open(io.BytesIO(base64.b64decode(figure))).width > 400
 

@@ -17,6 +17,7 @@ from conftest import REPOSITORY, call_main
 from faults import BACKBONE, TINY, differing_results
 from PIL import Image
 from raw_trees import make_car, make_own, write_image
+from tiny_runs import draw_nothing
 from torch.nn import functional as F
 
 import data_utils
@@ -34,13 +35,6 @@ from training.options import parse_options
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
 OWN_NAME = 'mine_timm-test_resnet_balanced_proxy_16'
 FILES = ('checkpoint.pth', 'curves.pdf', 'curves.png', 'data_base.pth', 'model.pth', 'statistics.csv')
-
-
-def draw_nothing(_table, target: Path, _title) -> Path:
-    """Write empty curves, which would take a second to draw."""
-    for file in (target, target.with_suffix('.pdf')):
-        file.write_bytes(b'')
-    return target
 
 
 @pytest.fixture(autouse=True)
@@ -197,11 +191,15 @@ def test_neither_time_nor_workers_nor_deterministic_algorithms_change_a_run_on_a
     assert all(tables[0][column].equals(tables[1][column]) for column in ('loss', 'dense_MAP@R', 'binary_MAP@R'))
 
 
-def test_another_seed_makes_another_run(two_epochs, raw_sets, tmp_path, train_tiny):
-    train_tiny(raw_sets, tmp_path, '--seed', 3)
-    first = pd.read_csv(two_epochs[0] / f'{NAME}_statistics.csv')
-    other = pd.read_csv(tmp_path / f'{NAME}_seed3_statistics.csv')
-    assert other['loss'][0] != first['loss'][0]
+def test_the_initial_weights_depend_on_the_seed(raw_sets, tmp_path, train_tiny):
+    train_tiny(raw_sets, tmp_path, '--seed', 3, '--lr', 1e-30)
+    trained = load(tmp_path / f'{NAME}_seed3_checkpoint.pth', 'checkpoint')['model']
+    heads = []
+    for seed in (3, 0):
+        torch.manual_seed(seed)
+        heads.append(EmbeddingNet(NetConfig(BACKBONE, 16, image_size=32), 'none').head.weight.detach())
+    torch.testing.assert_close(trained['head.weight'], heads[0], rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(trained['head.weight'], heads[1], atol=1e-2)
 
 
 # ---------------------------------------------------- a name that is taken, and --resume --------------------------
@@ -265,12 +263,6 @@ def test_a_finished_run_goes_on_for_more_epochs(two_epochs, run, raw_sets, train
     assert set(differing_results(two_epochs[0], run)) <= allowed
     with pytest.raises(UserError, match=r'--num_epochs 1 \(was 2\)'):
         train_tiny(raw_sets, run, '--resume')
-
-
-def test_a_schedule_that_ended_does_not_go_on(raw_sets, tmp_path, train_tiny):
-    train_tiny(raw_sets, tmp_path, '--lr_schedule', 'cosine')
-    with pytest.raises(UserError, match='the schedule cosine of this run was laid out for 1 epochs .* with --init'):
-        train_tiny(raw_sets, tmp_path, '--lr_schedule', 'cosine', '--num_epochs', 2, '--resume')
 
 
 # ---------------------------------------------------- what a run refuses ------------------------------------------

@@ -16,7 +16,7 @@ TITLES = {'loss': 'loss', 'accuracy': 'training accuracy (%)', 'lr': 'learning r
 def title_of(metric: str) -> str:
     """Return the axis label of a column of the statistics: `dense_R@1` -> `R@1, dense (%)`."""
     if metric.startswith('val_'):
-        return title_of(metric.removeprefix('val_')).replace(' (%)', ', held out classes (%)')
+        return title_of(metric.removeprefix('val_')).replace(' (%)', ', held-out classes (%)')
     kind, _, name = metric.partition('_')
     if kind in ('dense', 'binary'):
         return f'{name}, {kind} (%)'
@@ -102,12 +102,12 @@ def complete_rates(axis, table, style: dict) -> None:
 
 
 def complete_recall(axis, table, style: dict) -> None:
-    """Add to dense R@1 what else was measured: binary codes, held out classes, the pretrained backbone."""
+    """Add to dense R@1 what else was measured: binary codes, held-out classes, the pretrained backbone."""
     epochs = table['epoch']
     if 'binary_R@1' in table:
         axis.plot(epochs, table['binary_R@1'], color=COLOURS[1], linestyle='--', label='binary', **style)
     if 'pretrained_R@1' in table:
         axis.axhline(table['pretrained_R@1'].iloc[-1], color=GREY, linewidth=0.8, label='pretrained backbone')
     if 'val_dense_R@1' in table:
-        axis.plot(epochs, table['val_dense_R@1'], color=COLOURS[2], linestyle=':', label='held out', **style)
+        axis.plot(epochs, table['val_dense_R@1'], color=COLOURS[2], linestyle=':', label='held-out classes', **style)
     axis.set_ylabel('R@1 (%)')

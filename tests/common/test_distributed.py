@@ -218,6 +218,8 @@ def pair(raw_sets, tmp_path_factory, worker_id) -> tuple[list[dict], Path]:
         if not folder.exists():
             folder.mkdir()
             start(2, folder, raw_sets)
+            (folder / 'done').touch()
+        assert (folder / 'done').exists(), 'the two processes failed; another worker says why'
     return [torch.load(folder / f'{rank}.pth', weights_only=True) for rank in range(2)], folder
 
 

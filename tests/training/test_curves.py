@@ -77,7 +77,7 @@ def test_a_metric_that_is_empty_or_infinite_is_refused(value):
 
 
 @pytest.mark.parametrize(('metric', 'title'), [
-    ('dense_R@2', 'R@2, dense (%)'), ('val_binary_R@1', 'R@1, binary, held out classes (%)'),
+    ('dense_R@2', 'R@2, dense (%)'), ('val_binary_R@1', 'R@1, binary, held-out classes (%)'),
     ('accuracy', 'training accuracy (%)'), ('silhouette', 'silhouette')])
 def test_an_axis_is_named_after_what_it_shows(metric, title):
     assert curves.title_of(metric) == title
