@@ -8,7 +8,8 @@
 # What is finished is kept, and interrupted runs continue.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO_RUN := glyph_resnet18_balanced_proxy_128
+DEMO_RUN := glyph_timm-resnet10t_balanced_proxy_128
+DEMO_FIGURE := results/test_U+0052_0000_and_3_more/top8.png
 DEMO_QUERIES := test_U+0052_0000.png test_U+00F8_0000.png test_U+03A9_0000.png test_U+0416_0000.png
 
 DATA ?= /home/data
@@ -20,11 +21,12 @@ JOBS ?= 1
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
 	$(BIN)/python train.py --data_path data --data_name glyph --recipe balanced_proxy \
-		--backbone_type resnet18 --weights none --max_pool 0 --freeze_bn 0 --pooling avg --layer_norm 0 \
-		--feature_dim 128 --image_size 48 --resize_size 48 --min_crop 0.8 --flip 0 \
-		--batch_size 50 --num_epochs 7 --warm_up 0 --lr 1e-3 --proxy_lr 1e-2 --lr_schedule cosine --overwrite
+		--backbone_type timm:resnet10t --weights none --freeze_bn 0 --pooling avg --layer_norm 0 --feature_dim 128 \
+		--image_size 48 --resize_size 48 --min_crop 0.8 --flip 0 --batch_size 16 --num_epochs 5 --warm_up 0 \
+		--lr 2e-3 --proxy_lr 1e-2 --lr_schedule cosine --pretrained_baseline 1 --overwrite
 	$(BIN)/python evaluate.py --data_base results/$(DEMO_RUN)_data_base.pth
 	$(BIN)/python test.py --data_path data --data_base $(DEMO_RUN)_data_base.pth --query_img_name $(DEMO_QUERIES)
+	@$(BIN)/python benchmarks/summarize_demo.py $(DEMO_RUN) $(DEMO_FIGURE)
 
 serve: .venv/serve
 	$(BIN)/python serve.py --data_path data --data_base $(DEMO_RUN)_data_base.pth

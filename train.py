@@ -311,10 +311,10 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
         rows, baseline = checkpoint['rows'], checkpoint['rows'][-1].get('pretrained_R@1')
         restore(checkpoint, files.checkpoint, model, criterion, optimizer, schedule)
     else:
-        if options.pretrained_baseline and options.weights != 'none':
+        if options.pretrained_baseline:
             data_base = make_data_base(PretrainedBaseline(model), test_loaders, device, amp)
             baseline = measure(data_base, (1,), device, ('dense',))['dense']['R@1']
-            print(f'before the training: R@1 {baseline:.2f} of the pretrained backbone', flush=True)
+            print(f'before the training: R@1 {baseline:.2f} of the backbone', flush=True)
         start_from_images(model, criterion, RetrievalDataset(data, 'train', plain), options, device, amp)
     proxies_move_by = '' if options.base_loss.startswith(PML_PREFIX) else f' with proxy update {options.proxy_update}'
     print(f'{options.run}: recipe {options.recipe}, {options.base_loss}{proxies_move_by}; {len(labels):,} images of '

@@ -203,13 +203,16 @@ def torchrun_killed(words, seconds: float = 0) -> str:
     return printed
 
 
+IGNORED = {'img_s', 'commit', 'changed_since'}  # the speed, and the state of the repository, may differ
+
+
 def differences(one, other, path: str = '') -> list[str]:
-    """Return the paths at which two plain contents differ, apart from the speed."""
+    """Return the paths at which two plain contents differ, apart from IGNORED."""
     if type(one) is not type(other):
         return [path]
     if isinstance(one, dict):
         different = [] if one.keys() == other.keys() else [f'{path} (keys)']
-        for key in one.keys() & other.keys() - {'img_s'}:
+        for key in one.keys() & other.keys() - IGNORED:
             different += differences(one[key], other[key], f'{path}.{key}')
         return different
     if isinstance(one, (list, tuple)):
@@ -230,7 +233,8 @@ def differing_results(one: Path, other: Path) -> list[str]:
         if not b.exists():
             continue
         if a.suffix == '.csv':
-            tables = [pd.read_csv(path).drop(columns='img_s', errors='ignore').astype(str) for path in (a, b)]
+            ignored = [*IGNORED, *(f'made.{column}' for column in IGNORED)]
+            tables = [pd.read_csv(path).drop(columns=ignored, errors='ignore').astype(str) for path in (a, b)]
             different += [] if tables[0].equals(tables[1]) else [name]
         elif a.suffix == '.pth':
             different += differences(*(torch.load(path, weights_only=True) for path in (a, b)), name)

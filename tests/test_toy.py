@@ -71,6 +71,18 @@ def test_a_toy_keeps_its_best_epoch(toys, run):
     assert contents['args']['with_learnable_proxy'] is (run == LEARNABLE)
 
 
+def test_an_epoch_that_is_no_better_does_not_replace_the_best_one(tmp_path, call_script, monkeypatch):
+    use_small_network(monkeypatch)
+    monkeypatch.setattr(toy, 'TRAIN_GLYPHS', 2)
+    monkeypatch.setattr(toy, 'TEST_IMAGES', 2)
+    recalls = iter([90.0, 50.0, 50.0, 30.0])  # the first one is measured before the training
+    monkeypatch.setattr(toy, 'retrieval_metrics', lambda *_args, **_kwargs: {'R@1': next(recalls)})
+    monkeypatch.setattr(toy, 'draw_toys', lambda toys, target: target)
+    call_script(toy, '--data_name', 'glyph', '--batch_size', 7, '--num_epochs', 3, '--results_dir', tmp_path)
+    for kind in ('embeddings', 'model'):
+        assert torch.load(tmp_path / f'{MOVING}_{kind}.pth', weights_only=True)['epoch'] == 1
+
+
 def test_toy_embeddings_and_proxies_lie_on_the_circle(toys):
     for trained in toys[1].values():
         for frame in trained['frames']:

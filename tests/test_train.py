@@ -525,7 +525,7 @@ def test_the_pretrained_backbone_is_measured_before_the_training(raw_sets, tmp_p
         evaluate, '--zero_shot', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--weights', tmp_path / 'w.pth',
         '--image_size', 32, '--recalls', '1,2', '--amp', 'off', '--num_workers', 0, '--json'))
     baseline = measured['dense']['R@1']
-    assert f'before the training: R@1 {baseline:.2f} of the pretrained backbone' in printed
+    assert f'before the training: R@1 {baseline:.2f} of the backbone' in printed
     table = pd.read_csv(tmp_path / f'{NAME}_statistics.csv')
     assert table['pretrained_R@1'].tolist() == [pytest.approx(baseline)]
     printed = train_tiny(raw_sets, tmp_path, '--weights', tmp_path / 'w.pth', '--pretrained_baseline', 0, '--remark',

@@ -144,9 +144,8 @@ def get_parser(description: str | None = None) -> Parser:
                        'held out to choose the best epoch; 0 chooses it on the test classes, as the papers do [0]')
     group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
                        'trained on; evaluate.py, report.py and export.py say so beside their numbers')
-    group.add_argument('--pretrained_baseline', type=switch, default=True, metavar='{0,1}', help='measure R@1 of the '
-                       'pretrained backbone (average pooling, no head) before the training, unless its weights are '
-                       'random or those of --init [1]')
+    group.add_argument('--pretrained_baseline', type=switch, metavar='{0,1}', help='measure R@1 of the backbone '
+                       '(average pooling, no head) before the training [1; 0 with --weights none and --init]')
     group.add_argument('--seeds', type=seed_list, metavar='1,2,3', help='train a run for each seed, one after the '
                        'other, and report mean, standard deviation and 95 %% interval of R@1; with --resume those that '
                        'are complete are kept')
@@ -330,6 +329,8 @@ def merge_with_recipe(flags: argparse.Namespace, explicit: set[str]) -> dict:
         from common.images import resize_for  # imports NumPy and Pillow, for which --help need not wait
 
         settings['resize_size'] = resize_for(settings['image_size'])
+    if settings['pretrained_baseline'] is None:
+        settings['pretrained_baseline'] = settings['weights'] != 'none'
     if settings['on_collapse'] is None:
         settings['on_collapse'] = 'stop' if settings['proxy_update'] == 'momentum' else 'warn'
     return settings

@@ -130,40 +130,39 @@ WHITENED = ('--head_init', 'whiten', '--proxy_init', 'mean', '--batch_size', '6'
 TIMM = ('--backbone_type', 'timm:test_convnext', '--freeze_bn', '1', '--num_epochs', '2', '--batch_size', '5')
 
 
-def train_apart(data_path: Path, folder: Path, *words) -> None:
-    """Train a run whose proxies and whitening differ in the processes unless they take those of the first."""
+@contextlib.contextmanager
+def apart():
+    """Let proxies and whitening differ in the processes, unless they take those of the first."""
+    build, whiten = train_script.build_criterion, EmbeddingNet.whiten_head
+
+    def build_apart(*args):
+        criterion = build(*args)
+        criterion.proxies.data.add_(0.1 * world_rank())
+        return criterion
+
+    def whiten_apart(self, features):
+        whiten(self, features)
+        self.head.weight.data.mul_(1 - 2 * world_rank())  # eigenvectors have either sign
+
     with pytest.MonkeyPatch.context() as patch:
-        build, whiten = train_script.build_criterion, EmbeddingNet.whiten_head
-
-        def build_apart(*args):
-            criterion = build(*args)
-            criterion.proxies.data.add_(0.1 * world_rank())
-            return criterion
-
-        def whiten_apart(self, features):
-            whiten(self, features)
-            self.head.weight.data.mul_(1 - 2 * world_rank())
-
         patch.setattr(train_script, 'build_criterion', build_apart)
         patch.setattr(EmbeddingNet, 'whiten_head', whiten_apart)
-        train_in_group(data_path, folder, *words)
+        yield patch
 
 
 def start_whitened(data_path: Path, folder: Path) -> dict:
-    """Start a run of two processes with BatchNorm statistics of their own, and return its network after that."""
-    kept = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_script, 'Tracker', lambda *_: kept['stop']())
-        start = train_script.start_from_images
+    """Begin a run, and return the state of its network after the start from its images."""
+    kept, start = {}, train_script.start_from_images
 
-        def keep(model, *rest):
-            start(model, *rest)
-            kept['state'] = {name: value.clone() for name, value in model.state_dict().items()}
+    def keep(model, *rest):
+        start(model, *rest)
+        kept.update({name: value.clone() for name, value in model.state_dict().items()})
+        raise KeyError('the training itself is not needed')
 
+    with apart() as patch, contextlib.suppress(KeyError):
         patch.setattr(train_script, 'start_from_images', keep)
-        with contextlib.suppress(KeyError):  # the training itself is not needed
-            train_in_group(data_path, folder, *WHITENED)
-    return kept['state']
+        train_in_group(data_path, folder, *WHITENED)
+    return kept
 
 
 def work(rank: int, world: int, port: int, folder: str, data_path: str) -> None:
@@ -179,9 +178,9 @@ def work(rank: int, world: int, port: int, folder: str, data_path: str) -> None:
                'shard': list(shard(C))}
     if world == 2:
         results['started'] = start_whitened(data_path, folder / 'started')
-        results['runs'] = []
-        for words in (TIMM, WHITENED):
-            train_apart(data_path, folder / 'runs', *words)
+        with apart():
+            for words in (TIMM, WHITENED):
+                train_in_group(data_path, folder / 'runs', *words)
     print('a line')
     results['printed'] = first.getvalue()
     torch.save(results, folder / f'{rank}.pth')
