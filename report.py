@@ -147,8 +147,8 @@ def measure_open_set_curve(data_base: DataBase) -> dict | None:
     """Measure which share of the answers a threshold marks: right ones, and those to queries of absent classes.
 
     Returns:
-        {'rows': of metrics.open_set_thresholds at OPEN_SET_RATES, 'lost', 'marked': of the curve, per cent}; None where
-        nothing can be measured.
+        {'rows': of metrics.open_set_thresholds at OPEN_SET_RATES, 'lost', 'marked': of the curve, per cent}; None
+        where nothing can be measured.
     """
     rows = measure_open_set(*data_base.tensors(), rates=(*OPEN_SET_RATES, *CURVE_RATES))
     if not rows:
@@ -229,7 +229,7 @@ def draw_curves_inline(statistics: Path, run: str | None) -> str:
 
 
 def draw_open_set_curve(curve: dict) -> str:
-    """Draw the answers to queries of absent classes that are marked, against right answers; returns a PNG as base64."""
+    """Draw the marked answers to queries of absent classes against right answers; returns a PNG as base64."""
     with plot_style():
         from matplotlib import pyplot
 

@@ -239,12 +239,10 @@ class Workspace:
         printed = make('demo').replace('\\\n', ' ')
         self.demo = [shlex.split(line) for line in printed.splitlines() if re.match(r'\S+/python \w+\.py ', line)]
         assert [words[1] for words in self.demo] == ['data_utils.py', 'train.py', 'evaluate.py', 'test.py']
-        (self.demo_run,) = {match for words in self.demo for word in words
-                            for match in re.findall(r'([\w.-]+)_data_base\.pth', word)}
 
     def run(self, words: list[str]) -> None:
         """Type a command, made small, and check that it succeeds."""
-        script, words = words[1], [word.replace('@@RUN@@', self.demo_run) for word in words[2:]]
+        script, words = words[1], words[2:]
         for printed, actual in self.places.items():
             words = [re.sub(rf'^{printed}(?=/|$)', actual, word) for word in words]
         words = [match for word in words for match in self.matches(word)]
@@ -264,7 +262,8 @@ class Workspace:
             small = SMALL[2:] if '--init' in words else SMALL
             seeds = ['--seeds', '1,2'] if '--seeds' in words else []
             narrow = ['--feature_dim', '64'] if 'whitened_mirror' in words else []
-            backbone = [] if 'resnet18' in words else ['--backbone_type', BACKBONE]
+            has_small_backbone = {'resnet18', 'timm:resnet10t'} & set(words)
+            backbone = [] if has_small_backbone else ['--backbone_type', BACKBONE]
             epochs = ['--resume'] if '--resume' in words else ['--num_epochs', '1', '--overwrite']
             return [*small, *seeds, *narrow, *backbone, *epochs]
         if script == 'data_utils.py' and 'glyph' in words:
