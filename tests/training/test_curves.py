@@ -38,7 +38,7 @@ def test_curves_show_the_statistics_and_mark_the_best_epoch(draw):
 def test_the_marked_epoch_is_the_one_chosen_on_held_out_classes(draw):
     recall = draw([10.0, 30.0, 20.0], **{'val_dense_R@1': [60.0, 50.0, 70.0]})[3]
     assert points_of(recall)['chosen: epoch 3, 20.0 %'] == [(3, 20.0)]
-    assert points_of(recall)['held out'] == [(1, 60.0), (2, 50.0), (3, 70.0)]
+    assert points_of(recall)['held-out classes'] == [(1, 60.0), (2, 50.0), (3, 70.0)]
 
 
 def test_the_pretrained_backbone_is_a_line_in_the_panel_of_recall(draw):
