@@ -150,8 +150,8 @@ def set_input_size(network: nn.Module, name: str, image_size: int) -> None:
         raise UserError(f'--image_size {image_size} does not fit timm:{name} ({error})') from None
 
 
-class Float32GroupedConv(nn.Conv2d):
-    """A grouped convolution that trains in float32 on a CPU: its bfloat16 backward pass takes several times as long."""
+class Float32GroupedConv:
+    """Mixed into a grouped convolution: it trains in float32 on a CPU, where its bfloat16 backward pass is slow."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if features.device.type != 'cpu' or not (torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')):
@@ -172,8 +172,8 @@ def build_backbone(name: str, weights: str, image_size: int) -> Backbone:
     else:
         backbone = BACKBONES[name](name, weights)
     for layer in backbone.module.modules():
-        if type(layer) is nn.Conv2d and layer.groups > 1:
-            layer.__class__ = Float32GroupedConv  # same parameters, same names
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # timm has subclasses, whose forward pass is kept
+            layer.__class__ = type(type(layer).__name__, (Float32GroupedConv, type(layer)), {})
     return backbone
 
 

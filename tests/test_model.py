@@ -398,3 +398,16 @@ def test_bn_inception_weights_with_rows_for_vectors_are_read(tmp_path, monkeypat
     loaded = EmbeddingNet(NetConfig('inception', 4), 'imagenet')
     for name in ('conv1_7x7_s2.weight', 'conv1_7x7_s2_bn.weight'):
         assert torch.equal(loaded.backbone.state_dict()[name], network.backbone.state_dict()[name])
+
+
+def test_every_grouped_convolution_of_a_backbone_trains_in_float32_under_autocast_on_a_cpu():
+    network = EmbeddingNet(NetConfig('timm:tf_efficientnet_lite0', 8, image_size=32), 'none')
+    dtypes = {}
+    for name, layer in network.backbone.named_modules():
+        if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1:  # of timm's Conv2dSame too
+            layer.weight.register_hook(lambda gradient, name=name: dtypes.__setitem__(name, gradient.dtype))
+            assert 'Float32GroupedConv' in [ancestor.__name__ for ancestor in type(layer).__mro__]
+    with torch.autocast('cpu', torch.bfloat16):
+        network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).sum().backward()
+    assert len(dtypes) == 16
+    assert set(dtypes.values()) == {torch.float32}
