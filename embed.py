@@ -22,8 +22,8 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import check_replaceable, make_folder, remove_torn, save, stamp_of, write_atomically
-from utils import (Parser, add_device_flags, check_between, check_collection_flags, refuse_without_effect, run_script,
-                   user_path)
+from utils import (Parser, add_collection_flags, add_device_flags, check_between, check_collection_flags,
+                   refuse_without_effect, run_script, user_path)
 
 SAVED_EVERY = 4096  # images
 MAX_NAMED = 5  # broken files in the message about them
@@ -37,12 +37,9 @@ ACTION_FLAGS = ('update', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
 def get_args(argv: list[str] | None = None):
     """Parse and check the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='data base to create or to change, .pth')
-    parser.add_argument('--qdrant', metavar='URL', help='instead of --data_base: a Qdrant server, or a folder for its '
-                        'embedded mode; --images and --update then need --model')
-    parser.add_argument('--collection', metavar='NAME', help='name of the collection in --qdrant')
-    parser.add_argument('--model', type=user_path, metavar='FILE', help='RUN_model.pth of train.py or of evaluate.py '
-                        '--save, or a folder of export.py; only needed for a new data base')
+    add_collection_flags(parser, data_base='data base to create or to change, .pth', model='RUN_model.pth of train.py '
+                         'or of evaluate.py --save, or a folder of export.py; needed for a new data base, and with '
+                         '--qdrant for --images and --update')
     parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images in this folder and its '
                         'subfolders; hidden ones are skipped')
     parser.add_argument('--labels', type=user_path, metavar='folder|CSV', help='classes of --images: `folder` takes '

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import Unreachable, UserError
-from utils import Parser, check_between, check_collection_flags, refuse_without_effect, run_script, user_path
+from utils import (Parser, add_collection_flags, check_between, check_collection_flags, refuse_without_effect,
+                   run_script, user_path)
 
 MAX_UPLOAD = 20 * 10**6  # bytes
 MAX_JSON = 10**4  # bytes
@@ -48,12 +49,8 @@ SECURITY_HEADERS = {
 def get_args(argv: list[str] | None = None):
     """Parse and check the command line."""
     parser = Parser(description=__doc__)
-    parser.add_argument('--data_base', type=user_path, metavar='FILE', help='file, or its name in --results_dir')
-    parser.add_argument('--qdrant', metavar='URL', help='instead of --data_base: a Qdrant server, or the folder of its '
-                        'embedded mode')
-    parser.add_argument('--collection', metavar='NAME', help='name of the collection in --qdrant')
-    parser.add_argument('--model', type=user_path, metavar='FILE', help='with --qdrant: the model that embedded the '
-                        'collection; without it, only images of the collection can be searched for')
+    add_collection_flags(parser, data_base='file, or its name in --results_dir', model='with --qdrant: the model that '
+                         'embedded the collection; without it, only images of the collection can be searched for')
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data set of a '
                         'run; a collection of embed.py knows its own folders [%(default)s]')
     parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases that are named '

@@ -207,6 +207,15 @@ def refuse_without_effect(args, reasons: dict[str, str]) -> None:
             raise UserError(f'--{name} {getattr(args, name)} has no effect{reason}; leave it out')
 
 
+def add_collection_flags(parser, data_base: str, model: str) -> None:
+    """Add --data_base, or --qdrant with --collection, and --model, with help for the first and the last."""
+    parser.add_argument('--data_base', type=user_path, metavar='FILE', help=data_base)
+    parser.add_argument('--qdrant', metavar='URL', help='instead of --data_base: a Qdrant server, or a folder for its '
+                        'embedded mode')
+    parser.add_argument('--collection', metavar='NAME', help='name of the collection in --qdrant')
+    parser.add_argument('--model', type=user_path, metavar='FILE', help=model)
+
+
 def check_collection_flags(args) -> None:
     """Check that a collection is named once: by --data_base, or by --qdrant with --collection."""
     if (args.data_base is None) == (args.qdrant is None):
