@@ -72,8 +72,8 @@ def build_googlenet(name: str, weights: str) -> Backbone:
 
     network = models.googlenet(weights=None, aux_logits=False, transform_input=False, init_weights=weights == 'none')
     state_dict = load_weights(weights, models.GoogLeNet_Weights.IMAGENET1K_V1.url)
-    module = fill_backbone(without_head(network, 'avgpool', 'dropout', 'fc'), state_dict,
-                                   ('fc.', 'aux1.', 'aux2.'), name)
+    module = fill_backbone(without_head(network, 'avgpool', 'dropout', 'fc'), state_dict, ('fc.', 'aux1.', 'aux2.'),
+                           name)
     return Backbone(module, network.fc.in_features)
 
 
