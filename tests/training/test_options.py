@@ -299,3 +299,10 @@ def test_every_recipe_can_be_combined_with_every_loss_optimizer_and_schedule(rec
     for loss in LOSSES:
         options = parse('--recipe', recipe, '--loss_name', loss)
         assert train.build_criterion(options, 3, 2).scale == options.scale
+
+
+@pytest.mark.parametrize(('words', 'is_measured'), [
+    ((), True), (('--weights', 'w.pth'), True), (('--weights', 'none'), False), (('--init', 'm.pth'), False),
+    (('--pretrained_baseline', 0), False), (('--weights', 'none', '--pretrained_baseline', 1), True)])
+def test_the_backbone_is_measured_before_the_training_unless_its_weights_are_random_or_a_runs(words, is_measured):
+    assert parse(*words).pretrained_baseline is is_measured
