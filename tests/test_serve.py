@@ -79,6 +79,8 @@ def test_an_upload_finds_what_the_library_finds(server, museum):
     assert answer['query'] is None
     assert answer['threshold'] == 0.9999
     assert answer['no_close_match'] is (answer['results'][0]['similarity'] < 0.9999)
+    by_codes = server.search((museum / 'outside.jpg').read_bytes(), '?k=15&binary=1')
+    assert (by_codes['threshold'], by_codes['no_close_match']) == (None, None)  # the threshold is a cosine
 
 
 @pytest.mark.parametrize('binary', [False, True])

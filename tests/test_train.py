@@ -648,3 +648,18 @@ def test_parameters_of_a_loss_are_trained_and_saved():
         other.load_state_dict(criterion.state_dict())
         assert other.heat == 5
         assert torch.equal(other.proxies, criterion.proxies)
+
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_with_amp_the_network_computes_in_bfloat16(amp):
+    network, dtypes = torch.nn.Linear(5, 4), []
+    network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    model = torch.nn.Sequential(network, torch.nn.Softmax(1))
+    criterion = torch.nn.Module()
+    criterion.accuracy, criterion.num_samples = torch.zeros(()), 3
+    criterion.forward = lambda embeddings, labels: embeddings.float().square().sum()
+    optimizer = torch.optim.SGD([{'role': 'network', 'params': list(model.parameters())}], lr=0.1)
+    batches = [(torch.ones(3, 5), torch.zeros(3, dtype=torch.int64))]
+    train.train_one_epoch(model, criterion, optimizer, batches, torch.device('cpu'), amp)
+    assert dtypes == [torch.bfloat16 if amp else torch.float32]
+    assert network.weight.grad.dtype == torch.float32
