@@ -36,8 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from common.distributed import (broadcast, broadcast_buffers, broadcast_state, first_process_first, progress,
-                                select_device, start_processes, use_amp, world_rank, world_size)
+from common.distributed import (broadcast, broadcast_buffers, broadcast_state, first_process_first,
+                                keep_freed_memory, progress, select_device, start_processes, use_amp, world_rank,
+                                world_size)
 from common.errors import UserError
 from common.files import save
 from common.results import RunFiles
@@ -382,6 +383,7 @@ def main(runs: list[RunOptions]) -> None:
     if first.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when the GPU is first used
     device = select_device(start_processes(first.device))
+    keep_freed_memory()
     all_files = [RunFiles(Path(first.results_dir), options.run) for options in runs]
     rows_of_seeds = {}
     for number, (options, files) in enumerate(zip(runs, all_files, strict=True)):

@@ -14,7 +14,6 @@ With two jobs on two cores, OMP_NUM_THREADS=1 in the environment is faster than 
 """
 import csv
 import io
-import os
 import subprocess
 import sys
 import time
@@ -31,9 +30,6 @@ from common.results import RunFiles  # noqa: E402
 from training.options import RunOptions, parse_options  # noqa: E402
 from utils import Parser, check_between, int_list, run_script, user_path  # noqa: E402
 
-# glibc keeps the memory that a step frees for the next one, instead of returning it and asking for it again.
-SPARE_MALLOC = {'MALLOC_MMAP_THRESHOLD_': str(2**33), 'MALLOC_TRIM_THRESHOLD_': str(2**34),
-                'MALLOC_TOP_PAD_': str(2**28)}
 POLL_SECONDS = 0.2  # between two looks at the running processes
 GRACE_SECONDS = 5  # in which they may end by themselves before they are terminated
 
@@ -269,8 +265,7 @@ def start(run: Run) -> subprocess.Popen:
     """Start the training of a run, from its checkpoint if it has one."""
     go_on = '--resume' if run.files.checkpoint.is_file() else '--overwrite'
     print(f'{run.title}: {go_on}', flush=True)
-    return subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *run.words, go_on],
-                            env={**SPARE_MALLOC, **os.environ})
+    return subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *run.words, go_on])
 
 
 def train(runs: list[Run], jobs: int) -> None:

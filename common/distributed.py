@@ -1,9 +1,10 @@
-"""The device of a process, and what several processes share; in a world of one process each function is a no-op.
+"""Device and memory of a process, and what several processes share; in a world of one each function is a no-op.
 
 With GPUs, a Gloo group stands beside NCCL for small values on the CPU: row counts, so that no step waits for the
 device, and the state of the random generator. torch is imported where it is used.
 """
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -42,6 +43,23 @@ def bfloat16_is_fast(device) -> bool:
 def use_amp(choice: str, device) -> bool:
     """Decide whether to compute in bfloat16: `on`, `off`, or `auto`, i.e. where the device is fast at it."""
     return bfloat16_is_fast(device) if choice == 'auto' else choice == 'on'
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next step; on other systems this does nothing.
+
+    By default it returns blocks above some MiB to the kernel, and each step faults the same pages in again. The
+    variables MALLOC_..._ of the environment win.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'gnu_get_libc_version'):
+        return
+    mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # of malloc.h
+    for option, variable, value in ((mmap_threshold, 'MALLOC_MMAP_THRESHOLD_', 2**30),
+                                    (trim_threshold, 'MALLOC_TRIM_THRESHOLD_', -1),  # never
+                                    (top_pad, 'MALLOC_TOP_PAD_', 2**28)):
+        if variable not in os.environ:
+            libc.mallopt(option, value)
 
 
 # ---------------------------------------------------- processes ----------------------------------------------------

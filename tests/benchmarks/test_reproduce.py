@@ -119,17 +119,16 @@ class Trainings:
     def __init__(self, fail=()):
         self.fail, self.started, self.running, self.most, self.terminated = fail, [], 0, 0, []
 
-    def __call__(self, command, env):
-        return FakeTraining(self, command[2:], env)
+    def __call__(self, command):
+        return FakeTraining(self, command[2:])
 
 
 class FakeTraining:
-    def __init__(self, trainings, words, env):
+    def __init__(self, trainings, words):
         options = reproduce.parse_options(words)[0]
         self.trainings, self.options, self.key, self.looks = trainings, options, (options.remark, options.seed), 0
         self.returncode = None
         trainings.started.append((*self.key, words[-1]))
-        trainings.env = env
         trainings.running += 1
         trainings.most = max(trainings.most, trainings.running)
 
@@ -238,13 +237,6 @@ def test_the_list_says_what_is_missing_and_changes_nothing(work, trainings, call
                                     'missing: small/one seed 2, not started']
     assert trainings.started == []
     assert not (work / 'results/grid/small.csv').exists()
-
-
-def test_trainings_keep_freed_memory_unless_the_environment_says_otherwise(trainings, call_script, monkeypatch):
-    monkeypatch.setenv('MALLOC_TOP_PAD_', '7')
-    call_script(reproduce)
-    assert trainings.env['MALLOC_TRIM_THRESHOLD_'] == '17179869184'
-    assert trainings.env['MALLOC_TOP_PAD_'] == '7'
 
 
 def test_a_column_that_older_runs_lack_is_empty_in_their_rows(work, trainings, call_script):

@@ -430,3 +430,33 @@ def test_each_process_refuses_a_batch_that_is_too_small_for_all(raw_sets, tmp_pa
                       '--results_dir', tmp_path)
     assert result.returncode != 0
     assert result.stderr.count('error: --batch_size 1') == 2
+
+
+# ---------------------------------------------------- memory ------------------------------------------------------
+COUNT_FAULTS = """
+import resource, sys
+from common.distributed import keep_freed_memory
+if sys.argv[1] == 'keep':
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = bytearray(2**26)
+    del block
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def count_faults(mode: str, **variables) -> int:
+    """Return the pages that the third of three equal blocks of 64 MiB faults in, in a process of its own."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith('MALLOC_')}
+    done = subprocess.run([sys.executable, '-c', COUNT_FAULTS, mode], cwd=REPOSITORY, env={**environment, **variables},
+                          capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc only')
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    num_pages = 2**26 // os.sysconf('SC_PAGE_SIZE')
+    assert count_faults('default') > num_pages // 64  # pages may be huge
+    assert count_faults('keep') < num_pages // 64
+    assert count_faults('keep', MALLOC_MMAP_THRESHOLD_=str(2**20)) > num_pages // 64
