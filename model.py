@@ -354,7 +354,8 @@ def similarity_for_positive_update(embeddings: torch.Tensor, proxies: torch.Tens
     similarity = cosine_similarity(embeddings, proxies.detach())
     positive = (embeddings.detach() * F.normalize(proxies, dim=-1)[labels]).sum(1)  # (N,)
     positive = positive / count_labels(labels, len(proxies))[labels]
-    return similarity.scatter_add(1, labels[:, None], (positive - positive.detach())[:, None])
+    zero_with_gradient = positive - positive.detach()
+    return similarity.scatter_add(1, labels[:, None], zero_with_gradient[:, None])
 
 
 def move_proxies(proxies: torch.Tensor, embeddings: torch.Tensor, labels: torch.Tensor, momentum: float
@@ -383,8 +384,10 @@ class ProxyLoss(nn.Module):
     How the proxies are updated is a second choice, independent of the formula:
 
     - `gradient`: they are parameters, trained by the gradient of the loss;
-    - `positive`: they are parameters, trained by the gradient of their positive pairs only;
-    - `momentum`: they are a buffer without gradient, moved towards their class after each training step.
+    - `positive`: they are parameters; p_c receives the gradient of its own class's n_c images in the batch only,
+      1/n_c sum_{i: y_i = c} dL/ds_ic ds_ic/dp_c;
+    - `momentum`: they are a buffer without gradient, moved towards their class once the loss of a training batch is
+      computed.
 
     With several processes the loss is that of the global batch: each process gathers all embeddings and computes the
     same loss, so that the gradient of the proxies is complete in every process. Wrap the network in
@@ -527,6 +530,11 @@ def masked_logsumexp(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return z.masked_fill(~mask, LOG_ZERO).logsumexp(0)
 
 
+def masked_logmeanexp(z: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return log mean_{i: mask_ic} exp(z_ic) (C,) of z (N, C), about LOG_ZERO where the mask holds no image."""
+    return masked_logsumexp(z, mask) - mask.sum(0, dtype=z.dtype).clamp(min=1).log()
+
+
 def log1p_exp(z: torch.Tensor) -> torch.Tensor:
     """Return log(1 + exp(z)) to the last digit; F.softplus drops the 1 above 20."""
     return torch.logaddexp(z, torch.zeros_like(z))
@@ -547,18 +555,6 @@ class ProxyAnchor(ProxyLoss):
         return log1p_exp(positive).sum() / own.any(0).sum() + log1p_exp(negative).mean()
 
 
-def balanced_log_means(loss: ProxyLoss, similarity: torch.Tensor, own: torch.Tensor
-                       ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logs (C,) of mean_{i: y_i = c} exp(-alpha (s_ic - delta)) and mean_{i: y_i != c} exp(alpha (s_ic +
-    delta)); LOG_ZERO, or nearly so, for an empty mean.
-    """
-    num_own = own.sum(0, dtype=similarity.dtype)
-    positive = masked_logsumexp(-loss.scale * (similarity - loss.margin), own) - num_own.clamp(min=1).log()
-    negative = masked_logsumexp(loss.scale * (similarity + loss.margin), ~own) \
-        - (len(own) - num_own).clamp(min=1).log()
-    return positive, negative
-
-
 @register('balanced_proxy')
 class BalancedProxy(ProxyLoss):
     """1/C sum_c log(1 + mean_{i: y_i = c} exp(-alpha (s_ic - delta)) + mean_{i: y_i != c} exp(alpha (s_ic + delta))),
@@ -573,7 +569,9 @@ class BalancedProxy(ProxyLoss):
     """
 
     def compute_loss(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        positive, negative = balanced_log_means(self, similarity, own_class_mask(similarity, labels))
+        own = own_class_mask(similarity, labels)
+        positive = masked_logmeanexp(-self.scale * (similarity - self.margin), own)  # (C,)
+        negative = masked_logmeanexp(self.scale * (similarity + self.margin), ~own)
         return log1p_exp(torch.logaddexp(positive, negative)).mean()
 
 
@@ -588,7 +586,8 @@ class BalancedProxySplit(ProxyLoss):
 
     def compute_loss(self, similarity: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         own = own_class_mask(similarity, labels)
-        positive, negative = balanced_log_means(self, similarity, own)
+        positive = masked_logmeanexp(-self.scale * (similarity - self.margin), own)
+        negative = masked_logmeanexp(self.scale * (similarity + self.margin), ~own)
         return log1p_exp(positive).sum() / own.any(0).sum() + log1p_exp(negative).mean()
 
 

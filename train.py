@@ -355,10 +355,12 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
         # ---- save; the checkpoint comes last, so that a crash before it repeats the epoch ----
         origin = {'args': settings, 'epoch': epoch, 'made_with': made_with}
         if world_rank() == 0:
-            for file in replaced if epoch == 1 else ():  # --overwrite takes effect
-                file.unlink(missing_ok=True)
+            if epoch == 1:  # --overwrite takes effect
+                for file in replaced:
+                    file.unlink(missing_ok=True)
             if chosen_epoch(rows) is row:
-                data_base.origin = {'seen_classes': seen, 'open_set': measure_open_set_of(data_base, device), **origin}
+                open_set = measure_open_set_of(data_base, device)
+                data_base.origin = {'seen_classes': seen, 'open_set': open_set, **origin}
                 data_base.add_proxies(trained_classes, criterion.unit_proxies())
                 save(model_contents(model, data_base.origin), files.model)
                 data_base.save(files.data_base)

@@ -74,7 +74,8 @@ def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch
 def average(scores: list[dict[str, torch.Tensor]], recalls: tuple[int, ...]) -> dict[str, float]:
     """Average over all queries, in per cent.
 
-    R@K is the share of queries with fewer than K negatives nearer than their best positive.
+    R@K is the share of queries with fewer than K negatives nearer than their best positive: with one negative tied with
+    it a query is still right at K = 1, with two it is not.
     """
     nearer = torch.cat([part['nearer'] for part in scores])
     metrics = {f'R@{k}': 100 * (nearer < k).double().mean().item() for k in recalls}
