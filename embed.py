@@ -1,36 +1,49 @@
-"""Embed any folder of images with a trained model, into a data base that test.py, report.py and serve.py search.
+"""Embed any folder of images into a data base that serve.py, test.py and report.py search; no labels are needed.
 
-    python embed.py --model results/RUN_model.pth --images /photos/museum --data_base museum.pth
+    python embed.py --images /photos/museum --data_base museum.pth     # a pretrained backbone, whitened on these images
+    python embed.py --images /photos/museum --data_base museum.pth --model results/RUN_model.pth    # a trained model
     python embed.py --data_base museum.pth --images /photos/new        # adds images; unchanged ones are skipped
     python embed.py --data_base museum.pth --update                    # embeds changed files, removes deleted ones
+    python embed.py --data_base museum.pth --refit                     # whitens and embeds all images again
     python embed.py --data_base museum.pth --remove 'loans/*'
     python embed.py --data_base museum.pth --list 'birds/*'
     python embed.py --data_base museum.pth --duplicates 0.98           # similar pairs, as a CSV file and a figure
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
     python embed.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth --images FOLDER
 
-The data base stores the absolute path of --images, and image paths relative to it. A copy of the model lies beside it,
-museum_model.pth. Embeddings are saved every few thousand images: after an interruption of any kind, the same command
-continues. Files that cannot be read are counted, named and left out.
+The data base stores the absolute path of --images, and image paths relative to it. The model lies beside it,
+museum_model.pth, and embeds what is added later. Embeddings are saved every few thousand images: after an interruption
+of any kind, the same command continues. Files that cannot be read are counted, named and left out.
+
+Without --model, the features of a pretrained backbone are whitened on up to 20,000 of the images, see docs/search.md. A
+call that is interrupted before these are embedded starts again.
 """
 import contextlib
 import csv
 import io
+import os
+import random
 import shlex
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_replaceable, make_folder, remove_torn, save, stamp_of, write_atomically
+from common.files import (LARGEST_FEATURE_DIM, LARGEST_SIDE, check_replaceable, make_folder, remove_torn, save,
+                          stamp_of, write_atomically)
+from recipes import POOLINGS, canonical_backbone
 from utils import (Parser, add_collection_flags, add_device_flags, check_between, check_collection_flags,
                    refuse_without_effect, run_script, user_path)
 
 SAVED_EVERY = 4096  # images
+FIT_SAMPLE = 20_000  # images on which a pretrained backbone is whitened, at most
 MAX_NAMED = 5  # broken files in the message about them
 MAX_GROUPS, MAX_IN_GROUP = 60, 10  # of duplicates, in the figure
 DUPLICATE_COLUMNS = ['group', 'similarity', 'image', 'duplicate']
 TABLE_FLAGS = ('csv', 'npy', 'parquet')
-ACTION_FLAGS = ('update', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
+BACKBONE_FLAGS = ('backbone_type', 'weights', 'image_size', 'pooling', 'feature_dim')
+ACTION_FLAGS = ('update', 'refit', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
@@ -38,8 +51,8 @@ def get_args(argv: list[str] | None = None):
     """Parse and check the command line."""
     parser = Parser(description=__doc__)
     add_collection_flags(parser, data_base='data base to create or to change, .pth', model='RUN_model.pth of train.py '
-                         'or of evaluate.py --save, or a folder of export.py; needed for a new data base, and with '
-                         '--qdrant for --images and --update')
+                         'or of evaluate.py --save, or a folder of export.py [a new data base: a pretrained backbone]; '
+                         'needed with --qdrant for --images and --update')
     parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images in this folder and its '
                         'subfolders; hidden ones are skipped')
     parser.add_argument('--labels', type=user_path, metavar='folder|CSV', help='classes of --images: `folder` takes '
@@ -47,9 +60,21 @@ def get_args(argv: list[str] | None = None):
                         'to --images [none]')
     parser.add_argument('--dtype', choices=('float32', 'float16'), help='of the features; float16 halves the file and '
                         'changes similarities by about 0.0002 [that of the data base; float32]')
+    group = parser.add_argument_group('a new data base without --model')
+    group.add_argument('--backbone_type', help='pretrained backbone, or timm:MODEL; docs/backbones.md compares them '
+                       '[timm:vit_small_patch14_dinov2.lvd142m]')
+    group.add_argument('--weights', type=user_path, help='of the backbone: imagenet for those that come with it, or '
+                       'the path of a state dict [imagenet]')
+    group.add_argument('--image_size', type=int, help='side of the centre crop in pixels [224]')
+    group.add_argument('--pooling', choices=POOLINGS, help='of the features [native, that of its authors, for a '
+                       'transformer of timm; avg_max, average plus maximum, for others]')
+    group.add_argument('--feature_dim', type=int, help='numbers per image after the whitening [512, or as many as the '
+                       'backbone has]')
     group = parser.add_argument_group('an existing data base')
     group.add_argument('--update', action='store_true', help='embed changed files again, and remove images whose files '
                        'were deleted')
+    group.add_argument('--refit', action='store_true', help='whiten the pretrained backbone on the images that the '
+                       'data base has now, and embed them all again')
     group.add_argument('--remove', nargs='+', metavar='PATTERN', help='remove these images or folders; * and ? are '
                        'wildcards')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
@@ -66,7 +91,10 @@ def get_args(argv: list[str] | None = None):
     group.add_argument('--amp', choices=('auto', 'on', 'off'), help='embed in bfloat16 [that of the model]')
     add_device_flags(group)
     args = parser.parse_args(argv)
-    check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'duplicates': (-1, 1)})
+    check_between(args, {'batch_size': (1, 2**31), 'num_workers': (0, 1024), 'duplicates': (-1, 1),
+                         'image_size': (16, LARGEST_SIDE), 'feature_dim': (1, LARGEST_FEATURE_DIM)})
+    if args.backbone_type is not None:
+        canonical_backbone(args.backbone_type)
     check_collection_flags(args)
     check_combinations(args)
     return args
@@ -78,7 +106,9 @@ def check_combinations(args) -> None:
         return getattr(args, name) is not None and getattr(args, name) is not False  # 0 is a similarity
 
     if args.qdrant is not None:
-        refuse_without_effect(args, dict.fromkeys(('duplicates', *TABLE_FLAGS), ' with --qdrant'))
+        refuse_without_effect(args, dict.fromkeys(('duplicates', *BACKBONE_FLAGS, *TABLE_FLAGS), ' with --qdrant'))
+        if args.refit:
+            raise UserError('--refit has no effect with --qdrant; leave it out')
         if args.model is None and (is_set('images') or args.update):
             raise UserError('--qdrant stores no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
@@ -89,6 +119,11 @@ def check_combinations(args) -> None:
         updates_qdrant = args.qdrant is not None and args.update
         refuse_without_effect(args, {'labels': ' without --images',
                                      'model': '' if updates_qdrant else ' without --images'})
+    if args.model is not None:
+        refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, ' with --model'))
+    if args.refit and any(map(is_set, ('images', 'update', 'remove', 'dtype', *BACKBONE_FLAGS))):
+        raise UserError('--refit embeds the images of the data base as they are; call it by itself, without --images, '
+                        '--update, --remove, --dtype and flags of the backbone')
     if args.overwrite and not any(map(is_set, TABLE_FLAGS)):
         raise UserError('--overwrite has no effect without --csv, --npy or --parquet; leave it out')
 
@@ -97,6 +132,8 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
     ARGS = run_script(get_args)
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from common.distributed import progress, select_device, use_amp
 from common.images import BrokenImage, load_image
@@ -105,11 +142,13 @@ from imagedata.folders import read_labels, resolve_image_folder, scan_images
 from imagedata.loading import batches_in_order, make_loader, make_transform
 from model import EmbeddingNet
 from retrieval.collection import DTYPES, CollectionItem, FileCollection, filter_items
-from retrieval.database import ORIGIN
-from retrieval.embedding import embed_batch
-from retrieval.model_file import load_model, load_model_file, model_fingerprint
+from retrieval.database import ORIGIN, load_data_base
+from retrieval.embedding import WithoutHead, embed_batch
+from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
 from retrieval.nearest import pairs_above
+from retrieval.pretrained import build_pretrained, fit_whitening, pretrained_settings, without_whitening
 from retrieval.qdrant import open_qdrant
+from training.statistics import provenance
 
 
 # ---------------------------------------------------- embedding -----------------------------------------------------
@@ -130,36 +169,44 @@ class ImageFiles:
             return torch.full((3, self.side, self.side), 127, dtype=torch.uint8), False
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def embed_in_batches(items: list[CollectionItem], model: EmbeddingNet, settings: dict, num_workers: int,
+                     device: torch.device, network: nn.Module | None = None
+                     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the embeddings (n, D) of batches of images, and which of them could be read (n,).
+
+    Args:
+        settings: batch_size, resize_size and amp.
+        network: computes other features than the embeddings of the model.
+    """
+    batch_size, amp, image_size = settings['batch_size'], use_amp(settings['amp'], device), model.config.image_size
+    transform = make_transform(False, image_size, settings['resize_size'], model.interpolation)
+    dataset = ImageFiles([item.file for item in items], transform, image_size)
+    loader = make_loader(dataset, batches_in_order(len(items), batch_size), num_workers, device)
+    with progress(None, desc='embed', total=len(items), unit='img') as bar:
+        for images, is_readable in loader:
+            yield embed_batch(network or model, images, device, amp).cpu(), is_readable
+            bar.update(len(images))
+
+
 def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, settings: dict, num_workers: int,
                 device: torch.device) -> None:
     """Embed images and add them to a collection, about SAVED_EVERY at a time.
 
-    Args:
-        settings: batch_size, resize_size and amp.
-
     Raises:
         UserError: if the embeddings are not finite.
     """
-    batch_size, amp = settings['batch_size'], use_amp(settings['amp'], device)
     # Whole batches are saved, so that a call that continues has the same ones: the last bits of an embedding can
     # depend on its batch.
-    saved_at_once = batch_size * max(1, SAVED_EVERY // batch_size)
-    image_size = model.config.image_size
-    transform = make_transform(False, image_size, settings['resize_size'], model.interpolation)
-    dataset = ImageFiles([item.file for item in items], transform, image_size)
-    loader = make_loader(dataset, batches_in_order(len(items), batch_size), num_workers, device)
-    start = end = 0  # of the items that are embedded and not saved yet
-    embeddings, readable = [], []
-    with progress(None, desc='embed', total=len(items), unit='img') as bar:
-        for images, is_readable in loader:
-            embeddings.append(embed_batch(model, images, device, amp).cpu())
-            readable.append(is_readable)
-            end += len(images)
-            bar.update(len(images))
-            if end - start == saved_at_once or end == len(items):
-                add_embedded(collection, items[start:end], torch.cat(embeddings), torch.cat(readable))
-                start, embeddings, readable = end, [], []
+    batches_at_once = max(1, SAVED_EVERY // settings['batch_size'])
+    batches, start = [], 0
+    for batch in embed_in_batches(items, model, settings, num_workers, device):
+        batches.append(batch)
+        end = start + sum(len(readable) for _, readable in batches)
+        if len(batches) == batches_at_once or end == len(items):
+            embeddings, readable = map(torch.cat, zip(*batches, strict=True))
+            add_embedded(collection, items[start:end], embeddings, readable)
+            batches, start = [], end
 
 
 def add_embedded(collection, items: list[CollectionItem], embeddings: torch.Tensor, readable: torch.Tensor) -> None:
@@ -173,21 +220,121 @@ def add_embedded(collection, items: list[CollectionItem], embeddings: torch.Tens
     collection.add(added, embeddings[readable], broken)
 
 
+# ---------------------------------------------------- without a model -----------------------------------------------
+def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, items: list[CollectionItem],
+              collection: FileCollection, num_workers: int, device: torch.device) -> list[CollectionItem]:
+    """Whiten a pretrained network on a sample of the images, save it beside the collection, and add the sample to that.
+
+    Returns:
+        the images that are left to embed.
+
+    Raises:
+        UserError: if no image of the sample can be read.
+    """
+    sample = items
+    if len(items) > FIT_SAMPLE:
+        sample = random.Random(0).sample(items, FIT_SAMPLE)
+    batches = embed_in_batches(sample, model, settings, num_workers, device, WithoutHead(model))
+    features, readable = map(torch.cat, zip(*batches, strict=True))
+    if not readable.any():
+        raise UserError(f'none of the {len(sample):,} images can be read, for instance {sample[0].file}')
+    print(f'{model.config.backbone_type}: {fit_whitening(model, features[readable], feature_dim)}', flush=True)
+    contents = model_contents(model, {'args': settings, 'made_with': provenance(device)})
+    save(contents, RunFiles.beside(collection.file).model)
+    collection.set_model({key: contents[key] for key in ORIGIN if key in contents}, model_fingerprint(contents))
+    with torch.no_grad():
+        embeddings = F.normalize(model.head(features.to(device)), dim=-1).cpu()
+    add_embedded(collection, sample, embeddings, readable)
+    in_sample = {item.file for item in sample}
+    return [item for item in items if item.file not in in_sample]
+
+
+def refit(args, collection: FileCollection, device: torch.device) -> None:
+    """Whiten a pretrained backbone on all images of a collection, embed them again, and replace data base and model.
+
+    Until it ends the data base stays as it was. An interrupted call starts again.
+
+    Raises:
+        UserError: if the model was trained, or image files are missing.
+    """
+    file, settings = collection.file, collection.origin['args']
+    if not settings.get('pretrained'):
+        raise UserError(f'--refit: the model of {file} was trained; only a pretrained backbone is whitened')
+    model = load_kept_model(file, collection.fingerprint, device)
+    stamps = {item: stamp_of(item.file) for item in collection.items()}
+    missing = [item.file for item, stamp in stamps.items() if stamp is None]
+    if missing:
+        raise UserError(f'--refit: {len(missing):,} images are missing, for instance {missing[0]}; call --update first')
+    folder = refit_folder(file)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    target = FileCollection(folder / file.name, {'args': {}}, dtype=collection.dtype)
+    asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
+    model, feature_dim = without_whitening(model), model.config.feature_dim
+    left = fit_model(model, settings | asked, feature_dim, [item.with_stamp(stamp) for item, stamp in stamps.items()],
+                     target, args.num_workers, device)
+    embed_items(left, target, model, settings | asked, args.num_workers, device)
+    target.finish()
+    os.replace(target.file, file)
+    finish_refit(file)
+
+
+def refit_folder(file: Path) -> Path:
+    """Return the folder in which --refit makes the next data base and model."""
+    return Path(f'{file}.refit')
+
+
+def finish_refit(file: Path) -> None:
+    """Move the model of a --refit to its data base, which was moved already."""
+    folder = refit_folder(file)
+    if folder.is_dir() and not (folder / file.name).exists():
+        model = RunFiles.beside(folder / file.name).model
+        fingerprint = load_data_base(file).sources.fingerprint
+        if model.exists() and model_fingerprint(load_model_file(model)) == fingerprint:
+            os.replace(model, RunFiles.beside(file).model)
+            shutil.rmtree(folder)
+
+
 # ---------------------------------------------------- data base and model ------------------------------------------
 def open_collection(args) -> FileCollection:
     """Open the data base of the command line, or start a new one.
 
     Raises:
-        UserError: if it does not exist and there is no model to start it with, or the model is another one.
+        UserError: if it does not exist and there are no images to start it with, or the model is another one.
     """
     file, dtype = Path(args.data_base), DTYPES.get(args.dtype)
-    if args.model is not None:
-        contents = load_model_file(args.model)
-        origin = {key: contents[key] for key in ORIGIN if key in contents}
-        return FileCollection(file, origin, model_fingerprint(contents), dtype)
-    if not file.is_file():
-        raise UserError(f'there is no data base {file}; create it with --model RUN_model.pth --images FOLDER')
-    return FileCollection(file, dtype=dtype)
+    if file.is_file():
+        refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, f': {file} exists and has its model'))
+    elif args.images is None:
+        raise UserError(f'there is no data base {file}; create it with --images FOLDER')
+    model_file = args.model
+    if model_file is None and not file.is_file() and RunFiles.beside(file).model.exists():
+        model_file = RunFiles.beside(file).model
+        check_interrupted(args, model_file)
+    if model_file is None:
+        return FileCollection(file, {'args': {}}, dtype=dtype)
+    contents = load_model_file(model_file)
+    origin = {key: contents[key] for key in ORIGIN if key in contents}
+    return FileCollection(file, origin, model_fingerprint(contents), dtype)
+
+
+def check_interrupted(args, model_file: Path) -> None:
+    """Check that a model without its data base is that of an interrupted call with the same flags.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    contents = load_model_file(model_file)
+    config, settings = contents['config'], contents['args']
+    made = {'backbone_type': config['backbone_type'], 'image_size': config['image_size'], 'pooling': config['pooling'],
+            'weights': settings.get('weights')}
+    asked = {name: getattr(args, name) for name in made if getattr(args, name) is not None}
+    if 'backbone_type' in asked:
+        asked['backbone_type'] = canonical_backbone(asked['backbone_type'])
+    if not settings.get('pretrained') or asked != {name: made[name] for name in asked}:
+        raise UserError(f'{model_file} is there without its data base, and was not made by this command; move it away, '
+                        'or name it with --model')
 
 
 def keep_model(model_file: str, data_base: Path) -> None:
@@ -300,11 +447,14 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
     if args.model is not None and args.qdrant is None:
         keep_model(args.model, Path(args.data_base))
     if to_embed:
+        start, items = time.perf_counter(), list(to_embed.values())
+        asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
+        if collection.fingerprint is None:
+            model = build_pretrained(args.backbone_type, args.weights, args.image_size, args.pooling, device)
+            settings = pretrained_settings(args.weights, model.config.image_size) | asked
+            items = fit_model(model, settings, args.feature_dim, items, collection, args.num_workers, device)
         model = model or load_kept_model(Path(args.data_base), collection.fingerprint, device)
-        settings = dict(collection.origin['args'])
-        settings |= {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
-        start = time.perf_counter()
-        embed_items(list(to_embed.values()), collection, model, settings, args.num_workers, device)
+        embed_items(items, collection, model, {**collection.origin['args'], **asked}, args.num_workers, device)
         print(f'{len(to_embed):,} images in {time.perf_counter() - start:.0f} s')
     collection.finish()
     if collection.broken:
@@ -471,7 +621,12 @@ def main(args) -> None:
     files = RunFiles.beside(file)
     with files.locked(f'--data_base {file}: another process is changing it; wait until it has finished'):
         remove_torn(file.parent, [file.name, files.model.name])
-        run(args, open_collection(args), str(file), None, device)
+        finish_refit(file)
+        collection = open_collection(args)
+        if args.refit:
+            refit(args, collection, device)
+            collection = open_collection(args)
+        run(args, collection, str(file), None, device)
 
 
 if __name__ == '__main__':

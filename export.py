@@ -332,9 +332,9 @@ def describe_protocol(settings: dict, num_seen: int) -> str:
     if num_seen:
         sentences = [f'{num_seen} of the test classes were TRAINED ON.']
     sentences.append('Recall@K is exact: a query does not find itself, and tied negatives count half.')
-    if settings.get('zero_shot'):
-        return ' '.join(sentences)
     sentences.append('Binary codes are the signs of the embeddings, compared by Hamming distance.')
+    if settings.get('pretrained'):
+        return ' '.join(sentences)
     if settings.get('val_ratio'):
         sentences.append('The epoch was chosen on held-out training classes.')
     elif 'trained_on' in settings:
@@ -348,8 +348,7 @@ def describe_protocol(settings: dict, num_seen: int) -> str:
 def measure_for_card(model: EmbeddingNet, run: dict, data_base: DataBase) -> dict:
     """Return the results of a data base, as `format_results` takes them."""
     settings = run['args']
-    kinds = ('dense',) if settings.get('zero_shot') else ('dense', 'binary')
-    results = measure(data_base, tuple(settings['recalls']), CPU, kinds)
+    results = measure(data_base, tuple(settings['recalls']), CPU)
     results['open_set'] = measure_open_set_of(data_base, CPU)
     results['measured_on'] = {
         'data_name': settings['data_name'], 'crop_type': settings['crop_type'], 'flip_tta': model.config.flip_tta,

@@ -16,7 +16,7 @@ timm model works without code as `timm:NAME`.
 """
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from common.distributed import gather_rows, world_size
 from common.errors import UserError, check_choice, reason_of, suggestion
-from common.weights import NO_DOWNLOAD, fill_backbone, load_weights
+from common.weights import NO_DOWNLOAD, check_hub, fill_backbone, load_weights
 from recipes import BACKBONE_NAMES, LOSSES, MOMENTUM, POOLINGS, PROXY_UPDATES, canonical_backbone
 
 # ---------------------------------------------------- backbones -----------------------------------------------------
@@ -108,6 +108,12 @@ class TimmFeatures(nn.Module):
         features = self.network.forward_features(images)
         return features.permute(0, 3, 1, 2) if self.channels_last else features
 
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """Pool as the model's authors do before their classifier: class token, average or attention pooling."""
+        if self.channels_last:
+            features = features.permute(0, 2, 3, 1)
+        return self.network.forward_head(features, pre_logits=True)
+
 
 def build_timm(name: str, weights: str, image_size: int) -> Backbone:
     """Build any model of timm (github.com/huggingface/pytorch-image-models), with its mean, std and interpolation."""
@@ -116,6 +122,9 @@ def build_timm(name: str, weights: str, image_size: int) -> Backbone:
     if not timm.is_model(name):
         raise UserError(f'--backbone_type timm:{name} is not a model of timm {timm.__version__}'
                         f'{suggestion(name, timm.list_models())}; timm.list_models() lists them')
+    repository = timm.get_pretrained_cfg_value(name, 'hf_hub_id')
+    if weights == 'imagenet' and repository:
+        check_hub(repository)
     try:
         network = timm.create_model(name, pretrained=weights == 'imagenet', num_classes=0)
     except Exception as error:  # the hub client has a family of network errors of its own
@@ -178,7 +187,8 @@ def build_backbone(name: str, weights: str, image_size: int) -> Backbone:
 
 
 # ---------------------------------------------------- embedding network ---------------------------------------------
-WHITENING_SHRINKAGE = 0.3  # weight of the mean eigenvalue that is added to each one
+# Weight of the mean eigenvalue that is added to each one: before a training, and without any.
+WHITENING_SHRINKAGE, PCA_SHRINKAGE = 0.3, 30.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +199,7 @@ class NetConfig:
         backbone_type: a key of BACKBONES, or `timm:` and the name of a timm model.
         feature_dim: D, the length of an embedding; 0 leaves the head out (D is then the backbone's num_features).
         pooling: `max`, `avg`, `avg_max` (their sum, Proxy Anchor), `gem` (generalised mean, its power learned) or
-            `cls` (the class token of a transformer).
+            `cls` (the class token of a transformer) or `native` (as the authors of a timm model pool).
         layer_norm: normalise the pooled features (without weights) before the head.
         head_bias: give the head a bias, and Proxy Anchor's initial values (kaiming normal fan_out, bias 0).
         freeze_bn: keep the BatchNorm statistics of the backbone fixed, in training too.
@@ -233,10 +243,15 @@ class EmbeddingNet(nn.Module):
             backbone.module.maxpool = nn.Identity()
         if config.pooling == 'cls' and not backbone.prefix_tokens:
             raise UserError(f'--pooling cls needs a transformer with a class token, not {name}')
+        if config.pooling == 'native' and not isinstance(backbone.module, TimmFeatures):
+            raise UserError(f'--pooling native is for models of timm, not {name}')
 
         self.backbone, self.prefix_tokens = backbone.module, backbone.prefix_tokens
         self.interpolation, self.bgr, self.value_range = backbone.interpolation, backbone.bgr, backbone.value_range
         self.num_features = backbone.num_features
+        # What suits the backbone without training. Of timm's models, those with tokens name their pooling by a string.
+        is_transformer = isinstance(getattr(getattr(backbone.module, 'network', None), 'global_pool', None), str)
+        self.pretrained_pooling = 'native' if is_transformer else 'avg_max'
         self.feature_dim = config.feature_dim or self.num_features
         if config.pooling == 'gem':
             self.gem_power = nn.Parameter(torch.tensor(3.0))
@@ -295,6 +310,8 @@ class EmbeddingNet(nn.Module):
 
         Source of `gem`, (mean max(f, 1e-6)^p)^(1/p): Radenovic et al., TPAMI 2018, arXiv 1711.02512.
         """
+        if pooling == 'native':
+            return self.backbone.pool(features)
         if pooling == 'cls':
             return features[:, 0]
         if features.ndim == 3:
@@ -319,12 +336,42 @@ class EmbeddingNet(nn.Module):
 
         Source: Jegou & Chum, Negative Evidences and Co-occurrences in Image Retrieval, ECCV 2012.
         """
-        weight, features = self.head.weight, F.normalize(features.double(), dim=-1)
-        eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))  # ascending
-        eigenvalues, directions = eigenvalues.clamp(min=0).flip(0), directions.flip(1)
-        whitened = directions / (eigenvalues + WHITENING_SHRINKAGE * eigenvalues.mean()).sqrt()
-        rows = whitened[:, :len(weight)].T.to(weight.dtype)
+        weight = self.head.weight
+        rows = whitening(F.normalize(features.double(), dim=-1), WHITENING_SHRINKAGE)[:len(weight)].to(weight.dtype)
         weight.copy_(rows * (weight.norm().to(rows.device) / rows.norm()))
+
+    @torch.no_grad()
+    def add_whitening(self, features: torch.Tensor, feature_dim: int) -> None:
+        """Give a network without a head the PCA whitening of its features as one; no labels are needed.
+
+        y = V^T (x - mu) / sqrt(l + s mean(l)), where mu, l and V are the mean and the eigenvalues and eigenvectors of
+        the covariance of the features, and s is PCA_SHRINKAGE. A strong shrinkage harms no data set that was tried, a
+        weak one harms where the backbone knows the classes already; docs/search.md.
+
+        Args:
+            features: (N, num_features) as `compute_features` returns them, layer-normalised.
+            feature_dim: D, the length of the embeddings from now on, at most num_features.
+
+        Source: Jegou & Chum, Negative Evidences and Co-occurrences in Image Retrieval, ECCV 2012.
+        """
+        assert self.config.layer_norm  # so that all features have one norm
+        assert not self.config.feature_dim
+        features = features.double()
+        mean = features.mean(0)
+        rows = whitening(features - mean, PCA_SHRINKAGE)[:feature_dim]
+        self.head = nn.Linear(self.num_features, feature_dim).to(self.mean)
+        self.head.weight.copy_(rows)
+        self.head.bias.copy_(-rows @ mean)
+        self.config = replace(self.config, feature_dim=feature_dim, head_bias=True)
+        self.feature_dim = feature_dim
+
+
+def whitening(features: torch.Tensor, shrinkage: float) -> torch.Tensor:
+    """Return the rows V^T / sqrt(l + s mean(l)) (F, F), the largest l first, of the second moment of features (N, F).
+    """
+    eigenvalues, directions = torch.linalg.eigh(features.T @ features / len(features))  # ascending
+    eigenvalues, directions = eigenvalues.clamp(min=0).flip(0), directions.flip(1)
+    return (directions / (eigenvalues + shrinkage * eigenvalues.mean()).sqrt()).T
 
 
 # ---------------------------------------------------- proxies and their updates -------------------------------------

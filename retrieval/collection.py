@@ -171,7 +171,7 @@ class FileCollection(SearchableImages):
     Args:
         file: the data base; it is created with the first images.
         origin: for a new file: `args` and the other keys of `retrieval.database.ORIGIN`.
-        fingerprint: of the model; None accepts that of the file.
+        fingerprint: of the model; None accepts that of the file, and in a new file waits for `set_model`.
         dtype: of the features; None: that of the file, float32 for a new one.
 
     Attributes:
@@ -198,13 +198,17 @@ class FileCollection(SearchableImages):
             dtype = dtype or self.data_base.test.features.dtype
             self.broken = broken_from_records(sources.broken, sources.folders)
         self.file, self.parts_folder = file, Path(f'{file}.parts')
-        self.origin = {**origin, 'args': {**origin['args'], 'data_name': file.stem}}
-        self.fingerprint = fingerprint
+        self.set_model(origin, fingerprint)
         self.dtype = dtype or torch.float32
         self.num_added = 0
         self.parts = []  # [(items, file), ...] that are saved, and not merged yet
         self.read_parts()
         self.merge_parts()
+
+    def set_model(self, origin: dict, fingerprint: str) -> None:
+        """Say which model embeds the images of a new collection that was opened without one."""
+        self.origin = {**origin, 'args': {**origin['args'], 'data_name': self.file.stem}}
+        self.fingerprint = fingerprint
 
     # ------------------------------------------------ changes ------------------------------------------------------
     def add(self, items: list[CollectionItem], features: torch.Tensor, broken: list[CollectionItem] = ()) -> None:

@@ -17,15 +17,15 @@ from retrieval.metrics import NUMBERS_OF_QUERIES, measure_open_set, retrieval_me
 
 # ---------------------------------------------------- networks to embed with --------------------------------------
 class PretrainedBaseline(nn.Module):
-    """The average-pooled features of a network's backbone as embeddings: the baseline before any training."""
+    """The features of a network's backbone as embeddings, those of `build_pretrained`: the baseline of a training."""
 
     def __init__(self, model: EmbeddingNet):
         super().__init__()
         self.model, self.feature_dim = model, model.num_features
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.model.pool(self.model.backbone(self.model.preprocess(images)), 'avg')
-        return F.normalize(features.float(), dim=-1)
+        features = self.model.pool(self.model.backbone(self.model.preprocess(images)), self.model.pretrained_pooling)
+        return F.normalize(F.layer_norm(features.float(), features.shape[-1:]), dim=-1)
 
 
 class WithoutHead(nn.Module):
@@ -127,17 +127,17 @@ def format_results(results: dict) -> str:
     """Format what evaluate.py measures as a table of per cents, with what it was measured on.
 
     Args:
-        results: {'dense': metrics, 'binary': metrics (optional), 'open_set': of `measure_open_set_of`,
-            'measured_on': {'data_name', 'crop_type', 'flip_tta', 'image_size', 'resize_size', 'classes',
-            'seen_classes'}}.
+        results: {'backbone': metrics (before the whitening, optional), 'dense': metrics, 'binary': metrics,
+            'open_set': of `measure_open_set_of`, 'measured_on': {'data_name', 'crop_type', 'flip_tta', 'image_size',
+            'resize_size', 'classes', 'seen_classes'}}.
     """
     dense, settings = results['dense'], results['measured_on']
     columns = [key for key in dense if key not in NUMBERS_OF_QUERIES]
     widths = {column: max(9, len(column) + 2) for column in columns}
-    lines = [' ' * 8 + ''.join(f'{column:>{widths[column]}}' for column in columns)]
-    for kind in ('dense', 'binary'):
+    lines = [' ' * 10 + ''.join(f'{column:>{widths[column]}}' for column in columns)]
+    for kind in ('backbone', 'dense', 'binary'):
         if kind in results:
-            lines.append(f'{kind:<8}' + ''.join(f'{results[kind][column]:{widths[column]}.2f}' for column in columns))
+            lines.append(f'{kind:<10}' + ''.join(f'{results[kind][column]:{widths[column]}.2f}' for column in columns))
     for row in results['open_set']:
         lines.append(f'no close match below similarity {row["threshold"]:.4f}: {row["marked"]:.1f} % of the answers to '
                      f'queries whose class is absent, {row["lost"]:.1f} % of the right answers')
@@ -164,7 +164,7 @@ def describe_origin(origin: dict) -> str:
     if not isinstance(made_with, dict):  # files of other programs may lack it
         made_with = {}
     training = f'recipe {run.get("recipe")}, seed {run.get("seed")}, epoch {origin.get("epoch")}'
-    if run.get('zero_shot'):
+    if run.get('pretrained'):
         training = 'not trained'
     commit = str(made_with.get('commit'))[:12]
     if made_with.get('changed_since') == 'yes':

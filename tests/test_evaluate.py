@@ -16,7 +16,9 @@ import evaluate
 import report
 from common.errors import UserError
 from common.files import load, save
+from common.images import load_image
 from evaluate import get_args
+from imagedata.loading import make_transform
 from model import EmbeddingNet, NetConfig
 from retrieval.database import load_data_base
 from retrieval.model_file import load_model
@@ -52,20 +54,21 @@ def test_the_evaluation_command_that_proxy_anchor_publishes_means_a_model():
 
 @pytest.mark.parametrize(('words', 'parts'), [
     ((), ('choose one of', 'none')),
-    (('--zero_shot', '--data_base', 'x'), ('--data_base and --zero_shot',)),
+    (('--pretrained', '--data_base', 'x'), ('--data_base and --pretrained',)),
     (('--data_base', 'x', '--weights', 'none'), ('--weights none has no effect with --data_base',)),
     (('--data_base', 'x', '--flip_tta', '1'), ('--flip_tta True has no effect with --data_base',)),
     (('--data_base', 'x', '--save'), ('--save has no effect',)),
     (('--model', 'x', '--overwrite'), ('--overwrite has no effect without --save',)),
     (('--model', 'x', '--resume', 'y'), ('--model x and --resume y both name a model',)),
     (('--model', 'resnet50', '--backbone_type', 'resnet18', '--resume', 'y'), ('both name a backbone',)),
-    (('--zero_shot', '--feature_dim', '9'), ('--feature_dim 9 has no effect with --zero_shot',)),
-    (('--zero_shot', '--batch_size', '0'), ('--batch_size 0 must lie between 1',)),
-    (('--zero_shot', '--num_workers', '-1'), ('--num_workers -1',)),
-    (('--zero_shot', '--image_size', '0'), ('--image_size 0',)),
-    (('--zero_shot', '--resize_size', '8'), ('--resize_size 8',)),
-    (('--zero_shot', '--recalls', '2,1'), ('--recalls', 'ascending')),
-    (('--zero_shot', '--data_nam', 'cub'), ("did you mean '--data_name'",))])
+    (('--pretrained', '--feature_dim', '9', '--whiten', 'off'), ('--feature_dim 9 has no effect with --whiten off',)),
+    (('--model', 'x', '--whiten', 'train'), ('--whiten train has no effect with --model',)),
+    (('--pretrained', '--batch_size', '0'), ('--batch_size 0 must lie between 1',)),
+    (('--pretrained', '--num_workers', '-1'), ('--num_workers -1',)),
+    (('--pretrained', '--image_size', '0'), ('--image_size 0',)),
+    (('--pretrained', '--resize_size', '8'), ('--resize_size 8',)),
+    (('--pretrained', '--recalls', '2,1'), ('--recalls', 'ascending')),
+    (('--pretrained', '--data_nam', 'cub'), ("did you mean '--data_name'",))])
 def test_a_command_line_that_cannot_be_meant_is_an_error(words, parts):
     with pytest.raises(UserError) as error:
         get_args(list(words))
@@ -147,48 +150,61 @@ def test_a_model_is_not_measured_on_classes_that_it_was_trained_on(run, tmp_path
 
 # ---------------------------------------------------- pretrained backbones ----------------------------------------
 @pytest.fixture
-def zero_shot(raw_sets, weights):
+def pretrained(raw_sets, weights):
     """The words that measure a pretrained backbone on CUB-200-2011."""
-    return ('--zero_shot', '--data_path', raw_sets, '--data_name', 'cub', '--backbone_type', BACKBONE, '--weights',
+    return ('--pretrained', '--data_path', raw_sets, '--data_name', 'cub', '--backbone_type', BACKBONE, '--weights',
             weights, '--image_size', 32, '--resize_size', 0, '--recalls', '1,2')
 
 
-def test_zero_shot_measures_the_mean_of_the_backbones_features(zero_shot, raw_sets, weights, evaluate_as_json):
+@pytest.mark.parametrize('whiten', ['test', 'train', 'off'])
+def test_a_pretrained_backbone_is_measured_alone_and_whitened_without_labels(
+        pretrained, raw_sets, weights, evaluate_as_json, monkeypatch, whiten):
     from retrieval.embedding import embed_images
     from retrieval.metrics import retrieval_metrics
+    from retrieval.pretrained import build_pretrained
 
-    measured = evaluate_as_json(*zero_shot)
-    assert measured.keys() == {'dense', 'open_set', 'measured_on'}
-    split = load(raw_sets / 'cub/uncropped_data_dicts.pth', 'split file')['test']
-    paths = [raw_sets / 'cub' / path for paths in split.values() for path in paths]
-    labels = torch.tensor([label for label, paths in enumerate(split.values()) for _ in paths])
-    model = EmbeddingNet(NetConfig(BACKBONE, 0, 'avg', layer_norm=False, image_size=32), str(weights))
-    features = embed_images(model, paths, {'args': {'resize_size': 0, 'amp': 'off'}})
-    assert measured['dense'] == pytest.approx(retrieval_metrics(features, labels, recalls=(1, 2)))
+    monkeypatch.setattr('retrieval.pretrained.FEWEST_IMAGES', 3)
+    measured = evaluate_as_json(*pretrained, '--whiten', whiten)
+    model = build_pretrained(BACKBONE, str(weights), 32, None, torch.device('cpu'))
+    run = {'args': {'resize_size': 0, 'amp': 'off'}}
+    split = load(raw_sets / 'cub/uncropped_data_dicts.pth', 'split file')
+    files = {side: [raw_sets / 'cub' / path for paths in split[side].values() for path in paths] for side in split}
+    labels = torch.tensor([label for label, paths in enumerate(split['test'].values()) for _ in paths])
+    alone = retrieval_metrics(embed_images(model, files['test'], run), labels, recalls=(1, 2))
+    if whiten == 'off':
+        assert measured.keys() == {'dense', 'binary', 'open_set', 'measured_on'}
+        assert measured['dense'] == pytest.approx(alone)
+        return
+    assert measured['backbone'] == pytest.approx(alone)
+    transform = make_transform(False, 32, 0, model.interpolation)
+    with torch.no_grad():
+        features = model.compute_features(torch.stack([transform(load_image(file)) for file in files[whiten]]))
+    model.add_whitening(features, min(512, model.num_features))
+    whitened = retrieval_metrics(embed_images(model, files['test'], run), labels, recalls=(1, 2))
+    assert measured['dense'] == pytest.approx(whitened)
 
 
-def test_a_pretrained_backbone_is_saved_and_measured_again(zero_shot, tmp_path, raw_sets, call_script):
-    first = call_script(evaluate, *zero_shot, '--num_workers', 0, '--save', '--results_dir', tmp_path)
-    (data_base,) = tmp_path.glob('cub_timm-test_resnet_*_zero_shot_data_base.pth')
+def test_a_pretrained_backbone_is_saved_and_measured_again(pretrained, tmp_path, raw_sets, call_script):
+    first = call_script(evaluate, *pretrained, '--num_workers', 0, '--save', '--results_dir', tmp_path)
+    (data_base,) = tmp_path.glob('cub_timm-test_resnet_*_pretrained_data_base.pth')
     model = Path(str(data_base).replace('data_base', 'model'))
     assert f'python test.py --data_base {data_base} --data_path {raw_sets} --query_img_name uncropped/' in first
     for words in (('--data_base', data_base), ('--model', model, '--data_path', raw_sets, '--num_workers', 0)):
         again = call_script(evaluate, *words)
         assert again.splitlines()[1] == first.splitlines()[1]
         assert 'not trained' in again
-        assert 'binary' not in again  # most backbones end in a ReLU
-    with pytest.raises(UserError, match='--save: .*zero_shot_model.pth is there already; add --overwrite'):
-        call_script(evaluate, *zero_shot, '--num_workers', 0, '--save', '--results_dir', tmp_path)
-    call_script(evaluate, *zero_shot, '--num_workers', 0, '--save', '--overwrite', '--results_dir', tmp_path)
+    with pytest.raises(UserError, match='--save: .*pretrained_model.pth is there already; add --overwrite'):
+        call_script(evaluate, *pretrained, '--num_workers', 0, '--save', '--results_dir', tmp_path)
+    call_script(evaluate, *pretrained, '--num_workers', 0, '--save', '--overwrite', '--results_dir', tmp_path)
 
 
 @pytest.mark.slow
-def test_a_pretrained_backbone_is_searched_reported_and_exported(zero_shot, tmp_path, raw_sets, call_script):
+def test_a_pretrained_backbone_is_searched_reported_and_exported(pretrained, tmp_path, raw_sets, call_script):
     import export
     from test_test_script import test_script
 
-    call_script(evaluate, *zero_shot, '--num_workers', 0, '--save', '--results_dir', tmp_path)
-    (data_base,) = tmp_path.glob('*_zero_shot_data_base.pth')
+    call_script(evaluate, *pretrained, '--num_workers', 0, '--save', '--results_dir', tmp_path)
+    (data_base,) = tmp_path.glob('*_pretrained_data_base.pth')
     foreign = shutil.copy(raw_sets / 'car/uncropped/000001.jpg', tmp_path / 'foreign.jpg')
     for query in (load_data_base(data_base).test.images[0], foreign):
         call_script(test_script, '--data_base', data_base, '--data_path', raw_sets, '--results_dir', tmp_path,

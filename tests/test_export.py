@@ -259,13 +259,13 @@ def test_the_protocol_says_what_the_numbers_are_of(settings, num_seen, part):
     assert ('were not trained on' in protocol) == (num_seen == 0)
 
 
-def test_the_card_of_a_pretrained_backbone_says_nothing_of_training_or_binary_codes(run):
+def test_the_card_of_a_pretrained_backbone_says_nothing_of_training(run):
     model, contents = load_model(run / 'birds_run_model.pth')
-    contents['args'] = {**SETTINGS, 'zero_shot': True, 'weights': 'imagenet', 'resize_size': 0}
+    contents['args'] = {**SETTINGS, 'pretrained': True, 'weights': 'imagenet', 'resize_size': 0}
     card = export.render_card(model, contents, load_data_base(run / 'birds_run_data_base.pth'), 'hub')
     assert 'features of its weights `imagenet`' in card
     assert 'without keeping their proportions' in card
-    for word in ('inary', 'recipe `', 'epoch was chosen'):
+    for word in ('recipe `', 'epoch was chosen'):
         assert word not in card, word
 
 

@@ -268,7 +268,7 @@ class Workspace:
             return [*small, *seeds, *narrow, *backbone, *epochs]
         if script == 'data_utils.py' and 'glyph' in words:
             return ['--glyph_classes', '9', '--glyph_images', '4']
-        if script == 'evaluate.py' and '--zero_shot' in words:
+        if script == 'evaluate.py' and '--pretrained' in words:
             return ['--backbone_type', BACKBONE, '--weights', self.weights, '--image_size', '32', '--recalls', '1,2',
                     '--num_workers', '0']
         if script == 'export.py' or script == 'evaluate.py' and '--model' in words:

@@ -522,8 +522,8 @@ def test_the_pretrained_backbone_is_measured_before_the_training(raw_sets, tmp_p
     torch.save(EmbeddingNet(NetConfig(BACKBONE, 4), 'none').backbone.network.state_dict(), tmp_path / 'w.pth')
     printed = train_tiny(raw_sets, tmp_path, '--weights', tmp_path / 'w.pth')
     measured = json.loads(call_script(
-        evaluate, '--zero_shot', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--weights', tmp_path / 'w.pth',
-        '--image_size', 32, '--recalls', '1,2', '--amp', 'off', '--num_workers', 0, '--json'))
+        evaluate, '--pretrained', '--data_path', raw_sets, '--backbone_type', BACKBONE, '--weights', tmp_path / 'w.pth',
+        '--image_size', 32, '--recalls', '1,2', '--amp', 'off', '--whiten', 'off', '--num_workers', 0, '--json'))
     baseline = measured['dense']['R@1']
     assert f'before the training: R@1 {baseline:.2f} of the backbone' in printed
     table = pd.read_csv(tmp_path / f'{NAME}_statistics.csv')

@@ -145,7 +145,7 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
                        'trained on; evaluate.py, report.py and export.py say so beside their numbers')
     group.add_argument('--pretrained_baseline', type=switch, metavar='{0,1}', help='measure R@1 of the backbone '
-                       '(average pooling, no head) before the training [1; 0 with --weights none and --init]')
+                       '(pooled features, no head) before the training [1; 0 with --weights none and --init]')
     group.add_argument('--seeds', type=seed_list, metavar='1,2,3', help='train a run for each seed, one after the '
                        'other, and report mean, standard deviation and 95 %% interval of R@1; with --resume those that '
                        'are complete are kept')

@@ -72,7 +72,7 @@ def print_end(rows: list[dict], options: RunOptions, files: RunFiles, query: str
     baseline = last.get('pretrained_R@1')
     if baseline is not None and baseline > best['dense_R@1']:
         print(f'the pretrained backbone (R@1 {baseline:.2f}) is better than every epoch of this training; to search '
-              'with it, use evaluate.py --zero_shot --save')
+              'with it, use evaluate.py --pretrained --save')
     evaluate = ['python', 'evaluate.py', '--data_base', str(files.data_base)]
     if options.allow_seen:
         evaluate.append('--allow_seen')

@@ -1,0 +1,84 @@
+"""Measure a pretrained backbone alone and whitened, on several data sets: the table of docs/search.md.
+
+    python benchmarks/measure_pretrained.py --data_path /home/data --weights imagenet
+
+Each row of the table is a call of evaluate.py --pretrained; its R@1, MAP@R and seconds are added to the CSV when it
+ends, and a row that is there is not measured again.
+"""
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # a script finds only the modules beside itself
+
+from common.errors import UserError  # noqa: E402
+from utils import Parser, run_script, user_path  # noqa: E402
+
+COLUMNS = ('data_name', 'features', 'R@1', 'MAP@R', 'seconds')
+# Name of the features -> flags of evaluate.py. The backbone alone is measured with the first ones.
+VARIANTS = {
+    'whitened on the searched images': '--whiten test',
+    'whitened on other images': '--whiten train',
+    'whitened, flip': '--whiten test --flip_tta 1',
+    'whitened, 192 px': '--whiten test --image_size 192',
+}
+
+
+def measure(args, data_name: str, flags: str) -> tuple[dict, float]:
+    """Return what evaluate.py measures, and the seconds that it took."""
+    command = [sys.executable, str(REPOSITORY / 'evaluate.py'), '--pretrained', '--json', '--data_path', args.data_path,
+               '--data_name', data_name, '--backbone_type', args.backbone_type, '--weights', args.weights,
+               '--image_size', str(args.image_size), *flags.split()]
+    start = time.perf_counter()
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f'evaluate.py ended with code {done.returncode}; its message is above')
+    return json.loads(done.stdout), time.perf_counter() - start
+
+
+def read_measured(file: Path) -> list[dict[str, str]]:
+    """Return the rows of the CSV, none if there is no file."""
+    if not file.is_file():
+        return []
+    with open(file, newline='', encoding='utf-8') as opened:
+        return list(csv.DictReader(opened))
+
+
+def main() -> None:
+    """Measure what is missing in the CSV, and print all rows."""
+    parser = Parser(description=__doc__)
+    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder of the data sets '
+                        '[%(default)s]')
+    parser.add_argument('--data_names', nargs='+', default=['car', 'cub', 'grocery'], help='data sets [%(default)s]')
+    parser.add_argument('--backbone_type', default='timm:tf_efficientnet_lite0', help='[%(default)s]')
+    parser.add_argument('--weights', type=user_path, default='imagenet', help='[%(default)s]')
+    parser.add_argument('--image_size', type=int, default=128, help='side of the images in pixels [%(default)s]')
+    parser.add_argument('--csv', type=user_path, default='results/pretrained.csv', help='file to add to [%(default)s]')
+    args = parser.parse_args()
+    file = Path(args.csv)
+    rows = read_measured(file)
+    for data_name in args.data_names:
+        for features, flags in VARIANTS.items():
+            if any((row['data_name'], row['features']) == (data_name, features) for row in rows):
+                continue
+            results, seconds = measure(args, data_name, flags)
+            measured = {features: results['dense']}
+            if 'whitened on the searched images' in measured:
+                measured = {'backbone alone': results['backbone'], **measured}
+            rows += [{'data_name': data_name, 'features': name, 'R@1': f'{metrics["R@1"]:.2f}',
+                      'MAP@R': f'{metrics["MAP@R"]:.2f}', 'seconds': f'{seconds:.0f}'}
+                     for name, metrics in measured.items()]
+            with open(file, 'w', newline='', encoding='utf-8') as opened:
+                writer = csv.DictWriter(opened, COLUMNS, lineterminator='\n')
+                writer.writeheader()
+                writer.writerows(rows)
+    for row in rows:
+        print(f'{row["data_name"]:<10}{row["features"]:<34}{row["R@1"]:>7}{row["MAP@R"]:>7}{row["seconds"]:>6} s')
+
+
+if __name__ == '__main__':
+    run_script(main)
