@@ -26,7 +26,7 @@ import random
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 from common.errors import UserError
@@ -77,6 +77,8 @@ def get_args(argv: list[str] | None = None):
                        'data base has now, and embed them all again')
     group.add_argument('--remove', nargs='+', metavar='PATTERN', help='remove these images or folders; * and ? are '
                        'wildcards')
+    group.add_argument('--confirm', action='store_true', help='let --update remove more than half of the images of a '
+                       'folder, and --remove all images')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
     group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
                        'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
@@ -124,6 +126,10 @@ def check_combinations(args) -> None:
     if args.refit and any(map(is_set, ('images', 'update', 'remove', 'dtype', *BACKBONE_FLAGS))):
         raise UserError('--refit embeds the images of the data base as they are; call it by itself, without --images, '
                         '--update, --remove, --dtype and flags of the backbone')
+    if args.confirm and not (args.update or args.remove):
+        raise UserError('--confirm has no effect without --update or --remove; leave it out')
+    if args.remove and not all(pattern.strip() for pattern in args.remove):
+        raise UserError('--remove: an empty pattern names no image; is a variable of the shell unset?')
     if args.overwrite and not any(map(is_set, TABLE_FLAGS)):
         raise UserError('--overwrite has no effect without --csv, --npy or --parquet; leave it out')
 
@@ -132,18 +138,16 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
     ARGS = run_script(get_args)
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from common.distributed import progress, select_device, use_amp
-from common.images import BrokenImage, load_image
+from common.distributed import select_device
 from common.results import RunFiles
 from imagedata.folders import read_labels, resolve_image_folder, scan_images
-from imagedata.loading import batches_in_order, make_loader, make_transform
 from model import EmbeddingNet
 from retrieval.collection import DTYPES, CollectionItem, FileCollection, filter_items
 from retrieval.database import ORIGIN, load_data_base
-from retrieval.embedding import WithoutHead, embed_batch
+from retrieval.embedding import WithoutHead
+from retrieval.image_files import Embedded, embed_files, join
 from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
 from retrieval.nearest import pairs_above
 from retrieval.pretrained import build_pretrained, fit_whitening, pretrained_settings, without_whitening
@@ -152,46 +156,9 @@ from training.statistics import provenance
 
 
 # ---------------------------------------------------- embedding -----------------------------------------------------
-class ImageFiles:
-    """A data set of image files: each a uint8 tensor (3, side, side), and whether the file could be read."""
-
-    def __init__(self, files: list[str], transform, side: int):
-        self.files, self.transform, self.side = files, transform, side
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
-        """Return an image and True, or a grey one and False if its file cannot be read."""
-        try:
-            return self.transform(load_image(Path(self.files[index]))), True
-        except BrokenImage:
-            return torch.full((3, self.side, self.side), 127, dtype=torch.uint8), False
-
-
-@torch.no_grad()
-def embed_in_batches(items: list[CollectionItem], model: EmbeddingNet, settings: dict, num_workers: int,
-                     device: torch.device, network: nn.Module | None = None
-                     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the embeddings (n, D) of batches of images, and which of them could be read (n,).
-
-    Args:
-        settings: batch_size, resize_size and amp.
-        network: computes other features than the embeddings of the model.
-    """
-    batch_size, amp, image_size = settings['batch_size'], use_amp(settings['amp'], device), model.config.image_size
-    transform = make_transform(False, image_size, settings['resize_size'], model.interpolation)
-    dataset = ImageFiles([item.file for item in items], transform, image_size)
-    loader = make_loader(dataset, batches_in_order(len(items), batch_size), num_workers, device)
-    with progress(None, desc='embed', total=len(items), unit='img') as bar:
-        for images, is_readable in loader:
-            yield embed_batch(network or model, images, device, amp).cpu(), is_readable
-            bar.update(len(images))
-
-
 def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, settings: dict, num_workers: int,
-                device: torch.device) -> None:
-    """Embed images and add them to a collection, about SAVED_EVERY at a time.
+                device: torch.device) -> list[str]:
+    """Embed images and add them to a collection, about SAVED_EVERY at a time; returns the files out of reach.
 
     Raises:
         UserError: if the embeddings are not finite.
@@ -199,34 +166,49 @@ def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, se
     # Whole batches are saved, so that a call that continues has the same ones: the last bits of an embedding can
     # depend on its batch.
     batches_at_once = max(1, SAVED_EVERY // settings['batch_size'])
-    batches, start = [], 0
-    for batch in embed_in_batches(items, model, settings, num_workers, device):
+    batches, start, lost = [], 0, []
+    for batch in embed_files([item.file for item in items], model, settings, num_workers, device):
         batches.append(batch)
-        end = start + sum(len(readable) for _, readable in batches)
+        end = start + sum(len(embedded.reasons) for embedded in batches)
         if len(batches) == batches_at_once or end == len(items):
-            embeddings, readable = map(torch.cat, zip(*batches, strict=True))
-            add_embedded(collection, items[start:end], embeddings, readable)
+            lost += add_embedded(collection, items[start:end], join(batches))
             batches, start = [], end
+    return lost
 
 
-def add_embedded(collection, items: list[CollectionItem], embeddings: torch.Tensor, readable: torch.Tensor) -> None:
-    """Add images with their embeddings (n, D) to a collection; those that are not readable (n,) are noted as broken."""
-    if not embeddings.isfinite().all():
+def add_embedded(collection, items: list[CollectionItem], embedded: Embedded) -> list[str]:
+    """Add embedded images to a collection, note broken files in it, and name them.
+
+    Returns:
+        the files that are out of reach: they may be sound, so the collection keeps what it knows of them.
+
+    Raises:
+        UserError: if the embeddings are not finite.
+    """
+    if not embedded.embeddings.isfinite().all():
         raise UserError(f'the embeddings of {items[0].file} and the images after it are not finite; the model is '
                         'broken')
-    flags = readable.tolist()
-    added = [item for item, is_readable in zip(items, flags, strict=True) if is_readable]
-    broken = [item for item, is_readable in zip(items, flags, strict=True) if not is_readable]
-    collection.add(added, embeddings[readable], broken)
+    added, broken, lost = [], [], []
+    for item, reason, is_out_of_reach in zip(items, embedded.reasons, embedded.out_of_reach, strict=True):
+        if is_out_of_reach:
+            lost.append(f'{item.file} ({reason})')
+        elif reason:
+            broken.append(item)
+            print(f'cannot be read: {item.file} ({reason})')
+        else:
+            added.append(item)
+    collection.add(added, embedded.embeddings[embedded.readable()], broken)
+    return lost
 
 
 # ---------------------------------------------------- without a model -----------------------------------------------
 def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, items: list[CollectionItem],
-              collection: FileCollection, num_workers: int, device: torch.device) -> list[CollectionItem]:
+              collection: FileCollection, num_workers: int, device: torch.device
+              ) -> tuple[list[CollectionItem], list[str]]:
     """Whiten a pretrained network on a sample of the images, save it beside the collection, and add the sample to that.
 
     Returns:
-        the images that are left to embed.
+        the images that are left to embed, and the files out of reach.
 
     Raises:
         UserError: if no image of the sample can be read.
@@ -234,19 +216,22 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
     sample = items
     if len(items) > FIT_SAMPLE:
         sample = random.Random(0).sample(items, FIT_SAMPLE)
-    batches = embed_in_batches(sample, model, settings, num_workers, device, WithoutHead(model))
-    features, readable = map(torch.cat, zip(*batches, strict=True))
+    embedded = join(list(embed_files([item.file for item in sample], model, settings, num_workers, device,
+                                     WithoutHead(model))))
+    readable = embedded.readable()
     if not readable.any():
-        raise UserError(f'none of the {len(sample):,} images can be read, for instance {sample[0].file}')
-    print(f'{model.config.backbone_type}: {fit_whitening(model, features[readable], feature_dim)}', flush=True)
+        raise UserError(f'none of the {len(sample):,} images can be read, for instance {sample[0].file} '
+                        f'({embedded.reasons[0]})')
+    line = fit_whitening(model, embedded.embeddings[readable], feature_dim)
+    print(f'{model.config.backbone_type}: {line}', flush=True)
     contents = model_contents(model, {'args': settings, 'made_with': provenance(device)})
     save(contents, RunFiles.beside(collection.file).model)
     collection.set_model({key: contents[key] for key in ORIGIN if key in contents}, model_fingerprint(contents))
     with torch.no_grad():
-        embeddings = F.normalize(model.head(features.to(device)), dim=-1).cpu()
-    add_embedded(collection, sample, embeddings, readable)
+        embeddings = F.normalize(model.head(embedded.embeddings.to(device)), dim=-1).cpu()
+    lost = add_embedded(collection, sample, embedded._replace(embeddings=embeddings))
     in_sample = {item.file for item in sample}
-    return [item for item in items if item.file not in in_sample]
+    return [item for item in items if item.file not in in_sample], lost
 
 
 def refit(args, collection: FileCollection, device: torch.device) -> None:
@@ -272,12 +257,20 @@ def refit(args, collection: FileCollection, device: torch.device) -> None:
     target = FileCollection(folder / file.name, {'args': {}}, dtype=collection.dtype)
     asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
     model, feature_dim = without_whitening(model), model.config.feature_dim
-    left = fit_model(model, settings | asked, feature_dim, [item.with_stamp(stamp) for item, stamp in stamps.items()],
-                     target, args.num_workers, device)
-    embed_items(left, target, model, settings | asked, args.num_workers, device)
+    items = [item.with_stamp(stamp) for item, stamp in stamps.items()]
+    left, lost = fit_model(model, settings | asked, feature_dim, items, target, args.num_workers, device)
+    lost += embed_items(left, target, model, settings | asked, args.num_workers, device)
+    if lost:
+        raise UserError(describe_lost(lost))
     target.finish()
     os.replace(target.file, file)
     finish_refit(file)
+
+
+def describe_lost(files: list[str]) -> str:
+    """Say which files were out of reach, for instance because a disk dropped out, and what to do."""
+    return (f'{len(files):,} files could not be reached, for instance {files[0]}; all others are saved, and the same '
+            'command tries these again')
 
 
 def refit_folder(file: Path) -> Path:
@@ -387,11 +380,12 @@ def scan_folder(images: str, labels_flag: str | None, collection) -> list[Collec
     return to_embed
 
 
-def update(collection) -> list[CollectionItem]:
+def update(collection, confirmed: bool) -> list[CollectionItem]:
     """Remove images whose files were deleted; return those that have changed, and broken files to try again.
 
     Raises:
-        UserError: if a whole folder is missing, for instance because a disk is not mounted.
+        UserError: if a whole folder or most of its images are missing, for instance because a disk is not mounted;
+            the latter is allowed if it is `confirmed`.
     """
     for folder in collection.folders():
         if not Path(folder).is_dir():
@@ -404,6 +398,8 @@ def update(collection) -> list[CollectionItem]:
             deleted.append(item)
         elif tuple(stamp) != item.stamp:
             to_embed.append(item.with_stamp(stamp))
+    if not confirmed:
+        check_removal(collection, deleted)
     if deleted:
         collection.remove(deleted)
     for file, item in list(collection.broken.items()):
@@ -415,17 +411,29 @@ def update(collection) -> list[CollectionItem]:
     return to_embed
 
 
-def remove(patterns: list[str], collection) -> None:
+def check_removal(collection, deleted: list[CollectionItem]) -> None:
+    """Raise a UserError if more than half of a folder's images were deleted, as it seems when a disk is not mounted."""
+    counts = Counter(item.folder for item in collection.items())
+    for folder, count in Counter(item.folder for item in deleted).items():
+        if 2 * count > counts[folder]:
+            raise UserError(f'--update: {count:,} of the {counts[folder]:,} images in {folder} are missing; is a disk '
+                            'not mounted? If they were deleted, add --confirm, and they leave the collection')
+
+
+def remove(patterns: list[str], collection, confirmed: bool) -> None:
     """Remove the images that match patterns, and forget such broken files.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there are none, or if all images would be removed and that is not `confirmed`.
     """
     removed = filter_items(list(collection.items()), patterns)
     forgotten = filter_items(list(collection.broken.values()), patterns)
     if not removed and not forgotten:
         raise UserError(f'--remove {" ".join(patterns)} matches none of the {len(collection):,} images; --list prints '
                         'them')
+    if len(removed) == len(collection) and removed and not confirmed:
+        raise UserError(f'--remove {" ".join(patterns)} matches all {len(collection):,} images; to remove them all, '
+                        'add --confirm')
     if removed:
         collection.remove(removed)
     for item in forgotten:
@@ -437,9 +445,9 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
     """Update, remove and add images as the command line says."""
     to_embed = {}  # file -> item: --update and --images may find the same ones
     if args.update:
-        to_embed |= {item.file: item for item in update(collection)}
+        to_embed |= {item.file: item for item in update(collection, args.confirm)}
     if args.remove:
-        remove(args.remove, collection)
+        remove(args.remove, collection, args.confirm)
         for item in filter_items(list(to_embed.values()), args.remove):
             del to_embed[item.file]
     if args.images is not None:
@@ -447,19 +455,21 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
     if args.model is not None and args.qdrant is None:
         keep_model(args.model, Path(args.data_base))
     if to_embed:
-        start, items = time.perf_counter(), list(to_embed.values())
+        start, items, lost = time.perf_counter(), list(to_embed.values()), []
         asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
         if collection.fingerprint is None:
             model = build_pretrained(args.backbone_type, args.weights, args.image_size, args.pooling, device)
             settings = pretrained_settings(args.weights, model.config.image_size) | asked
-            items = fit_model(model, settings, args.feature_dim, items, collection, args.num_workers, device)
+            items, lost = fit_model(model, settings, args.feature_dim, items, collection, args.num_workers, device)
         model = model or load_kept_model(Path(args.data_base), collection.fingerprint, device)
-        embed_items(items, collection, model, {**collection.origin['args'], **asked}, args.num_workers, device)
+        lost += embed_items(items, collection, model, {**collection.origin['args'], **asked}, args.num_workers, device)
         print(f'{len(to_embed):,} images in {time.perf_counter() - start:.0f} s')
     collection.finish()
     if collection.broken:
         named = ', '.join(list(collection.broken)[:MAX_NAMED]) + (' ...' if len(collection.broken) > MAX_NAMED else '')
         print(f'{len(collection.broken):,} images cannot be read and are left out: {named}')
+    if to_embed and lost:
+        raise UserError(describe_lost(lost))
 
 
 # ---------------------------------------------------- duplicates ---------------------------------------------------

@@ -203,7 +203,7 @@ def embed_data_set(args, model: EmbeddingNet, run: dict, trained_size: int, devi
     data = open_data(args.data_path or '/home/data', settings['data_name'], settings['crop_type'])
     transform = make_transform(False, image_size, settings['resize_size'], model.interpolation)
     if subset == 'train':
-        data = data._replace(split={'test': data.split['train']})
+        data = data._replace(split={'test': data.split['train'], 'class_names': data.split['class_names']})
     loaders = make_test_loaders(data, transform, settings['batch_size'],
                                 2 if args.num_workers is None else args.num_workers, device)
     data_base = make_data_base(model, loaders, device, use_amp(settings['amp'], device))

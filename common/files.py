@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import secrets
+import stat
 import tempfile
 import warnings
 import zipfile
@@ -19,15 +20,18 @@ LARGEST_FEATURE_DIM = 65536
 def write_atomically(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, sync it to the disk, then rename it over `path`.
 
-    A reader sees the old file or the new one, never a part; after an error the old one is still there.
+    A reader sees the old file or the new one, never a part; after an error the old one is still there. A link stays
+    one, and the file it leads to is replaced; a file that is replaced keeps its mode.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         with open(temporary, 'xb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

@@ -1,9 +1,12 @@
 """Any folder becomes a data base: what it contains, how it changes, and what an interruption does to it."""
 import csv
+import errno
 import os
+import re
 import runpy
 import shutil
 import signal
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +24,10 @@ import evaluate
 import report
 from common.errors import UserError
 from common.files import MADE_HERE, save
-from common.images import load_image
+from common.images import BrokenImage, load_image
 from common.results import RunFiles
 from imagedata.loading import make_transform
+from retrieval import image_files
 from retrieval.database import load_data_base
 from retrieval.metrics import similarity_of
 from retrieval.model_file import load_model
@@ -67,6 +71,11 @@ def classes_of(file: Path) -> dict[str, str | None]:
     """Return {path: class} of a data base, in its order."""
     data_base = load_data_base(file)
     return dict(zip(data_base.test.images, map(data_base.class_of, data_base.test.labels.tolist()), strict=True))
+
+
+def feature_of(data_base, path: str) -> torch.Tensor:
+    """Return the features of the image with this path."""
+    return data_base.test.features[data_base.test.images.index(path)]
 
 
 def load(path):
@@ -142,8 +151,12 @@ def test_a_folder_below_a_known_one_keeps_its_paths_and_one_above_is_refused(cal
 
 def test_batches_and_workers_are_those_of_the_command_line(call, model, museum, tmp_path, monkeypatch):
     batches = []
-    monkeypatch.setattr(embed, 'embed_batch', lambda model, images, device, amp: batches.append((len(images), amp))
-                        or torch.nn.functional.normalize(torch.ones(len(images), DIM), dim=1))
+
+    def count(model, images, device, amp):
+        batches.append((len(images), amp))
+        return torch.nn.functional.normalize(torch.ones(len(images), DIM), dim=1)
+
+    monkeypatch.setattr(image_files, 'embed_batch', count)
     call('--model', model, '--images', museum, '--batch_size', 5, '--amp', 'on')
     assert batches == [(5, True), (5, True), (2, True)]
 
@@ -164,7 +177,7 @@ def test_a_folder_of_broken_images_alone_makes_no_data_base(call, model, tmp_pat
 
 
 def test_embeddings_that_are_not_finite_are_refused(call, model, museum, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, 'embed_batch', lambda model, images, *_: torch.full((len(images), DIM), torch.nan))
+    monkeypatch.setattr(image_files, 'embed_batch', lambda model, images, *_: torch.full((len(images), DIM), torch.nan))
     with pytest.raises(UserError, match='not finite; the model is broken'):
         call('--model', model, '--images', museum)
 
@@ -222,8 +235,21 @@ def test_images_are_removed_by_path_folder_or_pattern(call, embedded):
     assert len(data_base.test.features) == 5
     with pytest.raises(UserError, match='--remove nothing matches none of the 5 images'):
         call('--remove', 'nothing')
-    assert 'museum.pth has no images left' in call('--remove', '*')
+    with pytest.raises(UserError, match='matches all 5 images; to remove them all, add --confirm'):
+        call('--remove', '*')
+    assert 'museum.pth has no images left' in call('--remove', '*', '--confirm')
     assert not embedded.exists()
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (('--remove', ''), '--remove: an empty pattern names no image'),
+    (('--remove', 'ara', ' '), '--remove: an empty pattern names no image'),
+    (('--remove', '/'), '--remove / matches all 11 images; to remove them all, add --confirm'),
+    (('--list', '--confirm'), '--confirm has no effect without --update or --remove')])
+def test_no_slip_removes_all_images(call, embedded, words, message):
+    with pytest.raises(UserError, match=message):
+        call(*words)
+    assert len(load_data_base(embedded).test.images) == 11
 
 
 def test_update_embeds_changed_files_and_removes_deleted_ones(call, embedded, museum):
@@ -241,6 +267,68 @@ def test_update_of_a_missing_folder_removes_nothing(call, embedded, museum, tmp_
     with pytest.raises(UserError, match='museum is missing'):  # a disk may not be mounted
         call('--update')
     assert len(load_data_base(embedded).test.images) == 11
+
+
+def test_update_keeps_a_collection_whose_folder_is_an_empty_mount_point(call, embedded, museum, tmp_path):
+    before = classes_of(embedded)
+    shutil.move(museum, tmp_path / 'away')
+    museum.mkdir()
+    with pytest.raises(UserError, match='--update: 11 of the 11 images in .*museum are missing; is a disk not mounted'):
+        call('--update')
+    assert classes_of(embedded) == before
+    museum.rmdir()
+    shutil.move(tmp_path / 'away', museum)
+    for path in ('ara', 'loans'):  # 7 of 11
+        shutil.rmtree(museum / path)
+    with pytest.raises(UserError, match='7 of the 11 images'):
+        call('--update')
+    assert '7 deleted images are removed' in call('--update', '--confirm')
+
+
+@pytest.mark.parametrize('flag', ['--images', '--update'])
+def test_a_file_that_is_out_of_reach_is_not_taken_for_a_broken_one(flag, call, embedded, museum, monkeypatch):
+    before = load_data_base(embedded)
+    for path in ('ara/1.jpg', 'zebra/0.jpg'):
+        write_image(museum / path, 5, 9)
+
+    def drop_out(file):
+        if file.name == '1.jpg':
+            try:
+                raise OSError(errno.EIO, 'Input/output error')
+            except OSError as error:
+                raise BrokenImage('Input/output error') from error
+        return load_image(file)
+
+    words = (flag, museum) if flag == '--images' else (flag,)
+    with monkeypatch.context() as context:
+        context.setattr(image_files, 'load_image', drop_out)
+        with pytest.raises(UserError, match=r'1 files could not be reached, for instance .*/ara/1.jpg \(Input/output'):
+            call(*words)
+    after = load_data_base(embedded)
+    assert list(after.sources.broken) == [f'{museum}/broken.png']
+    assert torch.equal(feature_of(after, 'ara/1.jpg'), feature_of(before, 'ara/1.jpg'))
+    assert not torch.equal(feature_of(after, 'zebra/0.jpg'), feature_of(before, 'zebra/0.jpg'))
+    call(*words)
+    assert not torch.equal(feature_of(load_data_base(embedded), 'ara/1.jpg'), feature_of(before, 'ara/1.jpg'))
+
+
+def test_each_broken_file_is_named_with_its_reason(call, model, museum):
+    (museum / 'empty.jpg').touch()
+    printed = call('--model', model, '--images', museum)
+    assert re.search(r'cannot be read: .*/broken.png \(.+\)\n', printed)
+    assert re.search(r'cannot be read: .*/empty.jpg \(.+\)\n', printed)
+
+
+def test_a_link_stays_a_link_and_a_file_keeps_its_mode(call, embedded, museum, tmp_path):
+    (tmp_path / 'elsewhere').mkdir()
+    shutil.move(embedded, tmp_path / 'elsewhere/real.pth')
+    embedded.symlink_to('elsewhere/real.pth')
+    (tmp_path / 'elsewhere/real.pth').chmod(0o600)
+    write_image(museum / 'new.jpg', 5, 9)
+    call('--images', museum)
+    assert embedded.is_symlink()
+    assert stat.S_IMODE((tmp_path / 'elsewhere/real.pth').stat().st_mode) == 0o600
+    assert len(load_data_base(tmp_path / 'elsewhere/real.pth').test.images) == 12
 
 
 def test_what_update_finds_is_embedded_once_and_not_if_it_is_removed(call, embedded, museum):
@@ -421,7 +509,9 @@ def test_a_mistaken_command_line_is_refused(words, message):
 def test_a_data_base_has_a_suffix_and_must_exist_or_be_created(call, tmp_path):
     with pytest.raises(UserError, match='m.npy must end in .pth'):
         embed.get_args(['--data_base', 'm.npy', '--list'])
-    with pytest.raises(UserError, match='there is no data base .*; create it with --model'):
+    with pytest.raises(UserError, match='there is no data base .*; create it with --images FOLDER'):
+        call('--update')
+    with pytest.raises(UserError, match='holds no images'):
         call('--images', tmp_path)
 
 
@@ -429,7 +519,7 @@ def test_a_data_base_has_a_suffix_and_must_exist_or_be_created(call, tmp_path):
 def test_an_interrupted_call_continues_and_ends_as_an_uninterrupted_one(call, model, museum, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, 'SAVED_EVERY', 4)
     call('--model', model, '--images', museum, name='whole.pth')
-    embed_batch, embedded = embed.embed_batch, []
+    embed_batch, embedded = image_files.embed_batch, []
 
     def interrupted(model, images, *rest):
         embedded.append(len(images))
@@ -437,7 +527,7 @@ def test_an_interrupted_call_continues_and_ends_as_an_uninterrupted_one(call, mo
             raise KeyboardInterrupt
         return embed_batch(model, images, *rest)
 
-    monkeypatch.setattr(embed, 'embed_batch', interrupted)
+    monkeypatch.setattr(image_files, 'embed_batch', interrupted)
     with pytest.raises(KeyboardInterrupt, match='7 new images are saved; the same command continues'):
         call('--model', model, '--images', museum)
     assert len(list((tmp_path / 'museum.pth.parts').iterdir())) == 2

@@ -15,7 +15,7 @@ from common.images import load_image
 from common.weights import check_hub
 from imagedata.loading import make_transform
 from model import EmbeddingNet, NetConfig
-from retrieval import pretrained
+from retrieval import image_files, pretrained
 from retrieval.database import load_data_base
 from retrieval.embedding import embed_images
 from retrieval.model_file import load_model
@@ -168,7 +168,7 @@ def test_a_folder_without_classes_is_embedded_by_a_backbone_whitened_on_it(call,
 def test_each_image_is_embedded_once_and_the_whitening_takes_a_sample(call, flags, photos, monkeypatch):
     read = []
     monkeypatch.setattr(embed, 'FIT_SAMPLE', 7)
-    monkeypatch.setattr(embed, 'load_image', lambda file, load=embed.load_image: read.append(file) or load(file))
+    monkeypatch.setattr(image_files, 'load_image', lambda file: read.append(file) or load_image(file))
     assert 'whitened on 7 images' in call('--images', photos, *flags)
     assert len(read) == len(set(read)) == 12
 
