@@ -20,6 +20,7 @@ A split file holds {'train': {label: [path, ...]}, 'test': {...}, 'class_names':
 """
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -377,7 +378,8 @@ def read_known(root: Path, data_name: str) -> tuple[list[RawImage], dict[str, st
     return images, class_names
 
 
-def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bool) -> OwnFolder:
+def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bool,
+             exclude: Sequence[str] = ()) -> OwnFolder:
     """Read a folder of your own photographs, with the class split of an earlier conversion unless `resplit`.
 
     Reports what was left out, and which classes changed sides.
@@ -392,7 +394,7 @@ def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bo
             earlier.pop('ratio', None)
         if seed is not None:
             earlier.pop('seed', None)
-    folder = read_folder(root, test_ratio, seed, earlier, known)
+    folder = read_folder(root, test_ratio, seed, earlier, known, exclude)
     if resplit and not folder.class_split:
         raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
     if resplit:
@@ -474,6 +476,9 @@ def get_args(argv: list[str] | None = None):
                      f'each class keeps its side in later runs [{DEFAULT_RATIO}]')
     own.add_argument('--resplit', action='store_true', help='split the classes again from scratch; models trained '
                      'before will have seen some of the new test classes')
+    own.add_argument('--exclude', nargs='+', metavar='PATTERN', help='leave out the files and folders whose name, or '
+                     'path in the data set, matches; * and ? are wildcards. Thumbnails, recycle bins and snapshots of '
+                     'NAS and operating systems are always left out')
     glyph = parser.add_argument_group('glyph')
     glyph.add_argument('--glyph_classes', type=int, help='number of characters; two thirds of them are training '
                        f'classes [{GLYPH_CLASSES}]')
@@ -486,7 +491,7 @@ def get_args(argv: list[str] | None = None):
     refuse_without_effect(args, {'glyph_classes': no_glyph, 'glyph_images': no_glyph})
     if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
         reason = ' on data sets with a split of their own'
-        refuse_without_effect(args, {'test_ratio': reason, 'seed': reason if no_glyph else ''})
+        refuse_without_effect(args, {'test_ratio': reason, 'seed': reason if no_glyph else '', 'exclude': reason})
         if args.resplit:
             raise UserError(f'--resplit has no effect{reason}; leave it out')
     check_between(args, {'seed': (0, None), 'cache_size': (16, 8192), 'glyph_classes': (3, None),
@@ -533,7 +538,7 @@ def process(root: Path, data_name: str, args) -> None:
     if data_name in RAW_SETS:
         images, class_names = read_known(root, data_name)
     else:
-        folder = read_own(root, args.test_ratio, seed, args.resplit)
+        folder = read_own(root, args.test_ratio, seed, args.resplit, args.exclude or ())
         images, class_names, class_split = folder.images, folder.class_names, folder.class_split
     conversion = convert(root, images, class_names, args.skip_bad, class_split)
     report_conversion(data_name, conversion)

@@ -8,12 +8,13 @@ holds.
 `scan_images` and `read_labels` read a folder to search in, where images need no class.
 """
 import csv
+import fnmatch
 import hashlib
 import io
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +29,73 @@ MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversio
 MADE_BY = 'data_utils.py'  # its field `made_by`
 
 
+# Folders that operating systems, NAS systems and programs fill with copies of photographs, or with deleted ones.
+SYSTEM_FOLDERS = {
+    'folders of thumbnails': ('@eaDir', '.@__thumb', '.thumbnails', '.thumbs', '.wd_tv', '.wdmc', '*.lrdata',
+                              'iPod Photo Cache', '.picasaoriginals', '*.photoslibrary/resources',
+                              '*.photoslibrary/Thumbnails', '*.photoslibrary/Previews'),
+    'recycle bins': ('#recycle', '@Recycle', '$RECYCLE.BIN', '.Trash', '.Trash-*', '.Trashes', '.recycle', '.recycler',
+                     '.recycle_bin', 'Network Trash Folder', '.dropbox.cache'),
+    'folders of snapshots': ('#snapshot', '@Recently-Snapshot', '@GMT-*', '~snapshot', '.snapshot', '.snapshots',
+                             '.zfs', '@sharesnap'),
+    'folders of the system': ('System Volume Information', 'lost+found', '__MACOSX', '.AppleDouble', '.AppleDB',
+                              '.AppleDesktop', 'Temporary Items', '.TemporaryItems', '.fseventsd',
+                              '.Spotlight-V100', '.DocumentRevisions-V100', '@tmp', '#tmp', '.@upload_cache'),
+}
+
+
 # ---------------------------------------------------- files of a folder -------------------------------------------
-def walk_visible(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Walk a folder like os.walk, in sorted order and without hidden files and folders.
+def kind_of_system_folder(folder: Path) -> str | None:
+    """Return how a folder of a NAS or an operating system is counted, None for any other folder."""
+    names = (folder.name.lower(), f'{folder.parent.name}/{folder.name}'.lower())
+    for kind, patterns in SYSTEM_FOLDERS.items():
+        if any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns for name in names):
+            return f'{kind} ({readable(folder.name)})'
+    return None
+
+
+class Skipper:
+    """Decide which files and folders below a folder are not looked at, and count them.
+
+    Hidden files and folders are skipped without a count.
+
+    Args:
+        root: the folder.
+        exclude: patterns of paths below it, or of names at any depth, where * and ? are wildcards; a folder stands for
+            all that is in it.
+
+    Raises:
+        UserError: if a pattern is empty.
+    """
+
+    def __init__(self, root: Path, exclude: Sequence[str] = ()):
+        self.root = root
+        self.exclude = {pattern: normalize_label(pattern).removeprefix('./').rstrip('/') for pattern in exclude}
+        self.left_out = Counter()
+        for pattern, normalized in self.exclude.items():
+            if not normalized:
+                raise UserError(f'--exclude {pattern!r} is empty; name the files or folders to leave out')
+
+    def skips(self, path: Path, is_folder: bool) -> bool:
+        """Tell whether a file or folder is skipped; counts it."""
+        kind = kind_of_system_folder(path) if is_folder else None
+        if kind is None and path.name.startswith('.'):
+            return True
+        if kind is None and self.exclude:
+            names = (normalize_label(path.name), normalize_label(path.relative_to(self.root).as_posix()))
+            kind = next((f'excluded by {readable(pattern)}' for pattern, normalized in self.exclude.items()
+                         if any(fnmatch.fnmatchcase(name, normalized) for name in names)), None)
+        if kind is not None:
+            self.left_out[kind] += 1
+        return kind is not None
+
+    def subfolders(self, folder: Path) -> list[Path]:
+        """Return the folders in a folder that are not skipped."""
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not self.skips(path, True))
+
+
+def walk_visible(top: Path, skipper: Skipper) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a folder like os.walk, in sorted order and without what a skipper skips.
 
     Raises:
         UserError: if a folder cannot be read, which must not be mistaken for an empty one.
@@ -38,14 +103,14 @@ def walk_visible(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     def refuse(folder: str, reason: str) -> None:
         raise UserError(f'the folder {folder} cannot be read ({reason}); give yourself permission, or move it away')
 
-    def visible(names: list[str]) -> list[str]:
-        return sorted(name for name in names if not name.startswith('.'))
+    def visible(folder: str, names: list[str], are_folders: bool) -> list[str]:
+        return sorted(name for name in names if not skipper.skips(Path(folder, name), are_folders))
 
     for folder, subfolders, files in os.walk(top, onerror=lambda error: refuse(error.filename, error.strerror)):
         if not os.access(folder, os.X_OK):
             refuse(folder, 'its files can be listed, but not opened')
-        subfolders[:] = visible(subfolders)
-        yield Path(folder), subfolders, visible(files)
+        subfolders[:] = visible(folder, subfolders, True)
+        yield Path(folder), subfolders, visible(folder, files, False)
 
 
 def is_image_name(path: Path) -> bool:
@@ -63,15 +128,14 @@ def normalize_label(label: str) -> str:
     return unicodedata.normalize('NFC', label)
 
 
-def list_subfolders(folder: Path) -> list[Path]:
-    """Return the folders in a folder, without hidden ones."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith('.'))
-
-
-def list_folder(folder: Path) -> tuple[list[Path], Counter]:
+def list_folder(folder: Path, skipper: Skipper | None = None) -> tuple[list[Path], Counter]:
     """Return the images below a class folder, and how many files of which suffix are left out.
 
     Links to files are followed, links to folders are not.
+
+    Args:
+        folder: the class folder.
+        skipper: skips more, and counts that itself; None: one for this folder, whose counts are returned too.
 
     Raises:
         UserError: if a folder cannot be read, or the folder's name is not UTF-8.
@@ -81,7 +145,8 @@ def list_folder(folder: Path) -> tuple[list[Path], Counter]:
     except UnicodeEncodeError:
         raise UserError(f'the name of the class folder {os.fsencode(folder)!r} is not UTF-8; rename it') from None
     images, left_out = [], Counter()
-    for parent, subfolders, files in walk_visible(folder):
+    own_skipper = skipper or Skipper(folder)
+    for parent, subfolders, files in walk_visible(folder, own_skipper):
         for path in (parent / name for name in (*subfolders, *files)):
             if path.is_symlink() and not path.is_file():
                 left_out['links that are not followed'] += 1
@@ -89,7 +154,7 @@ def list_folder(folder: Path) -> tuple[list[Path], Counter]:
                 images.append(path)
             elif path.is_file():
                 left_out[suffix_of(path)] += 1
-    return sorted(images), left_out
+    return sorted(images), left_out if skipper else left_out + own_skipper.left_out
 
 
 # ---------------------------------------------------- class split -------------------------------------------------
@@ -191,13 +256,13 @@ def file_stem(path: Path) -> str:
     return f'{start}_{hashlib.sha256(stem.encode()).hexdigest()[:16]}'
 
 
-def find_subset_folders(root: Path) -> dict[str, Path]:
+def find_subset_folders(root: Path, folders: list[Path]) -> dict[str, Path]:
     """Return {subset: folder} of a folder that is split already, {} for one folder per class.
 
     Raises:
         UserError: if only some of the subsets are there.
     """
-    by_name = {folder.name.lower(): folder for folder in list_subfolders(root)}
+    by_name = {folder.name.lower(): folder for folder in folders}
     subset_folders = {subset: by_name[subset] for subset in SUBSETS if subset in by_name}
     if list(subset_folders) not in ([], ['train', 'test'], ['train', 'query', 'gallery']):
         raise UserError(f'{root} holds {" and ".join(subset_folders)}; it needs train and test, or train, query and '
@@ -205,50 +270,55 @@ def find_subset_folders(root: Path) -> dict[str, Path]:
     return subset_folders
 
 
-def count_outside(root: Path, subset_folders: dict[str, Path]) -> Counter:
+def count_outside(root: Path, folders: list[Path], subset_folders: dict[str, Path], skipper: Skipper) -> Counter:
     """Count the images that lie in no class folder: beside them, or, in a folder that is split, beside the subsets."""
     left_out = Counter()
     for folder in (root, *subset_folders.values()):
-        loose = sum(is_image_name(path) and path.is_file() for path in folder.glob('[!.]*'))
+        loose = sum(is_image_name(path) and path.is_file() and not skipper.skips(path, False)
+                    for path in folder.iterdir())
         left_out += Counter({'images beside the class folders': loose})
     if subset_folders:
-        for folder in list_subfolders(root):
+        for folder in folders:
             if folder not in subset_folders.values() and folder.name != 'uncropped':
-                left_out += Counter({f'images in {folder.name}/': len(list_folder(folder)[0])})
+                left_out += Counter({f'images in {folder.name}/': len(list_folder(folder, skipper)[0])})
     return left_out
 
 
 def read_folder(root: Path, ratio: float | None = None, seed: int | None = None, earlier: dict | None = None,
-                known: dict[tuple, str] | None = None) -> OwnFolder:
+                known: dict[tuple, str] | None = None, exclude: Sequence[str] = ()) -> OwnFolder:
     """Read a folder of your own photographs; folders whose names differ only in their Unicode form are one class.
 
     Args:
         ratio, seed: of the class split, for one folder per class; None: those of the earlier split, or 0.5 and 0.
         earlier: the `class_split` of an earlier call.
         known: {(file name, size, time): label} of an earlier conversion, by which a renamed class is recognised.
+        exclude: patterns of files and folders to leave out, see `Skipper`.
 
     Raises:
         UserError: if a folder cannot be read or has no class folders, or a flag has no effect or differs from before.
     """
-    subset_folders = find_subset_folders(root)
+    skipper = Skipper(root, exclude)
+    folders = skipper.subfolders(root)
+    subset_folders = find_subset_folders(root, folders)
     for flag, value in (('test_ratio', ratio), ('seed', seed)):
         if subset_folders and value is not None:
             raise UserError(f'--{flag} {value} has no effect: {root} is split into {" and ".join(subset_folders)} '
                             'already; leave it out')
     if subset_folders:
         class_folders = [(folder, subset) for subset, parent in subset_folders.items()
-                         for folder in list_subfolders(parent)]
+                         for folder in skipper.subfolders(parent)]
     else:
-        class_folders = [(folder, '') for folder in list_subfolders(root) if folder.name != 'uncropped']
+        class_folders = [(folder, '') for folder in folders if folder.name != 'uncropped']
 
-    images, left_out, empty = [], count_outside(root, subset_folders), []
+    images, left_out, empty = [], count_outside(root, folders, subset_folders, skipper), []
     for folder, subset in class_folders:
-        paths, others = list_folder(folder)
+        paths, others = list_folder(folder, skipper)
         left_out += others
         if not paths:
             empty.append(folder.name)
         for path in (path.relative_to(root) for path in paths):
             images.append(RawImage(path.as_posix(), subset, normalize_label(folder.name), file_stem(path)))
+    left_out += skipper.left_out
     loose = left_out['images beside the class folders']
     if loose and not images:
         raise UserError(f'{root} holds {loose} images, but no folder for each class; sort them into folders')
@@ -297,19 +367,25 @@ def resolve_image_folder(images: Path, known: list[str]) -> tuple[str, str]:
     return str(images), ''
 
 
-def scan_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
+def scan_images(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, tuple[int, int]], Counter]:
     """Find the image files below a folder.
+
+    Args:
+        folder: where to look.
+        exclude: patterns of files and folders to leave out, see `Skipper`.
 
     Returns:
         {path below the folder: (bytes, time of the last change in ns)} in the order of the paths, and a count of what
         is left out: files of other suffixes, links to folders, links that lead out of the folder, names that a data
-        base cannot hold, and the copies that data_utils.py made of the images beside them.
+        base cannot hold, the copies that data_utils.py made of the images beside them, folders of systems, and what
+        is excluded.
 
     Raises:
-        UserError: if a folder cannot be read.
+        UserError: if a folder cannot be read, or a pattern is empty.
     """
     images, left_out, top = {}, Counter(), folder.resolve()
-    for parent, subfolders, files in walk_visible(folder):
+    skipper = Skipper(folder, exclude)
+    for parent, subfolders, files in walk_visible(folder, skipper):
         for name in ('uncropped', 'cropped') if is_converted(parent) else ():
             if name in subfolders:
                 subfolders.remove(name)
@@ -326,7 +402,7 @@ def scan_images(folder: Path) -> tuple[dict[str, tuple[int, int]], Counter]:
             else:
                 stamp = stamp_of(file) if file.exists() else (0, 0)  # a broken link: reported when it is embedded
                 images[path] = tuple(stamp)
-    return dict(sorted(images.items())), +left_out  # without zeros
+    return dict(sorted(images.items())), left_out + skipper.left_out  # without zeros
 
 
 def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, str] | None:

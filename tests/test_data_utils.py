@@ -345,6 +345,15 @@ def test_what_is_left_out_is_counted_and_named(run_own, tmp_path):
     assert 'mine: 1 class folders hold no image, the first: empty' in printed
 
 
+def test_what_is_excluded_is_not_converted(run_own, tmp_path):
+    root = make_own(tmp_path)
+    write_image(root / 'a/small/0.jpg', 1, 1)
+    write_image(root / 'a/@eaDir/0.jpg', 1, 1)
+    printed = run_own('--exclude', 'small', 'nothing')
+    assert '12 decoded now' in printed
+    assert 'mine: left out: 1 excluded by small, 1 folders of thumbnails (@eaDir)\n' in printed
+
+
 def test_every_format_that_can_be_read_is_converted(run_own, tmp_path):
     root = make_own(tmp_path)
     picture = Image.new('RGB', (40, 40), 'red')
@@ -487,6 +496,7 @@ def test_a_folder_called_cars_is_told_what_it_was_taken_for(run, tmp_path):
     (('mine', '--test_ratio', 0.3), '--test_ratio 0.3 has no effect: .* is split'),
     (('mine', '--resplit'), '--resplit has no effect: .* is split'),
     (('cub', '--test_ratio', 0.3), '--test_ratio 0.3 has no effect on data sets with a split of their own'),
+    (('cub', '--exclude', 'x'), '--exclude .* has no effect on'), (('mine', '--exclude', ''), "--exclude '' is empty"),
     (('cub', '--seed', 3), '--seed 3 has no effect on'), (('cub', '--resplit'), '--resplit has no effect on')])
 def test_a_flag_out_of_range_or_without_effect_is_an_error(run, tmp_path, words, message):
     make_own_split(tmp_path, {'train': 'a', 'test': 'b'})

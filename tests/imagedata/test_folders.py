@@ -194,6 +194,72 @@ def test_links_to_images_are_followed(tmp_path):
     assert left_out == {'links that are not followed': 1}
 
 
+SYSTEM_NAMES = ('@eaDir', '#recycle', '@Recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found',
+                '.thumbnails', '__MACOSX', '@Recently-Snapshot', '#snapshot', '@EADIR', '.@__thumb', '~snapshot',
+                '.Trash-1000', 'Catalog Previews.lrdata')
+
+
+@pytest.mark.parametrize('name', SYSTEM_NAMES)
+def test_the_folders_of_a_nas_or_a_system_are_skipped_and_counted(tmp_path, name):
+    root = make_own(tmp_path, 'ab', images=1)
+    write_image(root / name / 'photo.jpg/thumb.jpg', 1, 1)
+    write_image(root / 'a' / name / 'thumb.jpg', 1, 1)
+    folder = read_folder(root)
+    assert [image.source for image in folder.images] == ['a/0.jpg', 'b/0.jpg']
+    assert sum(folder.left_out.values()) == 2
+    assert all(f'({name})' in kind for kind in folder.left_out)
+    images, left_out = scan_images(root)
+    assert list(images) == ['a/0.jpg', 'b/0.jpg']
+    assert left_out == folder.left_out
+
+
+def test_a_system_folder_that_cannot_be_read_is_skipped_like_others(tmp_path, monkeypatch):
+    root = make_own(tmp_path, 'ab', images=1)
+    (root / 'lost+found').mkdir()
+    scandir = os.scandir
+
+    def refuse_listing(folder):
+        if str(folder).endswith('lost+found'):
+            raise PermissionError(13, 'Permission denied', str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, 'scandir', refuse_listing)
+    for _, left_out in ((None, read_folder(root).left_out), scan_images(root)):
+        assert left_out == {'folders of the system (lost+found)': 1}
+
+
+def test_the_previews_of_apple_photos_are_skipped_and_other_resources_are_not(tmp_path):
+    write_image(tmp_path / 'Mine.photoslibrary/resources/derivatives/1.jpg', 1, 1)
+    write_image(tmp_path / 'Mine.photoslibrary/originals/1.jpg', 1, 1)
+    write_image(tmp_path / 'resources/1.jpg', 1, 1)
+    assert list(scan_images(tmp_path)[0]) == ['Mine.photoslibrary/originals/1.jpg', 'resources/1.jpg']
+
+
+@pytest.mark.parametrize(('pattern', 'kept'), [
+    ('small', ['a/0.jpg', 'b/0.jpg', 'b/0_s.jpg']), ('*_s.jpg', ['a/0.jpg', 'a/small/0.jpg', 'b/0.jpg']),
+    ('a/', ['b/0.jpg', 'b/0_s.jpg']), ('./a/*', ['b/0.jpg', 'b/0_s.jpg']), ('b/0.jp?', ['a/0.jpg', 'a/small/0.jpg',
+                                                                                      'b/0_s.jpg'])])
+def test_what_is_excluded_is_skipped_and_counted(tmp_path, pattern, kept):
+    root = make_own(tmp_path, 'ab', images=1)
+    write_image(root / 'a/small/0.jpg', 1, 1)
+    write_image(root / 'b/0_s.jpg', 1, 1)
+    images, left_out = scan_images(root, [pattern])
+    assert list(images) == kept
+    assert list(left_out) == [f'excluded by {pattern}']
+    assert [image.source for image in read_folder(root, exclude=[pattern]).images] == kept
+
+
+def test_a_pattern_finds_either_unicode_form(tmp_path):
+    write_image(tmp_path / unicodedata.normalize('NFD', 'Käfer/0.jpg'), 1, 1)
+    assert scan_images(tmp_path, ['Käfer'])[0] == {}
+
+
+@pytest.mark.parametrize('pattern', ['', '/', './'])
+def test_an_empty_pattern_excludes_nothing_and_is_refused(tmp_path, pattern):
+    with pytest.raises(UserError, match='--exclude .* is empty'):
+        scan_images(tmp_path, [pattern])
+
+
 @pytest.mark.parametrize('refused', ['listing', 'entering'])
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, refused):
     root = make_own(tmp_path, 'a')
