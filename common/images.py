@@ -34,13 +34,20 @@ def resize_for(image_size: int) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to 8-bit RGB; Pillow's own conversion of 16-bit grey clips all values above 255."""
+    """Convert to 8-bit RGB, what is transparent on white.
+
+    Pillow's own conversion of 16-bit grey clips all values above 255, and that of transparent images uncovers whatever
+    colours the transparent pixels have.
+    """
     if image.mode.startswith('I'):  # I;16 and its variants, or I, as which Pillow reads some 16-bit files
         grey = np.asarray(image).astype(np.int64)
         grey = grey.clip(0, 65535) // 257 if grey.max() > 255 else grey.clip(0)
         return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
     if image.mode == 'F':
         raise ValueError('floating-point images have no known range; convert them to 8 bits')
+    if image.has_transparency_data:
+        layer = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), layer).convert('RGB')
     return image.convert('RGB')
 
 

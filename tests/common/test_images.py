@@ -37,6 +37,58 @@ def test_an_image_of_any_mode_is_read_as_rgb_and_told_from_one_that_is(tmp_path,
     assert (image.mode, image.size, file_is_rgb) == ('RGB', (WIDTH, HEIGHT), is_rgb)
 
 
+def two_logos(mode: str):
+    """Yield two images of one hidden colour, each transparent but for another half, and what they look like."""
+    for half in (slice(0, 20), slice(20, 40)):
+        pixels = np.full((10, 40, 4), (200, 30, 60, 0), np.uint8)
+        pixels[:, half, 3] = 255
+        expected = np.full((10, 40, 3), 255, np.uint8)
+        expected[:, half] = (200, 30, 60)
+        image = Image.fromarray(pixels)
+        if mode in ('LA', 'L'):
+            grey = np.full((10, 40, 2), (90, 0), np.uint8)
+            grey[:, half, 1] = 255
+            image = Image.fromarray(grey)
+            expected[:, half] = 90
+        if mode in ('P', 'L', 'RGB'):  # one palette index, grey or colour is transparent
+            opaque = {'P': 0, 'L': 90, 'RGB': (200, 30, 60)}[mode]
+            image = Image.new(mode, (40, 10), {'P': 1, 'L': 91, 'RGB': (200, 31, 60)}[mode])
+            if mode == 'P':
+                image.putpalette([200, 30, 60, 200, 30, 60])
+            image.paste(opaque, (half.start, 0, half.stop, 10))
+            image.info['transparency'] = {'P': 1, 'L': 91, 'RGB': (200, 31, 60)}[mode]
+        if mode == 'PA':
+            image = image.convert('PA')
+        yield image, expected
+
+
+@pytest.mark.parametrize(('mode', 'suffix'), [('RGBA', 'png'), ('RGBA', 'webp'), ('RGBA', 'tif'), ('LA', 'png'),
+                                              ('P', 'png'), ('P', 'gif'), ('L', 'png'), ('RGB', 'png')])
+def test_what_is_transparent_is_white(tmp_path, mode, suffix):
+    for image, expected in two_logos(mode):
+        options = {'lossless': True, 'exact': True} if suffix == 'webp' else {}
+        image.save(tmp_path / f'logo.{suffix}', **options)
+        assert np.array_equal(load_image(tmp_path / f'logo.{suffix}'), expected)
+
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'PA', 'P', 'L', 'RGB'])
+def test_what_is_transparent_in_an_image_in_memory_is_white(mode):
+    for image, expected in two_logos(mode):
+        difference = np.abs(np.asarray(to_image(image)).astype(int) - expected)
+        assert difference.max() <= (60 if mode == 'PA' else 0)  # the conversion to PA has a web palette
+
+
+def test_half_transparent_pixels_are_half_white():
+    assert to_image(Image.new('RGBA', (3, 2), (0, 100, 200, 128))).getpixel((0, 0)) == (127, 177, 227)
+
+
+def test_an_alpha_channel_that_covers_all_changes_no_pixel():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.putalpha(255)
+    assert np.array_equal(to_image(image), pixels)
+
+
 def test_floating_point_images_have_no_known_range(tmp_path):
     Image.fromarray(np.zeros((5, 7), np.float32)).save(tmp_path / 'x.tif')
     with pytest.raises(BrokenImage, match='floating-point'):
