@@ -29,7 +29,7 @@ from typing import NamedTuple
 from common.distributed import progress
 from common.errors import UserError, suggestion
 from common.files import check_paths, lock, make_folder, read_json, save, save_json, stamp_of
-from common.images import BrokenImage, open_image
+from common.images import BrokenImage, open_stored
 from imagedata.folders import DEFAULT_RATIO, MADE_BY, MANIFEST, OwnFolder, read_folder
 from imagedata.glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
 from imagedata.raw_sets import (
@@ -181,22 +181,17 @@ def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
         BrokenImage: if it cannot be decoded.
     """
     source = root / image.source
-    rgb, is_rgb = open_image(source)
-    target = root / 'uncropped' / f'{stem}{source.suffix if is_rgb else ".jpg"}'
+    stored = open_stored(source)
+    target = root / 'uncropped' / f'{stem}{source.suffix if stored.is_rgb else ".jpg"}'
     target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be overwritten
-    if is_rgb:
+    if stored.is_rgb:
         link_or_copy(source, target)
     else:
-        rgb.save(target, **JPEG)
+        stored.upright().save(target, **JPEG)
     if image.box:
-        left, top, right, bottom = image.box
-        left = max(0, min(left, rgb.width - 1))
-        top = max(0, min(top, rgb.height - 1))
-        right = max(left + 1, min(right, rgb.width))
-        bottom = max(top + 1, min(bottom, rgb.height))
         cropped = root / 'cropped' / f'{stem}.jpg'
         cropped.unlink(missing_ok=True)
-        rgb.crop((left, top, right, bottom)).save(cropped, **JPEG)
+        stored.crop(image.box).save(cropped, **JPEG)
     return target.name, target.stat().st_size
 
 

@@ -3,9 +3,10 @@ import contextlib
 import textwrap
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, features
 
 # Pillow goes by a file's contents, not by its name, and would start Ghostscript for PostScript in a .jpg.
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
@@ -24,8 +25,49 @@ with contextlib.suppress(ImportError):  # the format of many phones, if pillow-h
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_image raises an error instead
 
 
+TURNS = {  # by the EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 class BrokenImage(OSError):
     """An image file that is missing, truncated, or not an image."""
+
+
+class StoredImage(NamedTuple):
+    """The pixels of an image file as they are stored, which the EXIF orientation may turn."""
+
+    pixels: Image.Image  # RGB
+    turn: Image.Transpose | None  # to be done to show it upright
+    is_rgb: bool  # whether the file itself is
+
+    def upright(self) -> Image.Image:
+        """Return the whole image, upright."""
+        return self.turned(self.pixels)
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        """Return the part in a box, upright.
+
+        Args:
+            box: left, top, right, bottom in stored pixels, as the programs that annotate data sets count them; cut to
+                the image, and at least one pixel.
+        """
+        width, height = self.pixels.size
+        left = max(0, min(box[0], width - 1))
+        top = max(0, min(box[1], height - 1))
+        right = max(left + 1, min(box[2], width))
+        bottom = max(top + 1, min(box[3], height))
+        return self.turned(self.pixels.crop((left, top, right, bottom)))
+
+    def turned(self, pixels: Image.Image) -> Image.Image:
+        """Turn a part of the stored pixels upright."""
+        return pixels if self.turn is None else pixels.transpose(self.turn)
 
 
 def resize_for(image_size: int) -> int:
@@ -51,8 +93,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def open_image(path: Path) -> tuple[Image.Image, bool]:
-    """Read an image as RGB, turned upright by its EXIF orientation, and tell whether the file itself is RGB.
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """Return how an image is turned upright by its EXIF orientation; None if it is, or has none."""
+    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+
+
+def open_stored(path: Path) -> StoredImage:
+    """Read an image as RGB in the orientation in which it is stored.
 
     Raises:
         BrokenImage: if the file cannot be read, for whatever reason.
@@ -64,9 +111,19 @@ def open_image(path: Path) -> tuple[Image.Image, bool]:
                     f'{image.width} x {image.height} pixels exceed Pillow\'s limit of {Image.MAX_IMAGE_PIXELS}: a '
                     'decompression bomb?')
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image)), image.mode == 'RGB'
+            return StoredImage(to_rgb(image), turn_of(image), image.mode == 'RGB')
     except Exception as error:  # damaged files raise a dozen kinds of errors, from OSError to struct.error
         raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
+
+
+def open_image(path: Path) -> tuple[Image.Image, bool]:
+    """Read an image as RGB, turned upright by its EXIF orientation, and tell whether the file itself is RGB.
+
+    Raises:
+        BrokenImage: if the file cannot be read, for whatever reason.
+    """
+    stored = open_stored(path)
+    return stored.upright(), stored.is_rgb
 
 
 def load_image(path: Path) -> Image.Image:

@@ -25,7 +25,7 @@ class RawImage(NamedTuple):
     subset: str  # train, test, query or gallery
     label: str
     stem: str  # file name below uncropped/, without its suffix
-    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in stored pixels: before EXIF turns them
 
 
 # ---------------------------------------------------- annotation files ---------------------------------------------

@@ -5,6 +5,7 @@ import shutil
 import unicodedata
 
 import data_utils
+import numpy as np
 import pytest
 import torch
 from data_utils import compare_counts, convert, remove_orphans, unique_stems
@@ -84,6 +85,23 @@ def test_a_box_that_leaves_the_image_is_cut_to_it(tmp_path):
     convert(tmp_path, images, {})
     assert load_image(tmp_path / 'cropped/train.jpg').size == (9, 11)
     assert load_image(tmp_path / 'cropped/test.jpg').size == (1, 1)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_box_holds_for_the_pixels_before_the_rotation(tmp_path, orientation):
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[3:11, 24:40] = 255  # the object, 16 x 8
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    images = [RawImage(f'{subset}.jpg', subset, subset, subset, (24, 3, 40, 11)) for subset in ('train', 'test')]
+    for image in images:
+        Image.fromarray(pixels).save(tmp_path / image.source, exif=exif)
+    convert(tmp_path, images, {})
+    cropped = load_image(tmp_path / 'cropped/train.jpg')
+    assert cropped.size == ((16, 8) if orientation <= 4 else (8, 16))
+    assert np.asarray(cropped).min() > 240
+    assert load_image(tmp_path / 'uncropped/train.jpg').size == ((WIDTH, HEIGHT) if orientation <= 4 else
+                                                                 (HEIGHT, WIDTH))
 
 
 def test_file_names_that_repeat_get_a_number():

@@ -1,7 +1,7 @@
 """Images of any origin: upright, 8-bit RGB, or broken."""
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from raw_trees import HEIGHT, WIDTH, write_image
 
 from common.images import BrokenImage, load_image, load_tile, open_image, resize_for, to_image
@@ -28,6 +28,16 @@ def test_photographs_are_turned_upright(tmp_path):
     assert image.shape == (30, 20, 3)
     assert image[:10].mean() > 250
     assert image[20:].mean() < 5
+
+
+def test_all_eight_orientations_are_turned_as_pillow_turns_them(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    for orientation in range(10):  # 0 and 9 are none
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(tmp_path / 'photo.png', exif=exif)
+        with Image.open(tmp_path / 'photo.png') as image:
+            assert np.array_equal(load_image(tmp_path / 'photo.png'), ImageOps.exif_transpose(image))
 
 
 @pytest.mark.parametrize(('mode', 'is_rgb'), [('RGB', True), ('L', False), ('P', False), ('RGBA', False)])
