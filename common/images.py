@@ -1,12 +1,14 @@
 """Read image files of any origin as upright RGB images; whatever goes wrong is a BrokenImage."""
 import contextlib
+import io
+import re
 import textwrap
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, features
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, features
 
 # Pillow goes by a file's contents, not by its name, and would start Ghostscript for PostScript in a .jpg.
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
@@ -22,7 +24,8 @@ with contextlib.suppress(ImportError):  # the format of many phones, if pillow-h
     IMAGE_FORMATS.append('HEIF')
     IMAGE_SUFFIXES |= {'.heic', '.heif'}
 
-warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_image raises an error instead
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_stored raises an error instead
+warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')  # about EXIF blocks that are damaged
 
 
 TURNS = {  # by the EXIF orientation
@@ -94,8 +97,64 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """Return how an image is turned upright by its EXIF orientation; None if it is, or has none."""
-    return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    """Return how an image is turned upright by its EXIF orientation; None if it is, or has none that can be read."""
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged EXIF block raises a dozen kinds of errors, and says nothing about the pixels
+        return None
+
+
+def has_all_scans(data: bytes) -> bool:
+    """Tell whether a JPEG file's scans, of which the last may be truncated, hold each coefficient to its last bit."""
+    missing = {}  # {component: coefficients}
+    position = 2
+    while marker := re.compile(rb'\xff[^\x00\x01\xd0-\xd9\xff]').search(data, position):  # one with a length
+        start = marker.start() + 4
+        position = start - 2 + int.from_bytes(data[start - 2:start])
+        segment = data[start:position]
+        kind = data[marker.start() + 1]
+        if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc):  # frame header
+            missing = {component: set(range(64)) for component in segment[6::3]}
+        elif kind == 0xda:  # scan header
+            first, last, precision = segment[-3:]
+            for component in segment[1:-3:2]:
+                missing[component] -= set(range(first, last + 1)) if precision % 16 == 0 else set()
+    return bool(missing) and not any(missing.values())
+
+
+def load_unended_jpeg(data: bytes) -> Image.Image | None:
+    """Decode a JPEG file that lacks its end marker, if it holds all pixels; else return None.
+
+    It is decoded with different bytes after its end: a decoder that lacks pixels takes them from there.
+    """
+    if data.endswith(bytes(16)):  # what a file system puts in place of lost blocks
+        data = data.rstrip(b'\0')
+    data = data.removesuffix(b'\xff')  # half of the end marker
+    restarts = re.findall(rb'\xff([\xd0-\xd7])', data[data.rfind(b'\xff\xda'):])
+    restart = bytes([0xff, 0xd0 + (restarts[-1][0] + 1) % 8 if restarts else 0xd0])  # 0xd0 is a multiple of 8
+    images = []
+    for filler in (64 * b'\x55', 64 * b'\xaa'):  # no bit is the same
+        image = Image.open(io.BytesIO(data + filler + restart + filler + b'\xff\xd9'), formats=['JPEG'])
+        image.load()
+        images.append(image)
+    are_equal = ImageChops.difference(*images).getbbox() is None
+    return images[0] if are_equal and has_all_scans(data) else None
+
+
+def load_pixels(image: Image.Image, file: Path) -> Image.Image:
+    """Decode an image that was opened from a file, also a JPEG file that lacks nothing but its end marker."""
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if 'truncated' not in str(error) or image.format not in ('JPEG', 'MPO'):
+            raise
+        mended = None
+        with contextlib.suppress(Exception):  # then it is broken for the first reason
+            mended = load_unended_jpeg(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+        if mended is None:
+            raise
+        return mended
 
 
 def open_stored(path: Path) -> StoredImage:
@@ -110,8 +169,8 @@ def open_stored(path: Path) -> StoredImage:
                 raise Image.DecompressionBombError(
                     f'{image.width} x {image.height} pixels exceed Pillow\'s limit of {Image.MAX_IMAGE_PIXELS}: a '
                     'decompression bomb?')
-            image.load()
-            return StoredImage(to_rgb(image), turn_of(image), image.mode == 'RGB')
+            pixels = load_pixels(image, path)
+            return StoredImage(to_rgb(pixels), turn_of(pixels), pixels.mode == 'RGB')
     except Exception as error:  # damaged files raise a dozen kinds of errors, from OSError to struct.error
         raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
 
@@ -145,7 +204,8 @@ def to_image(image) -> Image.Image:
             if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
                 raise ValueError(f'expected a uint8 array (H, W, 3) or (H, W), got {image.shape} of {image.dtype}')
             image = Image.fromarray(image)
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()
+        return StoredImage(to_rgb(image), turn_of(image), False).upright()
     except Exception as error:  # Pillow opens files lazily, so reading a PIL image can fail in as many ways
         raise BrokenImage(str(error) or type(error).__name__) from error
 

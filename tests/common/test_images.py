@@ -1,4 +1,6 @@
 """Images of any origin: upright, 8-bit RGB, or broken."""
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -97,6 +99,71 @@ def test_an_alpha_channel_that_covers_all_changes_no_pixel():
     image = Image.fromarray(pixels)
     image.putalpha(255)
     assert np.array_equal(to_image(image), pixels)
+
+
+def noise(height: int = 45, width: int = 70) -> Image.Image:
+    """Return a photograph-like image whose sides are no multiples of a JPEG block."""
+    rng = np.random.default_rng(3)
+    ramp = np.add.outer(np.arange(height), np.arange(width))[..., None]
+    return Image.fromarray((ramp + rng.integers(0, 60, (height, width, 3))).astype(np.uint8))
+
+
+def bad_exif_blocks() -> list[bytes]:
+    """Return EXIF blocks, damaged in many ways."""
+    exif = Image.Exif()
+    exif[0x010f] = 'Maker'
+    exif[0x011a] = 72.0
+    exif.get_ifd(0x8769)[0x829a] = 0.1
+    block = exif.tobytes()
+    rng = np.random.default_rng(0)
+    blocks = [block[:6] + b'XX' + block[8:], block[:8], block[:11], block[:16], b'Exif\0\0', b'no EXIF at all']
+    for _ in range(60):
+        damaged = bytearray(block)
+        for position in rng.integers(6, len(block), 3):
+            damaged[position] = rng.integers(256)
+        blocks.append(bytes(damaged))
+    return blocks
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_a_bad_exif_block_breaks_no_photograph(kind):
+    noise().save(plain := io.BytesIO(), kind)
+    expected = np.asarray(load_image(plain))
+    for block in bad_exif_blocks():
+        noise().save(file := io.BytesIO(), kind, exif=block)
+        image = load_image(file)
+        assert sorted(image.size) == sorted((70, 45))  # an orientation may have come about
+        assert sorted(to_image(Image.open(file)).size) == sorted((70, 45))
+        assert image.size != (70, 45) or np.asarray(image).sum() == expected.sum()
+
+
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'subsampling': 0, 'quality': 95},
+                                     {'restart_marker_blocks': 3}])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_a_jpeg_without_its_end_marker_is_read_if_its_pixels_are_whole(tmp_path, mode, options):
+    noise().convert(mode).save(tmp_path / 'x.jpg', **options)
+    data = (tmp_path / 'x.jpg').read_bytes()
+    whole = np.asarray(load_image(tmp_path / 'x.jpg'))
+    for ending in (b'', b'\xff', bytes(4096)):
+        (tmp_path / 'x.jpg').write_bytes(data[:-2] + ending)
+        assert np.array_equal(load_image(tmp_path / 'x.jpg'), whole)
+        assert np.array_equal(load_image(io.BytesIO(data[:-2] + ending)), whole)
+    for lost in (5, 8, *range(13, len(data), 97)):
+        (tmp_path / 'x.jpg').write_bytes(data[:-lost])
+        with pytest.raises(BrokenImage):
+            load_image(tmp_path / 'x.jpg')
+
+
+def test_a_progressive_jpeg_that_lacks_whole_scans_is_broken(tmp_path):
+    noise().save(tmp_path / 'x.jpg', progressive=True)
+    data = (tmp_path / 'x.jpg').read_bytes()
+    scans = [start for start in range(len(data)) if data[start:start + 2] == b'\xff\xda']
+    tables = [data.rindex(b'\xff\xc4', 0, start) for start in scans[1:]]  # each scan's Huffman tables come before it
+    for start in (*scans[1:], *tables):
+        (tmp_path / 'x.jpg').write_bytes(data[:start])
+        with pytest.raises(BrokenImage, match='truncated'):
+            load_image(tmp_path / 'x.jpg')
 
 
 def test_floating_point_images_have_no_known_range(tmp_path):
