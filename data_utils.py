@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.distributed import progress
-from common.errors import UserError, suggestion
+from common.errors import UserError, reason_of, suggestion
 from common.files import check_paths, lock, make_folder, read_json, save, save_json, stamp_of
 from common.images import BrokenImage, open_stored
 from imagedata.folders import DEFAULT_RATIO, MADE_BY, MANIFEST, OwnFolder, read_folder
@@ -46,6 +46,7 @@ from utils import Parser, check_between, refuse_without_effect, run_script, user
 
 FAILURES_SHOWN = 20
 JPEG = {'quality': 95, 'subsampling': 0}  # 4:4:4, no chroma subsampling
+LONGEST_JPEG = 65500  # pixels, of the longer side; libjpeg's limit
 SUFFIX_HINTS = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
                 '.avif': ' (needs Pillow 11.3)'}
 
@@ -182,12 +183,13 @@ def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
     """
     source = root / image.source
     stored = open_stored(source)
-    target = root / 'uncropped' / f'{stem}{source.suffix if stored.is_rgb else ".jpg"}'
+    new_suffix = '.jpg' if max(stored.pixels.size) <= LONGEST_JPEG else '.png'
+    target = root / 'uncropped' / f'{stem}{source.suffix if stored.is_rgb else new_suffix}'
     target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be overwritten
     if stored.is_rgb:
         link_or_copy(source, target)
     else:
-        stored.upright().save(target, **JPEG)
+        stored.upright().save(target, **(JPEG if new_suffix == '.jpg' else {}))
     if image.box:
         cropped = root / 'cropped' / f'{stem}.jpg'
         cropped.unlink(missing_ok=True)
@@ -248,14 +250,14 @@ def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, 
         image, entry = job
         try:
             return convert_image(root, image, entry.stem)
-        except BrokenImage as error:
+        except (BrokenImage, MemoryError, ValueError) as error:
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(try_one, to_decode), total=len(to_decode), desc=root.name, unit='img')
         for (image, entry), result in zip(to_decode, results, strict=True):
-            if isinstance(result, BrokenImage):
-                failures[image.source] = str(result)
+            if isinstance(result, Exception):
+                failures[image.source] = reason_of(result)
             else:
                 file_name, file_size = result
                 done[image.source] = entry._replace(file_name=file_name, file_size=file_size)

@@ -216,8 +216,12 @@ def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
     A file that cannot be read becomes a grey tile with its name.
     """
     try:
-        return ImageOps.pad(load_image(path), (side, side), color='white'), True
-    except BrokenImage:
+        image = load_image(path)
+        longest = side * min(image.size)  # what is thinner than a pixel of the tile is cut off at both ends
+        if max(image.size) > longest:
+            image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))
+        return ImageOps.pad(image, (side, side), color='white'), True
+    except (OSError, ValueError, MemoryError):
         tile = Image.new('RGB', (side, side), '#BBBBBB')
         font = ImageFont.load_default(max(8, side // 12))
         name = textwrap.fill(path.name, max(1, int(side / font.getlength('m'))))

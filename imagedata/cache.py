@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.distributed import progress
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.files import are_texts, is_whole, load, remove_torn, save, stamp_of, write_atomically
 from common.images import BrokenImage, load_image
 
@@ -79,9 +79,10 @@ def decode(file: Path, size: int) -> np.ndarray:
 
     try:
         image = load_image(file)
-    except BrokenImage as error:
-        raise UserError(f'the image {file} is missing or broken ({error}); convert the data set again') from None
-    return np.asarray(functional.resize(image, size) if min(image.size) > size else image)
+        return np.asarray(functional.resize(image, size) if min(image.size) > size else image)
+    except (BrokenImage, MemoryError, ValueError) as error:
+        raise UserError(f'the image {file} is missing or broken ({reason_of(error)}); convert the data set again') \
+            from None
 
 
 class Cache:

@@ -19,11 +19,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2 as transforms
 
 from common.distributed import shard, world_rank, world_size
-from common.errors import UserError, suggestion
+from common.errors import UserError, reason_of, suggestion
 from common.files import are_texts, check_paths, load
 from common.images import BrokenImage, load_image, resize_for
 from imagedata.cache import Cache
 from imagedata.raw_sets import check_data_path, find_root, images_of
+
+MAX_RATIO = 32  # long side : short side of test images; of longer ones, the centre is resized alone
 
 
 # ---------------------------------------------------- split files --------------------------------------------------
@@ -152,6 +154,9 @@ class RetrievalDataset:
         torch.default_generator.manual_seed(mix(self.seed, int(self.epoch), index))
         try:
             return self.transform(image), self.labels[index]
+        except BrokenImage as error:
+            raise UserError(f'the image {self.root / self.images[index]} is broken ({error}); remove it, and convert '
+                            'the data set again with data_utils.py') from None
         finally:
             torch.set_rng_state(state)
 
@@ -190,6 +195,35 @@ class CropAndResize:
         return transforms.functional.resize(part, wrapped.size, wrapped.interpolation, antialias=wrapped.antialias)
 
 
+class CropThin:
+    """Crop an image that is much longer than wide to its centre, so that a resize of its short side stays small.
+
+    Args:
+        max_ratio: of the long side to the short one; other images pass unchanged.
+    """
+
+    def __init__(self, max_ratio: int):
+        self.max_ratio = max_ratio
+
+    def __call__(self, image):
+        height, width = transforms.functional.get_size(image)
+        longest = self.max_ratio * min(height, width)
+        if max(height, width) <= longest:
+            return image
+        return transforms.functional.center_crop(image, [min(height, longest), min(width, longest)])
+
+
+class Transform(transforms.Compose):
+    """Steps from an image to a tensor; whatever goes wrong in one, also a lack of memory, is a BrokenImage."""
+
+    def forward(self, image):
+        """Apply the steps to an image; raises BrokenImage."""
+        try:
+            return super().forward(image)
+        except Exception as error:
+            raise BrokenImage(f'it cannot be transformed: {reason_of(error)}') from error
+
+
 def make_transform(training: bool, image_size: int, resize_size: int | None = None, interpolation: str = 'bilinear',
                    min_crop: float = 0.08, flip: float = 0.5, color_jitter: float = 0.0, grayscale: float = 0.0):
     """Build the transform from a PIL image or a uint8 tensor to a uint8 tensor (3, image_size, image_size).
@@ -217,9 +251,11 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
                  transforms.RandomGrayscale(grayscale)]
     else:
         short_side = resize_for(image_size) if resize_size is None else resize_size
-        steps = [transforms.Resize(short_side or (image_size, image_size), interpolation=mode),
+        max_ratio = max(MAX_RATIO, image_size // (short_side or image_size) + 2)  # the centre crop lacks nothing
+        steps = [*([CropThin(max_ratio)] if short_side else []),
+                 transforms.Resize(short_side or (image_size, image_size), interpolation=mode),
                  transforms.CenterCrop(image_size)]
-    return transforms.Compose([*steps, transforms.PILToTensor()])
+    return Transform([*steps, transforms.PILToTensor()])
 
 
 # ---------------------------------------------------- batches ------------------------------------------------------

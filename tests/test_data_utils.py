@@ -438,6 +438,29 @@ def test_broken_and_missing_images_are_reported_together(run, tmp_path):
     assert sum(count_classes(split_of(tmp_path, 'cub'))['train'].values()) == 9
 
 
+def test_an_image_that_fills_the_memory_is_broken_like_others(run_own, tmp_path, monkeypatch):
+    root = make_own(tmp_path)
+    Image.new('L', (333, 5)).save(root / 'a/large.png')
+    save = Image.Image.save
+
+    def fail(image, *args, **kwargs):
+        if image.width == 333:
+            raise MemoryError
+        save(image, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, 'save', fail)
+    with pytest.raises(UserError, match=r'1 of 13 images are broken or missing: a/large.png \(MemoryError\)'):
+        run_own()
+
+
+def test_an_image_too_long_for_jpeg_becomes_png(run_own, tmp_path):
+    root = make_own(tmp_path)
+    Image.new('RGBA', (3, 66_000)).save(root / 'a/screenshot.png')
+    assert '13 decoded now' in run_own()
+    assert load_image(root / 'uncropped/a_screenshot.png').size == (3, 66_000)
+    assert ' 0 decoded now' in run_own()
+
+
 def test_at_most_twenty_failures_are_named(run, tmp_path):
     root = make_sop(tmp_path)
     shutil.rmtree(root / 'chair_final')

@@ -191,3 +191,25 @@ def test_a_tile_of_a_file_that_cannot_be_read_is_grey(tmp_path):
     assert (tile.size, readable) == ((32, 32), True)
     tile, readable = load_tile(tmp_path / 'gone.png', 32)
     assert (tile.size, readable, tile.getpixel((0, 0))) == ((32, 32), False, (0xBB,) * 3)
+
+
+@pytest.mark.parametrize('size', [(1, 60_000), (60_000, 1)])
+def test_a_tile_of_a_thin_image_is_an_image(tmp_path, size):
+    Image.new('RGB', size, 'red').save(tmp_path / 'x.png')
+    tile, readable = load_tile(tmp_path / 'x.png', 32)
+    assert (tile.size, readable) == ((32, 32), True)
+    assert (32, (255, 0, 0)) in tile.getcolors()
+
+
+@pytest.mark.parametrize('error', [MemoryError(), ValueError('no'), OSError('no'), RuntimeError('no')])
+def test_whatever_goes_wrong_in_decoding_is_a_broken_image(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    write_image(tmp_path / 'x.png', 1, 1)
+    monkeypatch.setattr(Image.Image, 'convert', fail)
+    with pytest.raises(BrokenImage, match='no|MemoryError'):
+        load_image(tmp_path / 'x.png')
+    with pytest.raises(BrokenImage, match='no|MemoryError'):
+        to_image(Image.new('L', (3, 3)))
+    assert not load_tile(tmp_path / 'x.png', 32)[1]

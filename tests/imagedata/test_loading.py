@@ -4,9 +4,11 @@ import pytest
 import torch
 from PIL import Image
 from raw_trees import HEIGHT, WIDTH, write_image
+from torchvision.transforms import v2 as transforms
 
 from common.errors import UserError
 from common.files import save
+from common.images import BrokenImage
 from imagedata.loading import (
     BatchSampler,
     ImageData,
@@ -114,6 +116,39 @@ def test_without_a_resize_size_the_whole_image_is_squeezed():
     squeezed = make_transform(False, 35, 0)(image)
     expected = np.asarray(image.resize((35, 35), Image.BILINEAR))  # PIL's own resize, which knows no crop
     assert np.array_equal(squeezed.permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize('size', [(1, 60_000), (60_000, 1), (3, 50_000)])
+@pytest.mark.parametrize('words', [(False, 32), (False, 32, 0), (False, 32, 300), (True, 32)])
+def test_a_thin_image_is_transformed_without_gigabytes(size, words, monkeypatch):
+    largest = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, 'resize', lambda image, new, *args, **kwargs: (
+        largest.append(new[0] * new[1]), resize(image, new, *args, **kwargs))[1])
+    transform = make_transform(*words)
+    assert transform(Image.new('RGB', size, (9, 99, 199))).unique().tolist() == [9, 99, 199]
+    assert transform(torch.full((3, *size), 7, dtype=torch.uint8)).unique().tolist() == [7]
+    assert max(largest) < 5e6
+
+
+@pytest.mark.parametrize('size', [(40, 48), (10, 320), (320, 10)])
+def test_an_ordinary_image_is_resized_whole(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    whole = transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32), transforms.PILToTensor()])
+    assert torch.equal(make_transform(False, 32, 36)(image), whole(image))
+
+
+@pytest.mark.parametrize('error', [MemoryError(), ValueError('no'), OSError('no'), RuntimeError('no')])
+def test_an_image_that_cannot_be_transformed_is_broken_and_named(data_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    dataset = RetrievalDataset(open_data(data_path, 'mine'), 'test', make_transform(False, 16))
+    monkeypatch.setattr(Image.Image, 'resize', fail)
+    with pytest.raises(BrokenImage, match='it cannot be transformed: (no|MemoryError)'):
+        dataset.transform(Image.new('RGB', (40, 30)))
+    with pytest.raises(UserError, match='d_0.png is broken .it cannot be transformed: (no|MemoryError)'):
+        dataset[0]
 
 
 def test_a_missing_image_is_named(data_path):
