@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, features
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, JpegImagePlugin, features
 
 # Pillow goes by a file's contents, not by its name, and would start Ghostscript for PostScript in a .jpg.
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
@@ -24,7 +24,12 @@ with contextlib.suppress(ImportError):  # the format of many phones, if pillow-h
     IMAGE_FORMATS.append('HEIF')
     IMAGE_SUFFIXES |= {'.heic', '.heif'}
 
-warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # open_stored raises an error instead
+DECODED_PIXELS = 2**30 // 4 // 3  # the most that are decoded at full size: 89 megapixels, Pillow's own limit
+MAX_PIXELS = 300_000_000  # of baseline JPEG and HEIF, the formats of phones, which take 108 to 200 megapixels
+ROWS_AT_ONCE = 256  # of 16-bit images
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # prepare_size has lower limits for most formats
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # prepare_size raises an error instead
 warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')  # about EXIF blocks that are damaged
 
 
@@ -49,6 +54,7 @@ class StoredImage(NamedTuple):
     pixels: Image.Image  # RGB
     turn: Image.Transpose | None  # to be done to show it upright
     is_rgb: bool  # whether the file itself is
+    shrink: int = 1  # the file's sides are this many times as long
 
     def upright(self) -> Image.Image:
         """Return the whole image, upright."""
@@ -62,10 +68,10 @@ class StoredImage(NamedTuple):
                 the image, and at least one pixel.
         """
         width, height = self.pixels.size
-        left = max(0, min(box[0], width - 1))
-        top = max(0, min(box[1], height - 1))
-        right = max(left + 1, min(box[2], width))
-        bottom = max(top + 1, min(box[3], height))
+        left = max(0, min(box[0] // self.shrink, width - 1))
+        top = max(0, min(box[1] // self.shrink, height - 1))
+        right = max(left + 1, min(-(-box[2] // self.shrink), width))  # rounded up
+        bottom = max(top + 1, min(-(-box[3] // self.shrink), height))
         return self.turned(self.pixels.crop((left, top, right, bottom)))
 
     def turned(self, pixels: Image.Image) -> Image.Image:
@@ -78,6 +84,20 @@ def resize_for(image_size: int) -> int:
     return image_size * 256 // 224
 
 
+def grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Convert grey of 16 bits, or of 8 bits in a wider mode, to 8-bit RGB; in parts, since NumPy's copies are large."""
+    def parts():
+        for top in range(0, image.height, ROWS_AT_ONCE):
+            yield top, np.asarray(image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height))))
+
+    divisor = 257 if max(part.max() for _, part in parts()) > 255 else 1
+    rgb = Image.new('RGB', image.size)
+    for top, part in parts():
+        grey = (part.clip(0, 65535) // divisor).astype(np.uint8)
+        rgb.paste(Image.fromarray(grey).convert('RGB'), (0, top))
+    return rgb
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to 8-bit RGB, what is transparent on white.
 
@@ -85,14 +105,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     colours the transparent pixels have.
     """
     if image.mode.startswith('I'):  # I;16 and its variants, or I, as which Pillow reads some 16-bit files
-        grey = np.asarray(image).astype(np.int64)
-        grey = grey.clip(0, 65535) // 257 if grey.max() > 255 else grey.clip(0)
-        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+        return grey_to_rgb(image)
     if image.mode == 'F':
         raise ValueError('floating-point images have no known range; convert them to 8 bits')
     if image.has_transparency_data:
         layer = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), layer).convert('RGB')
+        rgb = Image.new('RGB', image.size, 'white')
+        rgb.paste(layer, mask=layer)
+        return rgb
     return image.convert('RGB')
 
 
@@ -135,6 +155,7 @@ def load_unended_jpeg(data: bytes) -> Image.Image | None:
     images = []
     for filler in (64 * b'\x55', 64 * b'\xaa'):  # no bit is the same
         image = Image.open(io.BytesIO(data + filler + restart + filler + b'\xff\xd9'), formats=['JPEG'])
+        prepare_size(image)
         image.load()
         images.append(image)
     are_equal = ImageChops.difference(*images).getbbox() is None
@@ -157,6 +178,29 @@ def load_pixels(image: Image.Image, file: Path) -> Image.Image:
         return mended
 
 
+def prepare_size(image: Image.Image) -> int:
+    """Let a large JPEG file be decoded at a fraction of its size; other images of ordinary sizes stay as they are.
+
+    Returns:
+        by how much its sides are to be shrunk: 1, 2 or 4.
+
+    Raises:
+        DecompressionBombError: if an image has too many pixels, since a small file can unpack to fill the memory.
+    """
+    num_pixels = image.width * image.height
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile) and not image.info.get('progressive')
+    limit = MAX_PIXELS if is_jpeg or image.format == 'HEIF' else DECODED_PIXELS
+    if num_pixels > limit:
+        raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels exceed the limit of {limit:,} for '
+                                           'such a file: a decompression bomb?')
+    shrink = 1
+    while num_pixels > shrink**2 * DECODED_PIXELS:
+        shrink *= 2
+    if shrink > 1 and is_jpeg:
+        image.draft(None, (image.width // shrink, image.height // shrink))
+    return shrink
+
+
 def open_stored(path: Path) -> StoredImage:
     """Read an image as RGB in the orientation in which it is stored.
 
@@ -165,12 +209,11 @@ def open_stored(path: Path) -> StoredImage:
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # a small file can unpack to fill the memory
-                raise Image.DecompressionBombError(
-                    f'{image.width} x {image.height} pixels exceed Pillow\'s limit of {Image.MAX_IMAGE_PIXELS}: a '
-                    'decompression bomb?')
+            shrink = prepare_size(image)
             pixels = load_pixels(image, path)
-            return StoredImage(to_rgb(pixels), turn_of(pixels), pixels.mode == 'RGB')
+            is_large = shrink > 1 and not isinstance(image, JpegImagePlugin.JpegImageFile)
+            rgb = to_rgb(pixels.reduce(shrink) if is_large else pixels)
+            return StoredImage(rgb, turn_of(pixels), pixels.mode == 'RGB', shrink)
     except Exception as error:  # damaged files raise a dozen kinds of errors, from OSError to struct.error
         raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
 

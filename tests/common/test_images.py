@@ -1,11 +1,15 @@
 """Images of any origin: upright, 8-bit RGB, or broken."""
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from PIL import Image, ImageOps
 from raw_trees import HEIGHT, WIDTH, write_image
 
+from common import images
 from common.images import BrokenImage, load_image, load_tile, open_image, resize_for, to_image
 
 
@@ -18,6 +22,68 @@ def test_16_bit_images_keep_their_greys(tmp_path):
     Image.fromarray(ramp).save(tmp_path / 'ramp.png')
     grey = np.asarray(load_image(tmp_path / 'ramp.png'))[..., 0]
     np.testing.assert_allclose(grey, ramp / 257, atol=1)
+
+
+@pytest.mark.parametrize('mode', ['I;16', 'I;16B', 'I'])
+@pytest.mark.parametrize(('largest', 'divisor'), [(65535, 257), (255, 1)])
+def test_16_bit_images_of_any_kind_are_converted_in_parts(mode, largest, divisor, monkeypatch):
+    monkeypatch.setattr(images, 'ROWS_AT_ONCE', 3)
+    values = np.random.default_rng(0).integers(0, largest + 1, (10, 7))
+    values[9, 6] = largest  # in the last part
+    image = Image.fromarray(values.astype(np.int32))
+    if mode != 'I':
+        image = Image.frombytes(mode, (7, 10), values.astype('>u2' if mode == 'I;16B' else '<u2').tobytes())
+    assert np.array_equal(np.asarray(to_image(image))[..., 1], values // divisor)
+
+
+@pytest.mark.slow
+def test_a_large_16_bit_image_takes_little_memory(tmp_path):
+    Image.fromarray(np.full((9000, 9500), 40000, np.uint16)).save(tmp_path / 'x.png')
+    command = ('import pathlib, sys; from common.images import load_image; load_image(pathlib.Path(sys.argv[1])); '
+               'print(pathlib.Path("/proc/self/status").read_text())')
+    result = subprocess.run([sys.executable, '-c', command, tmp_path / 'x.png'], capture_output=True, check=True,
+                            cwd=REPOSITORY, text=True)
+    peak = int(result.stdout.split('VmHWM:')[1].split()[0])  # kB
+    assert peak < 700_000  # the image 171 MB, its RGB pixels 342 MB
+
+
+def test_a_photograph_of_108_megapixels_is_decoded_at_half_its_size(tmp_path):
+    Image.new('L', (12_000, 9_000), 90).save(tmp_path / 'x.jpg')
+    image = load_image(tmp_path / 'x.jpg')
+    assert (image.size, image.getpixel((5999, 4499))) == ((6000, 4500), (90, 90, 90))
+
+
+@pytest.mark.parametrize(('limit', 'shrink'), [(2000, 1), (1999, 2), (500, 2), (499, 4)])
+@pytest.mark.parametrize('end', [None, -2])
+def test_a_photograph_is_shrunk_no_more_than_it_must_be(tmp_path, monkeypatch, limit, shrink, end):
+    monkeypatch.setattr(images, 'DECODED_PIXELS', limit)
+    noise(40, 50).save(tmp_path / 'x.jpg')
+    with Image.open(tmp_path / 'x.jpg') as image:
+        image.draft(None, (50 // shrink, 40 // shrink))
+        expected = np.asarray(image)
+    (tmp_path / 'x.jpg').write_bytes((tmp_path / 'x.jpg').read_bytes()[:end])  # with and without its end marker
+    assert np.array_equal(load_image(tmp_path / 'x.jpg'), expected)
+    assert expected.shape[0] == 40 // shrink
+
+
+@pytest.mark.parametrize(('name', 'options'), [('x.jpg', {}), ('x.png', {}), ('x.webp', {}),
+                                               ('x.jpg', {'progressive': True})])
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch, name, options):
+    monkeypatch.setattr(images, 'MAX_PIXELS', 1999)
+    monkeypatch.setattr(images, 'DECODED_PIXELS', 1500)
+    noise(40, 50).save(tmp_path / name, **options)
+    with pytest.raises(BrokenImage, match='50 x 40 pixels exceed the limit of 1,.*: a decompression bomb?'):
+        load_image(tmp_path / name)
+
+
+def test_a_box_in_a_photograph_that_is_shrunk_holds_what_it_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, 'DECODED_PIXELS', 500)
+    pixels = np.zeros((40, 50, 3), np.uint8)
+    pixels[8:24, 16:32] = 255
+    Image.fromarray(pixels).save(tmp_path / 'x.jpg', subsampling=0, quality=100)
+    crop = images.open_stored(tmp_path / 'x.jpg').crop((16, 8, 32, 24))
+    assert crop.size == (8, 8)
+    assert np.asarray(crop).min() > 240
 
 
 def test_photographs_are_turned_upright(tmp_path):
