@@ -1,7 +1,9 @@
 """Read image files of any origin as upright RGB images; whatever goes wrong is a BrokenImage."""
 import contextlib
 import io
+import os
 import re
+import stat
 import textwrap
 import warnings
 from pathlib import Path
@@ -208,6 +210,8 @@ def open_stored(path: Path) -> StoredImage:
         BrokenImage: if the file cannot be read, for whatever reason.
     """
     try:
+        if isinstance(path, (str, Path)) and not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError('not a regular file')  # to open a named pipe would wait for ever
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             shrink = prepare_size(image)
             pixels = load_pixels(image, path)

@@ -8,10 +8,13 @@ holds.
 `scan_images` and `read_labels` read a folder to search in, where images need no class.
 """
 import csv
+import errno
 import fnmatch
 import hashlib
 import io
 import os
+import re
+import stat
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,8 +26,10 @@ from common.files import is_inside, read_json, readable, stamp_of
 from common.images import IMAGE_SUFFIXES
 from imagedata.raw_sets import SUBSETS, RawImage
 
+SPECIAL_FILES = 'special files such as pipes, sockets and devices'
 DEFAULT_RATIO = 0.5  # of the classes become test classes
 LONGEST_STEM = 200  # bytes; file systems allow names of 255
+UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, undecodable bytes
 MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
 MADE_BY = 'data_utils.py'  # its field `made_by`
 
@@ -123,6 +128,29 @@ def suffix_of(path: Path) -> str:
     return readable(path.suffix.lower()) or 'without ending'
 
 
+def printable(path: str) -> str:
+    """Return a path in which whatever cannot be printed is escaped."""
+    return ''.join(letter if letter.isprintable() or unicodedata.category(letter) == 'Zs'
+                   else letter.encode('unicode_escape').decode() for letter in path)
+
+
+def reason_to_leave_out(file: Path, path: str) -> str | None:
+    """Return why a data base cannot hold an image file, whatever is in it; None if it can.
+
+    Raises:
+        UserError: if the file system does not tell.
+    """
+    if not is_inside(path) or UNFIT_FOR_NAMES.search(path):
+        return 'names with control characters, backslashes or undecodable bytes'
+    try:
+        mode = os.stat(file).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 'links to nothing'
+        raise UserError(f'the file {file} cannot be read ({error.strerror}); check the disk, or move it away') from None
+    return None if stat.S_ISREG(mode) else SPECIAL_FILES
+
+
 def normalize_label(label: str) -> str:
     """Return a class name in Unicode's composed form (NFC): macOS and Linux write the same name differently."""
     return unicodedata.normalize('NFC', label)
@@ -154,6 +182,8 @@ def list_folder(folder: Path, skipper: Skipper | None = None) -> tuple[list[Path
                 images.append(path)
             elif path.is_file():
                 left_out[suffix_of(path)] += 1
+            elif not path.is_dir():
+                left_out[SPECIAL_FILES] += 1
     return sorted(images), left_out if skipper else left_out + own_skipper.left_out
 
 
@@ -376,15 +406,15 @@ def scan_images(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, tu
 
     Returns:
         {path below the folder: (bytes, time of the last change in ns)} in the order of the paths, and a count of what
-        is left out: files of other suffixes, links to folders, links that lead out of the folder, names that a data
-        base cannot hold, the copies that data_utils.py made of the images beside them, folders of systems, and what
-        is excluded.
+        is left out: files of other suffixes, links to folders, to nothing, and out of the folder, special files, names
+        that a data base cannot hold, the copies that data_utils.py made of the images beside them, folders of systems,
+        and what is excluded.
 
     Raises:
-        UserError: if a folder cannot be read, or a pattern is empty.
+        UserError: if a folder, or the size of a file, cannot be read, or a pattern is empty.
     """
     images, left_out, top = {}, Counter(), folder.resolve()
-    skipper = Skipper(folder, exclude)
+    skipper, unusual = Skipper(folder, exclude), {}
     for parent, subfolders, files in walk_visible(folder, skipper):
         for name in ('uncropped', 'cropped') if is_converted(parent) else ():
             if name in subfolders:
@@ -395,13 +425,14 @@ def scan_images(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, tu
             path = file.relative_to(folder).as_posix()
             if not is_image_name(file):
                 left_out[suffix_of(file)] += 1
-            elif not is_inside(path) or not path.isprintable():
-                left_out['names with strange letters'] += 1
             elif file.is_symlink() and not Path(os.path.realpath(file)).is_relative_to(top):
                 left_out['links out of the folder'] += 1
+            elif reason := reason_to_leave_out(file, path):
+                unusual.setdefault(reason, []).append(path)
             else:
-                stamp = stamp_of(file) if file.exists() else (0, 0)  # a broken link: reported when it is embedded
-                images[path] = tuple(stamp)
+                images[path] = tuple(stamp_of(file) or (0, 0))  # it may vanish: reported when it is embedded
+    for reason, paths in unusual.items():
+        left_out[f'{reason} ({printable(paths[0])}{", ..." if len(paths) > 1 else ""})'] = len(paths)
     return dict(sorted(images.items())), left_out + skipper.left_out  # without zeros
 
 

@@ -1,4 +1,6 @@
 """Write small raw data sets in the formats of CARS196, CUB-200-2011, SOP and In-shop, and folders of your own."""
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +100,23 @@ def make_own_split(data_path: Path, classes: dict[str, str], folder: str = 'mine
     for subset, labels in classes.items():
         make_own(data_path / folder, labels, folder=subset)
     return data_path / folder
+
+
+def make_special_file(path: Path, kind: str) -> None:
+    """Make a `pipe`, `socket`, `folder`, `link to itself`, or a link to a `device` or to a pipe."""
+    if kind == 'pipe':
+        os.mkfifo(path)
+    elif kind == 'socket':
+        with socket.socket(socket.AF_UNIX) as server:
+            folder = os.open(path.parent, os.O_RDONLY)
+            server.bind(f'/proc/self/fd/{folder}/{path.name}')  # a socket's path has 107 bytes at most
+            os.close(folder)
+    elif kind == 'device':
+        path.symlink_to('/dev/zero')
+    elif kind == 'folder':
+        path.mkdir()
+    elif kind == 'link to itself':
+        path.symlink_to(path.name)
+    else:
+        os.mkfifo(path.with_name('.pipe'))
+        path.symlink_to('.pipe')

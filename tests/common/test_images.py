@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from PIL import Image, ImageOps
-from raw_trees import HEIGHT, WIDTH, write_image
+from raw_trees import HEIGHT, WIDTH, make_special_file, write_image
 
 from common import images
 from common.images import BrokenImage, load_image, load_tile, open_image, resize_for, to_image
@@ -241,6 +241,15 @@ def test_floating_point_images_have_no_known_range(tmp_path):
 def test_a_missing_file_is_broken(tmp_path):
     with pytest.raises(BrokenImage, match='No such file'):
         load_image(tmp_path / 'x.jpg')
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'socket', 'device', 'folder', 'link to itself', 'link to a pipe'])
+def test_what_is_no_regular_file_is_broken_and_never_waited_for(tmp_path, kind):
+    make_special_file(tmp_path / 'x.jpg', kind)
+    for read in (load_image, to_image):
+        with pytest.raises(BrokenImage, match='not a regular file|Too many levels of symbolic links'):
+            read(tmp_path / 'x.jpg')
+    assert not load_tile(tmp_path / 'x.jpg', 32)[1]
 
 
 def test_arrays_are_images_if_they_are_bytes():

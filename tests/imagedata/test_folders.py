@@ -5,7 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from raw_trees import make_own, make_own_split, write_image
+from raw_trees import make_own, make_own_split, make_special_file, write_image
 
 from common.errors import UserError
 from common.files import stamp_of
@@ -307,11 +307,58 @@ def test_images_of_any_folder_are_listed_by_path_with_size_and_time(tmp_path):
     (tmp_path / 'gone.jpg').symlink_to('nothing.jpg')
     (tmp_path / 'loop.jpg').symlink_to('loop.jpg')
     images, left_out = scan_images(tmp_path)
-    assert list(images) == ['a.jpg', 'b/1.JPG', 'b/2.jpg', 'gone.jpg', 'loop.jpg']
+    assert list(images) == ['a.jpg', 'b/1.JPG', 'b/2.jpg']
     assert images['a.jpg'] == tuple(stamp_of(tmp_path / 'a.jpg'))
-    assert images['gone.jpg'] == images['loop.jpg'] == (0, 0)
-    assert left_out == {'without ending': 1, 'names with strange letters': 1, 'links out of the folder': 1,
-                        'links to folders': 1}
+    assert left_out == {'without ending': 1, 'links out of the folder': 1, 'links to folders': 1,
+                        'names with control characters, backslashes or undecodable bytes (odd\\x07.jpg)': 1,
+                        'links to nothing (gone.jpg, ...)': 2}
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'socket', 'device', 'link to itself', 'link to a pipe'])
+def test_only_regular_files_are_images(tmp_path, kind):
+    root = make_own(tmp_path, 'ab', images=1)
+    make_special_file(root / 'a/x.jpg', kind)
+    images, left_out = scan_images(root)
+    assert list(images) == ['a/0.jpg', 'b/0.jpg']
+    folder = read_folder(root)
+    assert [image.source for image in folder.images] == ['a/0.jpg', 'b/0.jpg']
+    assert sum(left_out.values()) == sum(folder.left_out.values()) == 1
+    assert 'special files' in str(left_out) or 'links' in str(left_out)
+
+
+def test_a_disk_that_fails_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    write_image(tmp_path / 'x.jpg', 1, 1)
+    stat = os.stat
+
+    def fail(path, *args, **kwargs):
+        if str(path).endswith('x.jpg') and kwargs.get('follow_symlinks', True):
+            raise OSError(5, 'Input/output error', str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'stat', fail)
+    with pytest.raises(UserError, match='x.jpg cannot be read .Input/output error.; check the disk'):
+        scan_images(tmp_path)
+
+
+@pytest.mark.parametrize('name', [
+    'Screenshot 2024\u202fPM', 'no\u00a0break', 'wide\u3000space', '👩\u200d🍳', '\u2067rtl', 'soft\u00adhyphen',
+    'a\ufeffb', 'private \ue000', unicodedata.normalize('NFD', 'é')])
+def test_names_of_any_letters_are_images(tmp_path, name):
+    write_image(tmp_path / f'{name}/{name}.jpg', 1, 1)
+    images, left_out = scan_images(tmp_path)
+    assert list(images) == [f'{name}/{name}.jpg']
+    assert not left_out
+
+
+@pytest.mark.parametrize(('name', 'shown'), [
+    ('a\nb', r'a\nb'), ('a\x1b[31m', r'a\x1b[31m'), ('a\x85', r'a\x85'), ('caf\udce9', r'caf\udce9'),
+    ('a\\b', r'a\b'), ('e\u202f\x07', 'e\u202f\\x07')])
+def test_names_that_cannot_be_held_are_named(tmp_path, name, shown):
+    (tmp_path / f'{name}.jpg').touch()
+    images, left_out = scan_images(tmp_path)
+    assert not images
+    assert left_out == {f'names with control characters, backslashes or undecodable bytes ({shown}.jpg)': 1}
+    assert str(left_out).encode()
 
 
 def test_the_copies_of_a_conversion_are_left_out(tmp_path):
