@@ -13,6 +13,7 @@ import fnmatch
 import hashlib
 import io
 import os
+import posixpath
 import re
 import stat
 import unicodedata
@@ -21,13 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import UserError, suggestion
+from common.errors import UserError, reason_of, suggestion
 from common.files import is_inside, read_json, readable, stamp_of
 from common.images import IMAGE_SUFFIXES
 from imagedata.raw_sets import SUBSETS, RawImage
 
 SPECIAL_FILES = 'special files such as pipes, sockets and devices'
 DEFAULT_RATIO = 0.5  # of the classes become test classes
+MAX_NAMED = 3  # paths in a message
 LONGEST_STEM = 200  # bytes; file systems allow names of 255
 UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, undecodable bytes
 MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
@@ -436,34 +438,115 @@ def scan_images(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, tu
     return dict(sorted(images.items())), left_out + skipper.left_out  # without zeros
 
 
+class LabelLine(NamedTuple):
+    """A line of a CSV file of classes."""
+
+    number: int
+    path: str  # as it is written there
+    label: str
+
+
+def read_label_lines(flag: str) -> list[LabelLine]:
+    """Read the lines of a CSV file with the columns path,label, separated by commas, semicolons or tabs.
+
+    Raises:
+        UserError: if it cannot be read, lacks these columns, or a line has more fields than its header.
+    """
+    try:
+        text = Path(flag).read_text(encoding='utf-8-sig')
+        header_line = text.split('\n', 1)[0]
+        delimiter = max(',;\t', key=header_line.count)
+        reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
+        rows = [(reader.line_num, row) for row in reader if any(row)]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f'--labels {flag} is neither `folder` nor a readable CSV file ({reason_of(error)})') from None
+    header = [field.strip().lower() for field in rows[0][1]] if rows else []
+    if len(rows) < 2 or not {'path', 'label'} <= set(header):
+        raise UserError(f'--labels {flag} needs a header line with the columns path,label and one line per image')
+    lines = []
+    for number, row in rows[1:]:
+        if any(row[len(header):]):
+            raise UserError(f'--labels {flag}, line {number}: {len(row)} fields instead of {len(header)} in '
+                            f'{delimiter.join(row)[:60]!r}; put a path or a class that holds a {delimiter!r} between '
+                            'quotation marks')
+        fields = dict(zip(header, row, strict=False))
+        lines.append(LabelLine(number, fields['path'], normalize_label(fields.get('label', '').strip())))
+    return lines
+
+
+class PathFinder:
+    """Find the images of a folder by their paths as people write them.
+
+    Beside the path below the folder it accepts `./` before it, backslashes, absolute paths, and the other Unicode form
+    of a name.
+
+    Args:
+        paths: the images, below the folder.
+        folder: the folder.
+    """
+
+    def __init__(self, paths: list[str], folder: str):
+        self.paths, self.folder = set(paths), folder
+        self.by_form = {}  # by the composed form, which several names may have
+        for path in paths:
+            self.by_form.setdefault(normalize_label(path), []).append(path)
+
+    def spellings(self, written: str) -> Iterator[str]:
+        """Yield what a path can mean, from the letter to the spirit."""
+        yield written
+        slashed = written.strip().replace('\\', '/')
+        yield slashed
+        yield posixpath.normpath(slashed)
+        if slashed.startswith('/') and '\0' not in slashed:
+            yield os.path.relpath(slashed, self.folder)
+            yield os.path.relpath(os.path.realpath(slashed), os.path.realpath(self.folder))
+
+    def find(self, written: str) -> list[str]:
+        """Return the images that a path names, [] if there are none."""
+        for spelling in self.spellings(written):
+            if spelling in self.paths:
+                return [spelling]
+            if normalize_label(spelling) in self.by_form:
+                return self.by_form[normalize_label(spelling)]
+        return []
+
+
 def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, str] | None:
     """Return {path: class} as --labels says, without images that have none; None without the flag.
+
+    Prints how many lines of a CSV file name no image, or no class.
 
     Args:
         flag: `folder`, for the first folder of each path, or a CSV file with the columns path,label.
         paths: the images below the folder.
-        folder: for the messages.
+        folder: what the paths are relative to.
 
     Raises:
-        UserError: if the CSV file cannot be read, or names none of the images.
+        UserError: if the CSV file cannot be read, gives an image two classes, or names none of the images.
     """
     if flag is None:
         return None
     if flag == 'folder':
         return {path: normalize_label(path.split('/')[0]) for path in paths if '/' in path}
-    try:
-        rows = list(csv.DictReader(io.StringIO(Path(flag).read_text(encoding='utf-8-sig'))))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f'--labels {flag} is neither `folder` nor a readable CSV file ({error})') from None
-    if not rows or not {'path', 'label'} <= rows[0].keys():
-        raise UserError(f'--labels {flag} needs a header line with the columns path,label and one line per image')
-    listed = {row['path'] or '': normalize_label((row['label'] or '').strip()) for row in rows}
-    labels = {path: listed[path] for path in paths if listed.get(path)}
-    first = next(iter(listed))
-    if not labels:
-        raise UserError(f'--labels {flag} names no image below {folder}; its first path is {first!r}'
-                        f'{suggestion(first, list(paths)[:10000])}')
-    unused = [path for path in listed if path not in labels]
-    if unused:
-        print(f'{len(unused):,} lines of {flag} name no image of the folder, or no class, the first: {unused[0]}')
-    return labels
+    lines, finder = read_label_lines(flag), PathFinder(paths, folder)
+    chosen, unknown, unlabelled = {}, [], []
+    for line in lines:
+        images = finder.find(line.path)
+        if not images:
+            unknown.append(line.path)
+        elif not line.label:
+            unlabelled.append(line.path)
+        for image in images if line.label else ():
+            earlier = chosen.setdefault(image, line)
+            if earlier.label != line.label:
+                raise UserError(f'--labels {flag} gives {printable(image)} two classes: {printable(earlier.label)} in '
+                                f'line {earlier.number}, {printable(line.label)} in line {line.number}; keep one of '
+                                'them')
+    if len(unknown) == len(lines):
+        raise UserError(f'--labels {flag} names no image below {folder}; its first path is {unknown[0]!r}'
+                        f'{suggestion(unknown[0], paths[:10000])}')
+    for reason, written in (('name no image of the folder', unknown), ('name no class', unlabelled)):
+        if written:
+            names = ', '.join(map(printable, written[:MAX_NAMED])) + (', ...' if len(written) > MAX_NAMED else '')
+            print(f'{len(written):,} lines of {flag} {reason}: {names}')
+    return {path: chosen[path].label for path in paths if path in chosen}

@@ -387,7 +387,73 @@ def test_labels_come_from_the_first_folder_or_from_a_csv(tmp_path, capsys):
     assert read_labels('folder', paths, '/photos') == {'ara/0.jpg': 'ara', 'ara/old/1.jpg': 'ara'}
     (tmp_path / 'l.csv').write_text('path,label\nx.jpg,"parrot, red"\nno.jpg,x\nara/0.jpg,\n')
     assert read_labels(str(tmp_path / 'l.csv'), paths, '/photos') == {'x.jpg': 'parrot, red'}
-    assert '2 lines of' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'l.csv name no image of the folder: no.jpg\n' in printed
+    assert 'l.csv name no class: ara/0.jpg\n' in printed
+
+
+@pytest.fixture
+def labels_of(tmp_path):
+    """Return a function that reads the labels of images below /photos from the text of a CSV file."""
+    def read(text: str, paths=('x.jpg', 'ara/0.jpg'), folder='/photos'):
+        (tmp_path / 'l.csv').write_text(text)
+        return read_labels(str(tmp_path / 'l.csv'), list(paths), str(folder))
+    return read
+
+
+@pytest.mark.parametrize('written', [
+    'ara/0.jpg', './ara/0.jpg', '/photos/ara/0.jpg', '/photos/../photos/ara//0.jpg', 'ara\\0.jpg', '.\\ara\\0.jpg',
+    ' ara/0.jpg ', 'ara//0.jpg', 'x/../ara/0.jpg'])
+def test_a_path_may_be_written_as_people_write_it(labels_of, written):
+    assert labels_of(f'path,label\n{written},Smith\n') == {'ara/0.jpg': 'Smith'}
+
+
+def test_an_absolute_path_may_lead_through_a_link(labels_of, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'link').symlink_to('photos')
+    (tmp_path / 'photos/x.jpg').touch()
+    for folder, other in (('photos', 'link'), ('link', 'photos')):
+        assert labels_of(f'path,label\n{tmp_path}/{other}/x.jpg,a\n', folder=tmp_path / folder) == {'x.jpg': 'a'}
+
+
+@pytest.mark.parametrize('written', ['NFC', 'NFD'])
+@pytest.mark.parametrize('stored', ['NFC', 'NFD'])
+def test_a_path_finds_a_name_of_either_unicode_form(labels_of, written, stored):
+    path = unicodedata.normalize(stored, 'Käfer/é.jpg')
+    line = unicodedata.normalize(written, './Käfer/é.jpg,Käfer')
+    assert labels_of(f'path,label\n{line}\n', [path]) == {path: unicodedata.normalize('NFC', 'Käfer')}
+
+
+def test_names_that_differ_in_their_unicode_form_alone_are_told_apart_if_written_so(labels_of):
+    both = [unicodedata.normalize(form, 'é.jpg') for form in ('NFC', 'NFD')]
+    assert labels_of(f'path,label\n{both[0]},a\n{both[1]},b\n', both) == dict(zip(both, 'ab', strict=True))
+
+
+@pytest.mark.parametrize('text', [
+    'path;label\nx.jpg;Smith, John\n', 'path\tlabel\nx.jpg\tSmith, John\n', 'Label , Path\n"Smith, John",x.jpg\n',
+    'path,label,note\nx.jpg,"Smith, John"\n', 'path,label\r\nx.jpg,"Smith, John",,\r\n\r\n',
+    '\ufeffpath,label\nx.jpg,"Smith, John"\nx.jpg,"Smith, John"'])
+def test_a_csv_file_of_any_program_is_read(labels_of, text):
+    assert labels_of(text) == {'x.jpg': 'Smith, John'}
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('path,label\n\nx.jpg,Smith, John\n', "line 3: 3 fields instead of 2 in 'x.jpg,Smith, John'; put .* quotation"),
+    ('path,label\nx.jpg,a\nara/0.jpg,b\n./x.jpg,c\n', 'gives x.jpg two classes: a in line 2, c in line 4'),
+    ('path,label\nx.jpg,"a\nara/0.jpg,b\n', 'readable CSV file .unexpected end of data'),
+    ('path,label\n,\n,a\n', "names no image below /photos; its first path is ''"),
+    ('path,label\n/photo/x.jpg,a\n', "first path is '/photo/x.jpg'; did you mean 'x.jpg'"),
+    ('path,label\n/x.jpg,a\nC:\\\\x.jpg,a\n', "names no image below /photos; its first path is '/x.jpg'")])
+def test_a_csv_file_that_contradicts_itself_is_refused_in_one_line(labels_of, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        labels_of(text)
+    assert '\n' not in str(error.value)
+
+
+def test_the_first_paths_that_fit_no_image_are_named(labels_of, capsys):
+    labels_of('path,label\nx.jpg,a\n' + ''.join(f'{number}.jpg,b\n' for number in range(1200)))
+    assert '1,200 lines of' in (printed := capsys.readouterr().out)
+    assert printed.endswith('name no image of the folder: 0.jpg, 1.jpg, 2.jpg, ...\n')
 
 
 @pytest.mark.parametrize(('text', 'message'), [
