@@ -18,6 +18,8 @@ Writes to {data_path}/{data_name}:
 A split file holds {'train': {label: [path, ...]}, 'test': {...}, 'class_names': {label: name}}, for In-shop `train`,
 `query` and `gallery`; paths are relative to {data_path}/{data_name}. What belongs to an image that is gone is removed.
 """
+import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -45,6 +47,7 @@ from imagedata.raw_sets import (
 from utils import Parser, check_between, refuse_without_effect, run_script, user_path
 
 FAILURES_SHOWN = 20
+TAIL_BYTES = 4096  # by which photographs of equal size are told apart
 JPEG = {'quality': 95, 'subsampling': 0}  # 4:4:4, no chroma subsampling
 LONGEST_JPEG = 65500  # pixels, of the longer side; libjpeg's limit
 SUFFIX_HINTS = {'.heic': ' (pip install pillow-heif)', '.heif': ' (pip install pillow-heif)',
@@ -375,6 +378,50 @@ def read_known(root: Path, data_name: str) -> tuple[list[RawImage], dict[str, st
     return images, class_names
 
 
+def find_identical(root: Path, images: list[RawImage]) -> list[tuple[RawImage, RawImage]]:
+    """Return pairs of an image and a later one in another subset whose files are equal byte for byte.
+
+    The first is in training if one of them is. A file is read if its size is that of one in another subset, as a whole
+    only if their last bytes are equal too. Files that cannot be read are equal to none.
+    """
+    def size(path: Path):
+        return path.stat().st_size
+
+    def tail(path: Path):
+        with open(path, 'rb') as file:
+            file.seek(max(0, size(path) - TAIL_BYTES))
+            return file.read()
+
+    def digest(path: Path):
+        return hashlib.sha256(path.read_bytes()).digest()
+
+    groups = [sorted(images, key=lambda image: SUBSETS.index(image.subset))]
+    for property_of in (size, tail, digest):
+        finer = {}
+        for number, group in enumerate(groups):
+            for image in group:
+                with contextlib.suppress(OSError, ValueError):  # it is reported when it is decoded
+                    finer.setdefault((number, property_of(root / image.source)), []).append(image)
+        groups = [group for group in finer.values() if len({image.subset for image in group}) > 1]
+    return [(group[0], image) for group in groups for image in group if image.subset != group[0].subset]
+
+
+def drop_identical(root: Path, folder: OwnFolder, skip: bool) -> OwnFolder:
+    """Warn of photographs that are in two subsets, byte for byte; with `skip`, leave out the second ones."""
+    pairs = find_identical(root, folder.images)
+    if not pairs:
+        return folder
+    first, second = (image.source for image in pairs[0])
+    found = (f'{root.name}: {len(pairs):,} photographs are byte for byte equal to one of another side, the first: '
+             f'{second} and {first}')
+    if not skip:
+        print(f'warning: {found}; results on them are too good; --skip_duplicates leaves them out')
+        return folder
+    print(f'{found}; they are left out')
+    skipped = {image.source for _, image in pairs}
+    return folder._replace(images=[image for image in folder.images if image.source not in skipped])
+
+
 def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bool,
              exclude: Sequence[str] = ()) -> OwnFolder:
     """Read a folder of your own photographs, with the class split of an earlier conversion unless `resplit`.
@@ -476,6 +523,9 @@ def get_args(argv: list[str] | None = None):
     own.add_argument('--exclude', nargs='+', metavar='PATTERN', help='leave out the files and folders whose name, or '
                      'path in the data set, matches; * and ? are wildcards. Thumbnails, recycle bins and snapshots of '
                      'NAS and operating systems are always left out')
+    own.add_argument('--skip_duplicates', action='store_true', help='leave out the test photographs that are byte for '
+                     'byte equal to a training photograph, and those of the gallery equal to a query, instead of '
+                     'warning')
     glyph = parser.add_argument_group('glyph')
     glyph.add_argument('--glyph_classes', type=int, help='number of characters; two thirds of them are training '
                        f'classes [{GLYPH_CLASSES}]')
@@ -489,8 +539,9 @@ def get_args(argv: list[str] | None = None):
     if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
         reason = ' on data sets with a split of their own'
         refuse_without_effect(args, {'test_ratio': reason, 'seed': reason if no_glyph else '', 'exclude': reason})
-        if args.resplit:
-            raise UserError(f'--resplit has no effect{reason}; leave it out')
+        for flag in ('resplit', 'skip_duplicates'):
+            if getattr(args, flag):
+                raise UserError(f'--{flag} has no effect{reason}; leave it out')
     check_between(args, {'seed': (0, None), 'cache_size': (16, 8192), 'glyph_classes': (3, None),
                          'glyph_images': (2, None)})
     return args
@@ -536,6 +587,7 @@ def process(root: Path, data_name: str, args) -> None:
         images, class_names = read_known(root, data_name)
     else:
         folder = read_own(root, args.test_ratio, seed, args.resplit, args.exclude or ())
+        folder = drop_identical(root, folder, args.skip_duplicates)
         images, class_names, class_split = folder.images, folder.class_names, folder.class_split
     conversion = convert(root, images, class_names, args.skip_bad, class_split)
     report_conversion(data_name, conversion)

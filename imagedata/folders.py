@@ -316,6 +316,21 @@ def count_outside(root: Path, folders: list[Path], subset_folders: dict[str, Pat
     return left_out
 
 
+def check_real_paths(root: Path, images: list[RawImage]) -> None:
+    """Raise a UserError if links lead to one photograph twice: it would count as two, perhaps in training and test."""
+    folders, sources = {}, {}
+    for image in images:
+        path = root / image.source
+        if path.parent not in folders:
+            folders[path.parent] = os.path.realpath(path.parent)
+        real = os.path.realpath(path) if path.is_symlink() else f'{folders[path.parent]}/{path.name}'
+        earlier = sources.setdefault(real, image.source)
+        if earlier != image.source:
+            raise UserError(f'{root}: {printable(earlier)} and {printable(image.source)} are one file, '
+                            f'{printable(real)}, reached through a link; remove the link, or leave it out with '
+                            '--exclude')
+
+
 def read_folder(root: Path, ratio: float | None = None, seed: int | None = None, earlier: dict | None = None,
                 known: dict[tuple, str] | None = None, exclude: Sequence[str] = ()) -> OwnFolder:
     """Read a folder of your own photographs; folders whose names differ only in their Unicode form are one class.
@@ -327,7 +342,8 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
         exclude: patterns of files and folders to leave out, see `Skipper`.
 
     Raises:
-        UserError: if a folder cannot be read or has no class folders, or a flag has no effect or differs from before.
+        UserError: if a folder cannot be read or has no class folders, a photograph is reached twice, or a flag has no
+            effect or differs from before.
     """
     skipper = Skipper(root, exclude)
     folders = skipper.subfolders(root)
@@ -350,6 +366,7 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
             empty.append(folder.name)
         for path in (path.relative_to(root) for path in paths):
             images.append(RawImage(path.as_posix(), subset, normalize_label(folder.name), file_stem(path)))
+    check_real_paths(root, images)
     left_out += skipper.left_out
     loose = left_out['images beside the class folders']
     if loose and not images:

@@ -411,16 +411,55 @@ def test_odd_names_are_converted(run_own, tmp_path):
 
 
 def test_subset_folders_with_links_to_images_are_converted(run_own, tmp_path):
-    write_image(tmp_path / 'store/x.jpg', 1, 1)
-    for subset in ('Train', 'Test'):
-        for label in 'ab':
-            (tmp_path / 'mine' / subset / label).mkdir(parents=True)
-            (tmp_path / 'mine' / subset / label / '1.jpg').symlink_to('../../../store/x.jpg')
+    for number, (subset, label) in enumerate((subset, label) for subset in ('Train', 'Test') for label in 'ab'):
+        write_image(tmp_path / f'store/{number}.jpg', 1, number)
+        (tmp_path / 'mine' / subset / label).mkdir(parents=True)
+        (tmp_path / 'mine' / subset / label / '1.jpg').symlink_to(f'../../../store/{number}.jpg')
     assert '2 classes are in training and test: results on them say nothing about unseen classes' in run_own()
     split = split_of(tmp_path)
     assert count_classes(split) == {'train': {'a': 1, 'b': 1}, 'test': {'a': 1, 'b': 1}}
     assert split['train']['a'] != split['test']['a']
     assert load_image(tmp_path / 'mine' / split['test']['a'][0]).size == (WIDTH, HEIGHT)
+
+
+@pytest.fixture
+def with_copies(tmp_path):
+    """A data set `mine` of train/ and test/; two test images are copies of training images, one only of equal size."""
+    root = make_own_split(tmp_path, {'train': 'ab', 'test': 'cd'})
+    shutil.copy(root / 'train/a/0.jpg', root / 'test/c/copy.jpg')
+    shutil.copy(root / 'train/b/1.jpg', root / 'test/d/0.jpg')
+    shutil.copy(root / 'train/a/0.jpg', root / 'train/a/again.jpg')  # on the same side
+    other = bytearray((root / 'train/a/0.jpg').read_bytes())
+    other[15] ^= 1  # the density in its header, which changes no pixel
+    (root / 'test/c/other.jpg').write_bytes(bytes(other))
+    return root
+
+
+def test_photographs_of_both_sides_are_counted(run_own, with_copies):
+    printed = run_own()
+    assert ('warning: mine: 2 photographs are byte for byte equal to one of another side, the first: test/c/copy.jpg '
+            'and train/a/0.jpg;' in printed)
+    assert '--skip_duplicates leaves them out' in printed
+    assert 'test 2 classes 6 images' in printed
+
+
+def test_photographs_of_both_sides_are_left_out_of_the_second(run_own, tmp_path, with_copies):
+    printed = run_own('--skip_duplicates')
+    assert 'mine: 2 photographs are byte for byte equal' in printed
+    assert 'warning' not in printed
+    assert count_classes(split_of(tmp_path)) == {'train': {'a': 3, 'b': 2}, 'test': {'c': 3, 'd': 1}}
+
+
+def test_a_query_in_the_gallery_is_counted_too(run_own, tmp_path):
+    root = make_own_split(tmp_path, {'train': 'ab', 'query': 'c', 'gallery': 'de'})
+    shutil.copy(root / 'query/c/0.jpg', root / 'gallery/d/copy.jpg')
+    assert '1 photographs are byte for byte equal to one of another side, the first: gallery/d/copy.jpg' in run_own()
+
+
+def test_no_photographs_of_both_sides_are_not_mentioned(run_own, tmp_path):
+    root = make_own(tmp_path)
+    (root / 'a/gone.jpg').symlink_to('nothing.jpg')
+    assert 'byte for byte' not in run_own()
 
 
 # ---------------------------------------------------- what goes wrong ----------------------------------------------
@@ -538,6 +577,7 @@ def test_a_folder_called_cars_is_told_what_it_was_taken_for(run, tmp_path):
     (('mine', '--resplit'), '--resplit has no effect: .* is split'),
     (('cub', '--test_ratio', 0.3), '--test_ratio 0.3 has no effect on data sets with a split of their own'),
     (('cub', '--exclude', 'x'), '--exclude .* has no effect on'), (('mine', '--exclude', ''), "--exclude '' is empty"),
+    (('cub', '--skip_duplicates'), '--skip_duplicates has no effect on'),
     (('cub', '--seed', 3), '--seed 3 has no effect on'), (('cub', '--resplit'), '--resplit has no effect on')])
 def test_a_flag_out_of_range_or_without_effect_is_an_error(run, tmp_path, words, message):
     make_own_split(tmp_path, {'train': 'a', 'test': 'b'})

@@ -260,6 +260,30 @@ def test_an_empty_pattern_excludes_nothing_and_is_refused(tmp_path, pattern):
         scan_images(tmp_path, [pattern])
 
 
+@pytest.mark.parametrize(('link', 'target'), [('latest', '.'), ('c', 'a'), ('c', '../mine/a'), ('a/9.jpg', '0.jpg'),
+                                              ('b/9.jpg', '../a/0.jpg')])
+def test_a_photograph_that_links_reach_twice_is_an_error(tmp_path, link, target):
+    root = make_own(tmp_path, 'ab')
+    (root / link).symlink_to(target)
+    with pytest.raises(UserError, match=r'are one file, .*0.jpg, reached through a link; remove the link'):
+        read_folder(root)
+    assert len(read_folder(root, exclude=[link]).images) == 4
+
+
+def test_two_subsets_that_are_one_place_are_an_error(tmp_path):
+    root = make_own_split(tmp_path, {'train': 'ab'})
+    (root / 'test').symlink_to('train')
+    with pytest.raises(UserError, match='train/a/0.jpg and test/a/0.jpg are one file'):
+        read_folder(root)
+
+
+def test_a_class_folder_may_be_a_link(tmp_path):
+    root = make_own(tmp_path, 'ab')
+    (root / 'b').rename(tmp_path / 'elsewhere')
+    (root / 'b').symlink_to('../elsewhere')
+    assert len(read_folder(root).images) == 4
+
+
 @pytest.mark.parametrize('refused', ['listing', 'entering'])
 def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, refused):
     root = make_own(tmp_path, 'a')
