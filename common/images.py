@@ -28,6 +28,7 @@ with contextlib.suppress(ImportError):  # the format of many phones, if pillow-h
 
 DECODED_PIXELS = 2**30 // 4 // 3  # the most that are decoded at full size: 89 megapixels, Pillow's own limit
 MAX_PIXELS = 300_000_000  # of baseline JPEG and HEIF, the formats of phones, which take 108 to 200 megapixels
+MAX_SCANS = 100  # of a progressive JPEG file; encoders write about ten, and each takes time for the whole image
 ROWS_AT_ONCE = 256  # of 16-bit images
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # prepare_size has lower limits for most formats
@@ -166,6 +167,11 @@ def load_unended_jpeg(data: bytes) -> Image.Image | None:
 
 def load_pixels(image: Image.Image, file: Path) -> Image.Image:
     """Decode an image that was opened from a file, also a JPEG file that lacks nothing but its end marker."""
+    def read_file() -> bytes:
+        return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+
+    if image.info.get('progressive') and read_file().count(b'\xff\xda') > MAX_SCANS:
+        raise OSError(f'a progressive JPEG file of more than {MAX_SCANS} scans')
     try:
         image.load()
         return image
@@ -174,7 +180,7 @@ def load_pixels(image: Image.Image, file: Path) -> Image.Image:
             raise
         mended = None
         with contextlib.suppress(Exception):  # then it is broken for the first reason
-            mended = load_unended_jpeg(file.read_bytes() if isinstance(file, Path) else file.getvalue())
+            mended = load_unended_jpeg(read_file())
         if mended is None:
             raise
         return mended

@@ -1,4 +1,5 @@
 """Images of any origin: upright, 8-bit RGB, or broken."""
+import contextlib
 import io
 import subprocess
 import sys
@@ -230,6 +231,17 @@ def test_a_progressive_jpeg_that_lacks_whole_scans_is_broken(tmp_path):
         (tmp_path / 'x.jpg').write_bytes(data[:start])
         with pytest.raises(BrokenImage, match='truncated'):
             load_image(tmp_path / 'x.jpg')
+
+
+@pytest.mark.parametrize(('num_scans', 'is_read'), [(80, True), (1000, False)])
+def test_a_jpeg_of_a_thousand_scans_is_broken(tmp_path, num_scans, is_read):
+    noise().save(tmp_path / 'x.jpg', progressive=True)
+    data = (tmp_path / 'x.jpg').read_bytes()
+    last = data[data.rindex(b'\xff\xda'):-2]
+    (tmp_path / 'x.jpg').write_bytes(data[:-2] + num_scans * last + data[-2:])
+    for file in (tmp_path / 'x.jpg', io.BytesIO((tmp_path / 'x.jpg').read_bytes())):
+        with contextlib.nullcontext() if is_read else pytest.raises(BrokenImage, match='more than 100 scans'):
+            assert load_image(file).size == (70, 45)
 
 
 def test_floating_point_images_have_no_known_range(tmp_path):
