@@ -35,29 +35,36 @@ UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control cha
 MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
 MADE_BY = 'data_utils.py'  # its field `made_by`
 
-
 # Folders that operating systems, NAS systems and programs fill with copies of photographs, or with deleted ones.
 SYSTEM_FOLDERS = {
-    'folders of thumbnails': ('@eaDir', '.@__thumb', '.thumbnails', '.thumbs', '.wd_tv', '.wdmc', '*.lrdata',
-                              'iPod Photo Cache', '.picasaoriginals', '*.photoslibrary/resources',
-                              '*.photoslibrary/Thumbnails', '*.photoslibrary/Previews'),
+    'folders of thumbnails': ('@eaDir', '.@__thumb', '.thumbnails', '.thumbs', '.wd_tv', '.wdmc', '@Transcode',
+                              '*.lrdata', 'appdata_*/preview', 'iPod Photo Cache', '.picasaoriginals',
+                              '*.photoslibrary/resources', '*.photoslibrary/Thumbnails', '*.photoslibrary/Previews',
+                              '*.aplibrary/Thumbnails', '*.aplibrary/Previews'),
     'recycle bins': ('#recycle', '@Recycle', '$RECYCLE.BIN', '.Trash', '.Trash-*', '.Trashes', '.recycle', '.recycler',
                      '.recycle_bin', 'Network Trash Folder', '.dropbox.cache'),
     'folders of snapshots': ('#snapshot', '@Recently-Snapshot', '@GMT-*', '~snapshot', '.snapshot', '.snapshots',
-                             '.zfs', '@sharesnap'),
+                             '@snapshots', '.zfs', '@sharesnap'),
     'folders of the system': ('System Volume Information', 'lost+found', '__MACOSX', '.AppleDouble', '.AppleDB',
                               '.AppleDesktop', 'Temporary Items', '.TemporaryItems', '.fseventsd',
                               '.Spotlight-V100', '.DocumentRevisions-V100', '@tmp', '#tmp', '.@upload_cache'),
 }
+SYSTEM_NAMES = {kind: re.compile('|'.join(map(fnmatch.translate, patterns)), re.IGNORECASE)
+                for kind, patterns in SYSTEM_FOLDERS.items()}  # one expression each, since there can be many folders
 
 
 # ---------------------------------------------------- files of a folder -------------------------------------------
-def kind_of_system_folder(folder: Path) -> str | None:
+def printable(path: str) -> str:
+    """Return a path in which whatever cannot be printed is escaped."""
+    return ''.join(letter if letter.isprintable() or unicodedata.category(letter) == 'Zs'
+                   else letter.encode('unicode_escape').decode() for letter in path)
+
+
+def kind_of_system_folder(parent: Path, name: str) -> str | None:
     """Return how a folder of a NAS or an operating system is counted, None for any other folder."""
-    names = (folder.name.lower(), f'{folder.parent.name}/{folder.name}'.lower())
-    for kind, patterns in SYSTEM_FOLDERS.items():
-        if any(fnmatch.fnmatchcase(name, pattern.lower()) for pattern in patterns for name in names):
-            return f'{kind} ({readable(folder.name)})'
+    for kind, names in SYSTEM_NAMES.items():
+        if names.match(name) or names.match(f'{parent.name}/{name}'):
+            return f'{kind} ({printable(name)})'
     return None
 
 
@@ -83,22 +90,30 @@ class Skipper:
             if not normalized:
                 raise UserError(f'--exclude {pattern!r} is empty; name the files or folders to leave out')
 
-    def skips(self, path: Path, is_folder: bool) -> bool:
+    def skips(self, parent: Path, name: str, is_folder: bool) -> bool:
         """Tell whether a file or folder is skipped; counts it."""
-        kind = kind_of_system_folder(path) if is_folder else None
-        if kind is None and path.name.startswith('.'):
+        kind = kind_of_system_folder(parent, name) if is_folder else None
+        if kind is None and name.startswith('.'):
             return True
-        if kind is None and self.exclude:
-            names = (normalize_label(path.name), normalize_label(path.relative_to(self.root).as_posix()))
-            kind = next((f'excluded by {readable(pattern)}' for pattern, normalized in self.exclude.items()
-                         if any(fnmatch.fnmatchcase(name, normalized) for name in names)), None)
+        kind = kind or self.kind_of_excluded(parent, name)
         if kind is not None:
             self.left_out[kind] += 1
         return kind is not None
 
+    def kind_of_excluded(self, parent: Path, name: str) -> str | None:
+        """Return how a file or folder that a pattern matches is counted, None for any other."""
+        if not self.exclude:
+            return None
+        path = parent / name
+        spellings = [normalize_label(text) for text in (name, path.relative_to(self.root).as_posix(), str(path))]
+        for pattern, normalized in self.exclude.items():
+            if any(fnmatch.fnmatchcase(spelling, normalized) for spelling in spellings):
+                return f'excluded by {printable(pattern)}'
+        return None
+
     def subfolders(self, folder: Path) -> list[Path]:
         """Return the folders in a folder that are not skipped."""
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not self.skips(path, True))
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not self.skips(folder, path.name, True))
 
 
 def walk_visible(top: Path, skipper: Skipper) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -110,14 +125,15 @@ def walk_visible(top: Path, skipper: Skipper) -> Iterator[tuple[Path, list[str],
     def refuse(folder: str, reason: str) -> None:
         raise UserError(f'the folder {folder} cannot be read ({reason}); give yourself permission, or move it away')
 
-    def visible(folder: str, names: list[str], are_folders: bool) -> list[str]:
-        return sorted(name for name in names if not skipper.skips(Path(folder, name), are_folders))
+    def visible(folder: Path, names: list[str], are_folders: bool) -> list[str]:
+        return sorted(name for name in names if not skipper.skips(folder, name, are_folders))
 
     for folder, subfolders, files in os.walk(top, onerror=lambda error: refuse(error.filename, error.strerror)):
         if not os.access(folder, os.X_OK):
             refuse(folder, 'its files can be listed, but not opened')
-        subfolders[:] = visible(folder, subfolders, True)
-        yield Path(folder), subfolders, visible(folder, files, False)
+        parent = Path(folder)
+        subfolders[:] = visible(parent, subfolders, True)
+        yield parent, subfolders, visible(parent, files, False)
 
 
 def is_image_name(path: Path) -> bool:
@@ -128,12 +144,6 @@ def is_image_name(path: Path) -> bool:
 def suffix_of(path: Path) -> str:
     """Return how a file that is left out is counted: by its suffix, lower case."""
     return readable(path.suffix.lower()) or 'without ending'
-
-
-def printable(path: str) -> str:
-    """Return a path in which whatever cannot be printed is escaped."""
-    return ''.join(letter if letter.isprintable() or unicodedata.category(letter) == 'Zs'
-                   else letter.encode('unicode_escape').decode() for letter in path)
 
 
 def reason_to_leave_out(file: Path, path: str) -> str | None:
@@ -306,7 +316,7 @@ def count_outside(root: Path, folders: list[Path], subset_folders: dict[str, Pat
     """Count the images that lie in no class folder: beside them, or, in a folder that is split, beside the subsets."""
     left_out = Counter()
     for folder in (root, *subset_folders.values()):
-        loose = sum(is_image_name(path) and path.is_file() and not skipper.skips(path, False)
+        loose = sum(is_image_name(path) and path.is_file() and not skipper.skips(folder, path.name, False)
                     for path in folder.iterdir())
         left_out += Counter({'images beside the class folders': loose})
     if subset_folders:

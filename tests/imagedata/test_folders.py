@@ -196,7 +196,7 @@ def test_links_to_images_are_followed(tmp_path):
 
 SYSTEM_NAMES = ('@eaDir', '#recycle', '@Recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found',
                 '.thumbnails', '__MACOSX', '@Recently-Snapshot', '#snapshot', '@EADIR', '.@__thumb', '~snapshot',
-                '.Trash-1000', 'Catalog Previews.lrdata')
+                '.Trash-1000', 'Catalog Previews.lrdata', '@snapshots', '@Transcode')
 
 
 @pytest.mark.parametrize('name', SYSTEM_NAMES)
@@ -252,6 +252,7 @@ def test_what_is_excluded_is_skipped_and_counted(tmp_path, pattern, kept):
 def test_a_pattern_finds_either_unicode_form(tmp_path):
     write_image(tmp_path / unicodedata.normalize('NFD', 'Käfer/0.jpg'), 1, 1)
     assert scan_images(tmp_path, ['Käfer'])[0] == {}
+    assert scan_images(tmp_path, [f'{tmp_path}/Käfer'])[0] == {}
 
 
 @pytest.mark.parametrize('pattern', ['', '/', './'])
