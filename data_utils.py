@@ -32,7 +32,7 @@ from common.distributed import progress
 from common.errors import UserError, reason_of, suggestion
 from common.files import check_paths, lock, make_folder, read_json, save, save_json, stamp_of
 from common.images import BrokenImage, open_stored
-from imagedata.folders import DEFAULT_RATIO, MADE_BY, MANIFEST, OwnFolder, read_folder
+from imagedata.folders import DEFAULT_RATIO, MADE_BY, MANIFEST, OwnFolder, printable, read_folder
 from imagedata.glyph import GLYPH_CLASSES, GLYPH_IMAGES, make_glyph
 from imagedata.raw_sets import (
     RAW_SETS,
@@ -333,7 +333,7 @@ def write_splits(root: Path, sources: list[str], manifest: Manifest, folders: li
 
 def describe_failures(root: Path, failures: dict[str, str], num_images: int) -> str:
     """Return the message about broken and missing images."""
-    named = [f'{source} ({reason})' for source, reason in list(failures.items())[:FAILURES_SHOWN]]
+    named = [f'{printable(source)} ({printable(reason)})' for source, reason in list(failures.items())[:FAILURES_SHOWN]]
     if len(failures) > FAILURES_SHOWN:
         named.append(f'and {len(failures) - FAILURES_SHOWN} more')
     return (f'{root}: {len(failures)} of {num_images} images are broken or missing: {"; ".join(named)}. Repair them or '
@@ -413,7 +413,7 @@ def drop_identical(root: Path, folder: OwnFolder, skip: bool) -> OwnFolder:
         return folder
     first, second = (image.source for image in pairs[0])
     found = (f'{root.name}: {len(pairs):,} photographs are byte for byte equal to one of another side, the first: '
-             f'{second} and {first}')
+             f'{printable(second)} and {printable(first)}')
     if not skip:
         print(f'warning: {found}; results on them are too good; --skip_duplicates leaves them out')
         return folder

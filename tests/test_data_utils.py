@@ -500,6 +500,14 @@ def test_an_image_too_long_for_jpeg_becomes_png(run_own, tmp_path):
     assert ' 0 decoded now' in run_own()
 
 
+def test_a_broken_image_is_named_without_its_control_characters(run_own, tmp_path):
+    root = make_own(tmp_path)
+    (root / 'a/x\x1b[31m\n.jpg').touch()
+    with pytest.raises(UserError, match='broken or missing: a/x.x1b.31m.n.jpg ') as error:
+        run_own()
+    assert str(error.value).isprintable()
+
+
 def test_at_most_twenty_failures_are_named(run, tmp_path):
     root = make_sop(tmp_path)
     shutil.rmtree(root / 'chair_final')
