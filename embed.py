@@ -55,6 +55,8 @@ def get_args(argv: list[str] | None = None):
                          'needed with --qdrant for --images and --update')
     parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images in this folder and its '
                         'subfolders; hidden ones are skipped')
+    parser.add_argument('--exclude', nargs='+', metavar='PATTERN', help='leave out these paths below --images; * and ? '
+                        'are wildcards')
     parser.add_argument('--labels', type=user_path, metavar='folder|CSV', help='classes of --images: `folder` takes '
                         'the first subfolder of each path; a CSV file has the columns path,label, with paths relative '
                         'to --images [none]')
@@ -119,7 +121,7 @@ def check_combinations(args) -> None:
         raise UserError('nothing to do: add --images FOLDER, or one of --' + ', --'.join(ACTION_FLAGS))
     if not is_set('images'):
         updates_qdrant = args.qdrant is not None and args.update
-        refuse_without_effect(args, {'labels': ' without --images',
+        refuse_without_effect(args, {'labels': ' without --images', 'exclude': ' without --images',
                                      'model': '' if updates_qdrant else ' without --images'})
     if args.model is not None:
         refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, ' with --model'))
@@ -354,10 +356,10 @@ def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> 
 
 
 # ---------------------------------------------------- changes -------------------------------------------------------
-def scan_folder(images: str, labels_flag: str | None, collection) -> list[CollectionItem]:
+def scan_folder(images: str, exclude: list[str], labels_flag: str | None, collection) -> list[CollectionItem]:
     """Return the images of --images that are new or have changed; unchanged ones get the classes of --labels."""
     folder, below = resolve_image_folder(Path(images), collection.folders())
-    stamps, left_out = scan_images(Path(folder, below))
+    stamps, left_out = scan_images(Path(folder, below), exclude)
     skipped = ', '.join(f'{count:,} {reason}' for reason, count in left_out.most_common())
     if not stamps:
         raise UserError(f'--images {images} holds no images' + (f' (but {skipped})' if skipped else ''))
@@ -451,7 +453,7 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
         for item in filter_items(list(to_embed.values()), args.remove):
             del to_embed[item.file]
     if args.images is not None:
-        to_embed |= {item.file: item for item in scan_folder(args.images, args.labels, collection)}
+        to_embed |= {item.file: item for item in scan_folder(args.images, args.exclude or [], args.labels, collection)}
     if args.model is not None and args.qdrant is None:
         keep_model(args.model, Path(args.data_base))
     if to_embed:

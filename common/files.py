@@ -1,11 +1,13 @@
 """Files: written atomically, and read from untrusted sources without executing anything in them."""
 import contextlib
+import errno
 import glob
 import json
 import os
 import secrets
 import stat
 import tempfile
+import unicodedata
 import warnings
 import zipfile
 from pathlib import Path
@@ -178,6 +180,11 @@ def are_texts(value) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
+def compose(text: str) -> str:
+    """Return a text in Unicode's composed form (NFC): macOS and Linux write the same name differently."""
+    return unicodedata.normalize('NFC', text)
+
+
 def is_folder_name(name) -> bool:
     """Tell whether a text can name a data set's folder: no path, not hidden, printable."""
     return isinstance(name, str) and not name.startswith('.') and Path(name).name == name and name.isprintable()
@@ -203,11 +210,19 @@ def image_file(root: Path, image: str) -> Path:
 
 
 def stamp_of(file: Path) -> list[int] | None:
-    """Return [bytes, time of the last change in ns] of a file, None if there is no such file."""
+    """Return [bytes, time of the last change in ns] of a file, None if there is no such file.
+
+    Raises:
+        UserError: if the system cannot tell, for instance because a disk has dropped out.
+    """
     try:
         status = os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return None
+        raise UserError(f'{file} cannot be reached ({error.strerror}); try again when it can') from None
     return [status.st_size, status.st_mtime_ns]
 
 

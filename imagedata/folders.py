@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError, reason_of, suggestion
-from common.files import is_inside, read_json, readable, stamp_of
+from common.files import compose, is_inside, read_json, readable, stamp_of
 from common.images import IMAGE_SUFFIXES
 from imagedata.raw_sets import SUBSETS, RawImage
 
@@ -84,7 +84,7 @@ class Skipper:
 
     def __init__(self, root: Path, exclude: Sequence[str] = ()):
         self.root = root
-        self.exclude = {pattern: normalize_label(pattern).removeprefix('./').rstrip('/') for pattern in exclude}
+        self.exclude = {pattern: compose(pattern).removeprefix('./').rstrip('/') for pattern in exclude}
         self.left_out = Counter()
         for pattern, normalized in self.exclude.items():
             if not normalized:
@@ -105,7 +105,7 @@ class Skipper:
         if not self.exclude:
             return None
         path = parent / name
-        spellings = [normalize_label(text) for text in (name, path.relative_to(self.root).as_posix(), str(path))]
+        spellings = [compose(text) for text in (name, path.relative_to(self.root).as_posix(), str(path))]
         for pattern, normalized in self.exclude.items():
             if any(fnmatch.fnmatchcase(spelling, normalized) for spelling in spellings):
                 return f'excluded by {printable(pattern)}'
@@ -161,11 +161,6 @@ def reason_to_leave_out(file: Path, path: str) -> str | None:
             return 'links to nothing'
         raise UserError(f'the file {file} cannot be read ({error.strerror}); check the disk, or move it away') from None
     return None if stat.S_ISREG(mode) else SPECIAL_FILES
-
-
-def normalize_label(label: str) -> str:
-    """Return a class name in Unicode's composed form (NFC): macOS and Linux write the same name differently."""
-    return unicodedata.normalize('NFC', label)
 
 
 def list_folder(folder: Path, skipper: Skipper | None = None) -> tuple[list[Path], Counter]:
@@ -290,7 +285,7 @@ class OwnFolder(NamedTuple):
 
 def file_stem(path: Path) -> str:
     """Return an image's file name below uncropped/, without its suffix: its whole path as one printable word."""
-    name = normalize_label(path.with_suffix('').as_posix())
+    name = compose(path.with_suffix('').as_posix())
     stem = ''.join(letter if letter.isprintable() and letter not in '/\\' else '_' for letter in name)
     if len(stem.encode()) <= LONGEST_STEM:
         return stem
@@ -375,7 +370,7 @@ def read_folder(root: Path, ratio: float | None = None, seed: int | None = None,
         if not paths:
             empty.append(folder.name)
         for path in (path.relative_to(root) for path in paths):
-            images.append(RawImage(path.as_posix(), subset, normalize_label(folder.name), file_stem(path)))
+            images.append(RawImage(path.as_posix(), subset, compose(folder.name), file_stem(path)))
     check_real_paths(root, images)
     left_out += skipper.left_out
     loose = left_out['images beside the class folders']
@@ -497,7 +492,7 @@ def read_label_lines(flag: str) -> list[LabelLine]:
                             f'{delimiter.join(row)[:60]!r}; put a path or a class that holds a {delimiter!r} between '
                             'quotation marks')
         fields = dict(zip(header, row, strict=False))
-        lines.append(LabelLine(number, fields['path'], normalize_label(fields.get('label', '').strip())))
+        lines.append(LabelLine(number, fields['path'], compose(fields.get('label', '').strip())))
     return lines
 
 
@@ -516,7 +511,7 @@ class PathFinder:
         self.paths, self.folder = set(paths), folder
         self.by_form = {}  # by the composed form, which several names may have
         for path in paths:
-            self.by_form.setdefault(normalize_label(path), []).append(path)
+            self.by_form.setdefault(compose(path), []).append(path)
 
     def spellings(self, written: str) -> Iterator[str]:
         """Yield what a path can mean, from the letter to the spirit."""
@@ -533,8 +528,8 @@ class PathFinder:
         for spelling in self.spellings(written):
             if spelling in self.paths:
                 return [spelling]
-            if normalize_label(spelling) in self.by_form:
-                return self.by_form[normalize_label(spelling)]
+            if compose(spelling) in self.by_form:
+                return self.by_form[compose(spelling)]
         return []
 
 
@@ -554,7 +549,7 @@ def read_labels(flag: str | None, paths: list[str], folder: str) -> dict[str, st
     if flag is None:
         return None
     if flag == 'folder':
-        return {path: normalize_label(path.split('/')[0]) for path in paths if '/' in path}
+        return {path: compose(path.split('/')[0]) for path in paths if '/' in path}
     lines, finder = read_label_lines(flag), PathFinder(paths, folder)
     chosen, unknown, unlabelled = {}, [], []
     for line in lines:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import UserError
-from common.files import are_texts, check_fields, is_inside, is_whole, load, save
+from common.files import are_texts, check_fields, compose, is_inside, is_whole, load, save
 from retrieval.database import DataBase, OpenDataBase, Sources, Subset, are_file_records, is_features, load_data_base
 from retrieval.nearest import Nearest
 
@@ -57,10 +57,15 @@ class CollectionItem(NamedTuple):
 
 
 def filter_items(items: list[CollectionItem], patterns: list[str]) -> list[CollectionItem]:
-    """Return the images whose path, relative or absolute, matches a pattern or lies below the folder that it names."""
+    """Return the images whose path, relative or absolute, matches a pattern or lies below the folder that it names.
+
+    Both are compared in Unicode's composed form.
+    """
     def fits(path: str, pattern: str) -> bool:
+        path = compose(path)
         return path == pattern or fnmatch.fnmatchcase(path, pattern) or path.startswith(f'{pattern.rstrip("/")}/')
 
+    patterns = [compose(pattern) for pattern in patterns]
     return [item for item in items
             if any(fits(item.path, pattern) or fits(item.file, pattern) for pattern in patterns)]
 
@@ -146,15 +151,16 @@ class SearchableImages:
     def find(self, words: str, limit: int) -> tuple[int, list[int]]:
         """Return the number of images whose path and class contain all words, and the indices of the first ones."""
         if self.texts is None:
-            self.texts = [f'{item.path} {item.label}'.lower() for item in self.items()]
-        parts = words.lower().split()
+            self.texts = [compose(f'{item.path} {item.label}').lower() for item in self.items()]
+        parts = compose(words).lower().split()
         indices = [index for index, text in enumerate(self.texts) if all(part in text for part in parts)]
         return len(indices), indices[:limit]
 
     def index_of(self, path: str) -> int | None:
         """Return the index of the image of a relative or absolute path; None if no image, or several, have it."""
-        indices = [index for index, image in enumerate(self.data_base.test.images)
-                   if path == image or path.endswith(f'/{image}') and path == self.item(index).file]
+        path = compose(path)
+        indices = [index for index, image in enumerate(map(compose, self.data_base.test.images))
+                   if path == image or path.endswith(f'/{image}') and path == compose(self.item(index).file)]
         return indices[0] if len(indices) == 1 else None
 
     def close(self) -> None:

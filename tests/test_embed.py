@@ -7,6 +7,7 @@ import runpy
 import shutil
 import signal
 import stat
+import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -331,6 +332,23 @@ def test_a_link_stays_a_link_and_a_file_keeps_its_mode(call, embedded, museum, t
     assert embedded.is_symlink()
     assert stat.S_IMODE((tmp_path / 'elsewhere/real.pth').stat().st_mode) == 0o600
     assert len(load_data_base(tmp_path / 'elsewhere/real.pth').test.images) == 12
+
+
+@pytest.mark.parametrize(('written', 'asked'), [('NFC', 'NFD'), ('NFD', 'NFC')])
+def test_a_name_is_found_in_either_unicode_form(written, asked, call, model, museum):
+    path = unicodedata.normalize(written, 'Käfer/grün.jpg')
+    write_image(museum / path, 5, 9)
+    call('--model', model, '--images', museum)
+    pattern = unicodedata.normalize(asked, 'Käfer/grün.jpg')
+    assert call('--list', pattern).splitlines()[-2] == path
+    assert '1 images removed' in call('--remove', unicodedata.normalize(asked, 'Käfer'))
+
+
+def test_excluded_paths_are_left_out(call, model, museum):
+    printed = call('--model', model, '--images', museum, '--exclude', 'loans', '*.png')
+    assert '8 images, 8 to embed' in printed
+    with pytest.raises(UserError, match='--exclude .* has no effect without --images'):
+        call('--exclude', 'loans', '--update')
 
 
 def test_what_update_finds_is_embedded_once_and_not_if_it_is_removed(call, embedded, museum):
