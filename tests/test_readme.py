@@ -275,7 +275,9 @@ class Workspace:
             return ['--num_workers', '0']
         if script == 'test.py' and '--num_queries' in words:
             return ['--retrieval_num', '3']
-        if script == 'test.py' and any(word.endswith('museum.pth') for word in words):
+        if script == 'embed.py' and 'museum.pth' in words and not (self.folder / 'museum.pth').exists():
+            return ['--backbone_type', BACKBONE, '--weights', self.weights, '--image_size', '32', '--num_workers', '0']
+        if script == 'test.py' and any(word.endswith(('museum.pth', 'trained.pth')) for word in words):
             return ['--retrieval_num', '3']
         if script == 'test.py':
             glyphs = sorted(path.name for path in (self.folder / 'data/glyph/uncropped').glob('test_*'))
