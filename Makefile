@@ -1,3 +1,4 @@
+# make help       print these lines
 # make demo       install, make a data set, train, measure, and draw what is retrieved
 # make serve      the search page on the demo's data base
 # make test       the tests one waits for; make test-slow: the others; make lint
@@ -16,7 +17,10 @@ DATA ?= /home/data
 WEIGHTS ?= imagenet
 JOBS ?= 1
 
-.PHONY: demo serve sweep results gpu test test-slow lowest lint clean
+.PHONY: help demo serve sweep results gpu test test-slow lowest lint clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
 
 demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph

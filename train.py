@@ -54,7 +54,8 @@ from training.checkpoint import (claim_run, load_checkpoint, load_initial_weight
                                  settings_of)
 from training.curves import draw_curves
 from training.statistics import provenance, read_statistics, save_statistics
-from training.summary import check_collapse, chosen_epoch, flatten, format_epoch, print_end, report_seeds
+from training.summary import (check_collapse, chosen_epoch, epoch_title, flatten, format_epoch, format_seconds,
+                              print_end, report_seeds)
 from training.tracking import Tracker
 
 
@@ -325,7 +326,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     tracker = Tracker(options.log_to, files, settings | made_with, resume)
 
     # ---- epochs ----
-    first_epoch = len(rows) + 1
+    first_epoch, start = len(rows) + 1, time.perf_counter()
     for epoch in range(first_epoch, options.num_epochs + 1):
         if epoch in (first_epoch, options.warm_up + 1):
             network = None  # drop the previous wrapper and its hooks before the next one is built
@@ -334,9 +335,9 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
         broadcast_state(criterion)
         loader.dataset.set_epoch(epoch)
         sampler.set_epoch(epoch)
+        title = epoch_title(epoch, first_epoch, options.num_epochs, time.perf_counter() - start)
         rates = {group['role']: group['lr'] for group in optimizer.param_groups}
-        trained = train_one_epoch(network, criterion, optimizer, loader, device, amp, options.clip_value,
-                                  f'epoch {epoch}/{options.num_epochs}')
+        trained = train_one_epoch(network, criterion, optimizer, loader, device, amp, options.clip_value, title)
         schedule.step()
         broadcast_buffers(model)
 
@@ -375,6 +376,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     if world_rank() == 0:
         draw_curves(read_statistics(files.statistics), files.curves, options.run)
         tracker.finish(files.curves)
+        print(f'{options.num_epochs - first_epoch + 1} epochs in {format_seconds(time.perf_counter() - start)}')
         print_end(rows, options, files, test_set.images[0])
     return rows
 

@@ -219,7 +219,8 @@ def check_data_path(data_path: Path) -> None:
     """Raise a UserError if --data_path is not a folder."""
     if not data_path.is_dir():
         problem = 'is not a folder' if data_path.exists() else 'does not exist'
-        raise UserError(f'--data_path {data_path} {problem}; name the folder that holds your data sets')
+        raise UserError(f'--data_path {data_path} {problem}; name the folder that holds your data sets, or '
+                        'make a small one: python data_utils.py --data_path data --data_name glyph')
 
 
 # ---------------------------------------------------- splits -------------------------------------------------------

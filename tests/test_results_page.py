@@ -99,3 +99,14 @@ def test_the_page_says_what_each_part_of_whitened_start_brings(row, words):
     better, worse = ('with-gem', 'whitened_start') if row == 'with-gem' else ('whitened_start', row)
     low, *_, high = sorted(gains(('ablation', better), ('ablation', worse), 'val_dense_R@1'))
     assert re.search(rf'{low} to {high} (points (of dense R@1 )?)?{re.escape(words)}', prose())
+
+
+def test_the_table_of_pretrained_backbones_is_that_of_the_committed_file():
+    rows = pd.read_csv(REPOSITORY / 'results/pretrained.csv')
+    lines = ['| features | cars | birds | groceries |', '|---|---|---|---|']
+    for features, group in rows.groupby('features', sort=False):
+        measured = group.set_index('data_name')
+        cells = [f'{measured.loc[name, "R@1"]:.1f} / {measured.loc[name, "MAP@R"]:.1f}'
+                 for name in ('car', 'cub', 'grocery')]
+        lines.append(f'| {features} | {" | ".join(cells)} |')
+    assert '\n'.join(lines) + '\n' in (REPOSITORY / 'docs/search.md').read_text(encoding='utf-8')

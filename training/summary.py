@@ -56,6 +56,30 @@ def chosen_epoch(rows: list[dict]) -> dict:
     return max(rows, key=lambda row: row.get('val_dense_R@1', row['dense_R@1']))
 
 
+def format_seconds(seconds: float) -> str:
+    """Return a duration as text: `45 s`, `3 min 5 s`, `2 h 7 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f'{whole} s'
+    if whole < 3600:
+        return f'{whole // 60} min {whole % 60} s'
+    return f'{whole // 3600} h {whole % 3600 // 60} min'
+
+
+def epoch_title(epoch: int, first_epoch: int, num_epochs: int, seconds: float) -> str:
+    """Return the title of an epoch's progress bar: from the second epoch on with the time left for the whole training.
+
+    Args:
+        first_epoch: the epoch with which this call began.
+        seconds: since then.
+    """
+    title = f'epoch {epoch}/{num_epochs}'
+    if epoch == first_epoch:
+        return title
+    seconds_per_epoch = seconds / (epoch - first_epoch)
+    return f'{title}, {format_seconds(seconds_per_epoch * (num_epochs - epoch + 1))} left'
+
+
 def print_end(rows: list[dict], options: RunOptions, files: RunFiles, query: str) -> None:
     """Print the chosen, the best and the last epoch, and the commands to run next.
 

@@ -16,6 +16,20 @@ def rows_of(*recalls, **columns) -> list[dict]:
             for epoch, recall in enumerate(recalls, start=1)]
 
 
+# ---------------------------------------------------- time --------------------------------------------------------
+@pytest.mark.parametrize(('seconds', 'text'), [
+    (0.4, '0 s'), (59.4, '59 s'), (59.6, '1 min 0 s'), (185, '3 min 5 s'), (3599.7, '1 h 0 min'), (7630, '2 h 7 min')])
+def test_durations_are_rounded_to_what_a_person_says(seconds, text):
+    assert summary.format_seconds(seconds) == text
+
+
+def test_the_progress_bar_says_how_long_the_whole_training_will_take():
+    assert summary.epoch_title(1, 1, 4, 0.5) == 'epoch 1/4'
+    assert summary.epoch_title(3, 1, 4, 120) == 'epoch 3/4, 2 min 0 s left'  # a minute each; two are left
+    assert summary.epoch_title(3, 3, 4, 1) == 'epoch 3/4'  # resumed
+    assert summary.epoch_title(4, 3, 4, 50) == 'epoch 4/4, 50 s left'
+
+
 # ---------------------------------------------------- the best epoch ----------------------------------------------
 def test_held_out_classes_choose_the_epoch_and_without_them_the_test_classes():
     rows = rows_of(50.0, 60.0, 90.0)
