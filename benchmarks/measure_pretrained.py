@@ -2,14 +2,13 @@
 
     python benchmarks/measure_pretrained.py --data_path /home/data --weights imagenet
 
-Each row of the table is a call of evaluate.py --pretrained; its R@1, MAP@R and seconds are added to the CSV when it
-ends, and a row that is there is not measured again.
+Each row of the table is a call of evaluate.py --pretrained; its R@1 and MAP@R are added to the CSV when it ends, and a
+row that is there is not measured again.
 """
 import csv
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -18,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY))  # a script finds only the modules beside it
 from common.errors import UserError  # noqa: E402
 from utils import Parser, run_script, user_path  # noqa: E402
 
-COLUMNS = ('data_name', 'features', 'R@1', 'MAP@R', 'seconds')
+COLUMNS = ('data_name', 'features', 'R@1', 'MAP@R')
 # Name of the features -> flags of evaluate.py. The backbone alone is measured with the first ones.
 VARIANTS = {
     'whitened on the searched images': '--whiten test',
@@ -28,16 +27,15 @@ VARIANTS = {
 }
 
 
-def measure(args, data_name: str, flags: str) -> tuple[dict, float]:
-    """Return what evaluate.py measures, and the seconds that it took."""
+def measure(args, data_name: str, flags: str) -> dict:
+    """Return what evaluate.py measures."""
     command = [sys.executable, str(REPOSITORY / 'evaluate.py'), '--pretrained', '--json', '--data_path', args.data_path,
                '--data_name', data_name, '--backbone_type', args.backbone_type, '--weights', args.weights,
                '--image_size', str(args.image_size), *flags.split()]
-    start = time.perf_counter()
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f'evaluate.py ended with code {done.returncode}; its message is above')
-    return json.loads(done.stdout), time.perf_counter() - start
+    return json.loads(done.stdout)
 
 
 def read_measured(file: Path) -> list[dict[str, str]]:
@@ -65,19 +63,19 @@ def main() -> None:
         for features, flags in VARIANTS.items():
             if any((row['data_name'], row['features']) == (data_name, features) for row in rows):
                 continue
-            results, seconds = measure(args, data_name, flags)
+            results = measure(args, data_name, flags)
             measured = {features: results['dense']}
             if 'whitened on the searched images' in measured:
                 measured = {'backbone alone': results['backbone'], **measured}
             rows += [{'data_name': data_name, 'features': name, 'R@1': f'{metrics["R@1"]:.2f}',
-                      'MAP@R': f'{metrics["MAP@R"]:.2f}', 'seconds': f'{seconds:.0f}'}
+                      'MAP@R': f'{metrics["MAP@R"]:.2f}'}
                      for name, metrics in measured.items()]
             with open(file, 'w', newline='', encoding='utf-8') as opened:
                 writer = csv.DictWriter(opened, COLUMNS, lineterminator='\n')
                 writer.writeheader()
                 writer.writerows(rows)
     for row in rows:
-        print(f'{row["data_name"]:<10}{row["features"]:<34}{row["R@1"]:>7}{row["MAP@R"]:>7}{row["seconds"]:>6} s')
+        print(f'{row["data_name"]:<10}{row["features"]:<34}{row["R@1"]:>7}{row["MAP@R"]:>7}')
 
 
 if __name__ == '__main__':
