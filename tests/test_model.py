@@ -411,3 +411,35 @@ def test_every_grouped_convolution_of_a_backbone_trains_in_float32_under_autocas
         network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).sum().backward()
     assert len(dtypes) == 16
     assert set(dtypes.values()) == {torch.float32}
+
+
+# ---------------------------------------------------- weights of other programs ------------------------------------
+STATE = {'conv.weight': torch.arange(3.0), 'conv.bias': torch.zeros(1)}
+
+
+@pytest.mark.parametrize('contents', [
+    STATE, {'state_dict': STATE, 'epoch': 3}, {'model': STATE}, {'model_state_dict': STATE},
+    {f'module.{key}': value for key, value in STATE.items()},
+    {'model': {f'module._orig_mod.{key}': value for key, value in STATE.items()}}])
+def test_a_state_dict_is_found_in_peoples_checkpoints(contents, tmp_path):
+    torch.save(contents, tmp_path / 'w.pth')
+    loaded = load_weights(str(tmp_path / 'w.pth'), '')
+    assert loaded.keys() == STATE.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in STATE.items())
+
+
+def test_weights_of_the_hub_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(STATE, tmp_path / 'model.safetensors')
+    assert load_weights(str(tmp_path / 'model.safetensors'), '').keys() == STATE.keys()
+    (tmp_path / 'model.safetensors').write_bytes(b'no tensors')
+    for name in ('model.safetensors', 'missing.safetensors'):
+        with pytest.raises(UserError, match=rf'--weights .*{name} cannot be read'):
+            load_weights(str(tmp_path / name), '')
+
+
+def test_a_file_without_a_state_dict_says_what_it_holds(tmp_path):
+    torch.save({'epoch': 3, 'optimizer': {'lr': 0.1}}, tmp_path / 'w.pth')
+    with pytest.raises(UserError, match='holds no state dict .*: its keys are epoch, optimizer'):
+        load_weights(str(tmp_path / 'w.pth'), '')
