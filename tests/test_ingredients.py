@@ -130,12 +130,15 @@ def test_color_jitter_changes_brightness_by_up_to_its_share_and_the_hue_by_half_
 
 
 # ---------------------------------------------------- a start from the images -------------------------------------
-def test_the_pretrained_baseline_is_the_mean_of_the_backbones_features():
-    network = build_net(pooling='max', image_size=64).eval()
+def test_the_pretrained_baseline_is_the_layer_normalised_mean_plus_maximum_whatever_the_network_pools():
+    network = build_net(pooling='max', layer_norm=False, image_size=64).eval()
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        expected = F.normalize(network.backbone(network.preprocess(images)).mean((2, 3)), dim=-1)
-        torch.testing.assert_close(PretrainedBaseline(network)(images), expected)
+        features = network.backbone(network.preprocess(images))
+        pooled = features.mean((2, 3)) + features.amax((2, 3))
+        centered = pooled - pooled.mean(1, keepdim=True)
+        standardised = centered / (centered.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        torch.testing.assert_close(PretrainedBaseline(network)(images), F.normalize(standardised, dim=-1))
 
 
 def test_more_features_than_the_backbone_has_cannot_be_whitened(raw_sets, tmp_path):
