@@ -325,6 +325,8 @@ def check_interrupted(args, model_file: Path) -> None:
     made = {'backbone_type': config['backbone_type'], 'image_size': config['image_size'], 'pooling': config['pooling'],
             'weights': settings.get('weights')}
     asked = {name: getattr(args, name) for name in made if getattr(args, name) is not None}
+    if 'weights' in asked:
+        asked['weights'] = Path(asked['weights']).name
     if 'backbone_type' in asked:
         asked['backbone_type'] = canonical_backbone(asked['backbone_type'])
     if not settings.get('pretrained') or asked != {name: made[name] for name in asked}:

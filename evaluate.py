@@ -138,7 +138,7 @@ def load_pretrained(args, device: torch.device) -> tuple[EmbeddingNet, dict]:
         feature_dim = model.num_features
     data_name = canonical_data_name(args.data_name or DEFAULTS['data_name'])
     run = run_name(data_name, model.config.backbone_type, feature_dim, 'pretrained')
-    settings = {'run': run, 'pretrained': True, 'weights': args.weights or 'imagenet'}
+    settings = {'run': run, 'pretrained': True, 'weights': Path(args.weights or 'imagenet').name}
     return model, {'args': settings, 'made_with': provenance(device)}
 
 

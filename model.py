@@ -345,8 +345,8 @@ class EmbeddingNet(nn.Module):
         """Give a network without a head the PCA whitening of its features as one; no labels are needed.
 
         y = V^T (x - mu) / sqrt(l + s mean(l)), where mu, l and V are the mean and the eigenvalues and eigenvectors of
-        the covariance of the features, and s is PCA_SHRINKAGE. A strong shrinkage harms no data set that was tried, a
-        weak one harms where the backbone knows the classes already; docs/search.md.
+        the covariance of the features, and s is PCA_SHRINKAGE. A weak shrinkage harms where the backbone knows the
+        classes already; docs/search.md.
 
         Args:
             features: (N, num_features) as `compute_features` returns them, layer-normalised.

@@ -1,5 +1,6 @@
 """Pretrained backbones as embedding networks without any training: which features they give, and their whitening."""
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -30,8 +31,9 @@ def build_pretrained(backbone_type: str | None, weights: str | None, image_size:
 
 def pretrained_settings(weights: str | None, image_size: int) -> dict:
     """Return the `args` of a model file for a pretrained network: how images are embedded with it."""
-    return {'pretrained': True, 'weights': weights or 'imagenet', 'data_name': 'photographs', 'crop_type': 'uncropped',
-            'batch_size': 64, 'resize_size': resize_for(image_size), 'amp': 'auto', 'recalls': (1, 2, 4, 8)}
+    return {'pretrained': True, 'weights': Path(weights or 'imagenet').name, 'data_name': 'photographs',
+            'crop_type': 'uncropped', 'batch_size': 64, 'resize_size': resize_for(image_size), 'amp': 'auto',
+            'recalls': (1, 2, 4, 8)}
 
 
 def fit_whitening(model: EmbeddingNet, features: torch.Tensor, feature_dim: int | None) -> str:
