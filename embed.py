@@ -152,7 +152,7 @@ from retrieval.embedding import WithoutHead
 from retrieval.image_files import Embedded, embed_files, join
 from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
 from retrieval.nearest import pairs_above
-from retrieval.pretrained import build_pretrained, fit_whitening, pretrained_settings, without_whitening
+from retrieval.pretrained import DEFAULT_DIM, build_pretrained, fit_whitening, pretrained_settings, without_whitening
 from retrieval.qdrant import open_qdrant
 from training.statistics import provenance
 
@@ -236,17 +236,24 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
     return [item for item in items if item.file not in in_sample], lost
 
 
+def asked_settings(args) -> dict:
+    """Return how the command line asks for images to be embedded, where it says something."""
+    return {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
+
+
 def refit(args, collection: FileCollection, device: torch.device) -> None:
     """Whiten a pretrained backbone on all images of a collection, embed them again, and replace data base and model.
 
     Until it ends the data base stays as it was. An interrupted call starts again.
 
     Raises:
-        UserError: if the model was trained, or image files are missing.
+        UserError: if the model was trained, the data base is a link, or image files are missing.
     """
-    file, settings = collection.file, collection.origin['args']
+    file, settings = collection.file, dict(collection.origin['args'])
     if not settings.get('pretrained'):
         raise UserError(f'--refit: the model of {file} was trained; only a pretrained backbone is whitened')
+    if file.is_symlink():
+        raise UserError(f'--refit replaces {file}, which is a link; name the file that it leads to')
     model = load_kept_model(file, collection.fingerprint, device)
     stamps = {item: stamp_of(item.file) for item in collection.items()}
     missing = [item.file for item, stamp in stamps.items() if stamp is None]
@@ -257,14 +264,15 @@ def refit(args, collection: FileCollection, device: torch.device) -> None:
         shutil.rmtree(folder)
     folder.mkdir()
     target = FileCollection(folder / file.name, {'args': {}}, dtype=collection.dtype)
-    asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
+    settings |= asked_settings(args)
     model, feature_dim = without_whitening(model), model.config.feature_dim
     items = [item.with_stamp(stamp) for item, stamp in stamps.items()]
-    left, lost = fit_model(model, settings | asked, feature_dim, items, target, args.num_workers, device)
-    lost += embed_items(left, target, model, settings | asked, args.num_workers, device)
+    left, lost = fit_model(model, settings, feature_dim, items, target, args.num_workers, device)
+    lost += embed_items(left, target, model, settings, args.num_workers, device)
     if lost:
         raise UserError(describe_lost(lost))
     target.finish()
+    shutil.copymode(file, target.file)
     os.replace(target.file, file)
     finish_refit(file)
 
@@ -283,7 +291,7 @@ def refit_folder(file: Path) -> Path:
 def finish_refit(file: Path) -> None:
     """Move the model of a --refit to its data base, which was moved already."""
     folder = refit_folder(file)
-    if folder.is_dir() and not (folder / file.name).exists():
+    if file.is_file() and folder.is_dir() and not (folder / file.name).exists():
         model = RunFiles.beside(folder / file.name).model
         fingerprint = load_data_base(file).sources.fingerprint
         if model.exists() and model_fingerprint(load_model_file(model)) == fingerprint:
@@ -323,7 +331,7 @@ def check_interrupted(args, model_file: Path) -> None:
     contents = load_model_file(model_file)
     config, settings = contents['config'], contents['args']
     made = {'backbone_type': config['backbone_type'], 'image_size': config['image_size'], 'pooling': config['pooling'],
-            'weights': settings.get('weights')}
+            'weights': settings.get('weights'), 'feature_dim': settings.get('feature_dim')}
     asked = {name: getattr(args, name) for name in made if getattr(args, name) is not None}
     if 'weights' in asked:
         asked['weights'] = Path(asked['weights']).name
@@ -448,6 +456,7 @@ def remove(patterns: list[str], collection, confirmed: bool) -> None:
 def change(args, collection, model: EmbeddingNet | None, device: torch.device) -> None:
     """Update, remove and add images as the command line says."""
     to_embed = {}  # file -> item: --update and --images may find the same ones
+    lost = []
     if args.update:
         to_embed |= {item.file: item for item in update(collection, args.confirm)}
     if args.remove:
@@ -459,20 +468,21 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
     if args.model is not None and args.qdrant is None:
         keep_model(args.model, Path(args.data_base))
     if to_embed:
-        start, items, lost = time.perf_counter(), list(to_embed.values()), []
-        asked = {name: getattr(args, name) for name in ('batch_size', 'amp') if getattr(args, name) is not None}
+        start, items = time.perf_counter(), list(to_embed.values())
         if collection.fingerprint is None:
             model = build_pretrained(args.backbone_type, args.weights, args.image_size, args.pooling, device)
-            settings = pretrained_settings(args.weights, model.config.image_size) | asked
+            settings = pretrained_settings(args.weights, model.config.image_size) | asked_settings(args)
+            settings['feature_dim'] = args.feature_dim or DEFAULT_DIM
             items, lost = fit_model(model, settings, args.feature_dim, items, collection, args.num_workers, device)
         model = model or load_kept_model(Path(args.data_base), collection.fingerprint, device)
-        lost += embed_items(items, collection, model, {**collection.origin['args'], **asked}, args.num_workers, device)
+        settings = collection.origin['args'] | asked_settings(args)
+        lost += embed_items(items, collection, model, settings, args.num_workers, device)
         print(f'{len(to_embed):,} images in {time.perf_counter() - start:.0f} s')
     collection.finish()
     if collection.broken:
         named = ', '.join(list(collection.broken)[:MAX_NAMED]) + (' ...' if len(collection.broken) > MAX_NAMED else '')
         print(f'{len(collection.broken):,} images cannot be read and are left out: {named}')
-    if to_embed and lost:
+    if lost:
         raise UserError(describe_lost(lost))
 
 

@@ -1,5 +1,6 @@
 """Pretrained backbones without training: their features, the whitening, and the data bases that embed.py makes so."""
 import os
+import stat
 import urllib.request
 
 import numpy as np
@@ -223,8 +224,9 @@ def test_an_interrupted_call_goes_on_with_the_whitening_that_it_had(call, flags,
         with pytest.raises(KeyboardInterrupt):
             call('--images', photos, *flags)
     assert not (tmp_path / 'museum.pth').exists()
-    with pytest.raises(UserError, match='museum_model.pth is there without its data base, and was not made by this'):
-        call('--images', photos, *flags, '--image_size', 64)
+    for other in (('--image_size', 64), ('--feature_dim', 8)):
+        with pytest.raises(UserError, match='museum_model.pth is there without its data base, and was not made by'):
+            call('--images', photos, *flags, *other)
     printed = call('--images', photos, *flags)
     assert '12 images, 5 to embed' in printed
     found = features_of(tmp_path / 'museum.pth')
@@ -238,9 +240,11 @@ def test_refit_whitens_and_embeds_all_images_again(call, flags, photos, tmp_path
     write_photos(photos, {'d': 6})
     call('--images', photos)
     before = features_of(tmp_path / 'museum.pth')
+    (tmp_path / 'museum.pth').chmod(0o600)
     assert 'whitened on 18 images: 9 numbers per image' in call('--refit')
     after = load_data_base(tmp_path / 'museum.pth')
     assert [after.class_of(label) for label in after.test.labels[:5]] == ['a'] * 5
+    assert stat.S_IMODE((tmp_path / 'museum.pth').stat().st_mode) == 0o600
     refitted = features_of(tmp_path / 'museum.pth')
     assert refitted.keys() == before.keys()
     (tmp_path / 'fresh').mkdir()
@@ -286,6 +290,9 @@ def test_refit_is_refused_where_it_cannot_be_done(call, flags, photos, tmp_path)
     for file in (tmp_path / 'museum.pth', tmp_path / 'museum_model.pth'):
         file.unlink()
     call('--images', photos, *flags)
+    (tmp_path / 'link.pth').symlink_to('museum.pth')
+    with pytest.raises(UserError, match='--refit replaces .*link.pth, which is a link'):
+        call('--data_base', tmp_path / 'link.pth', '--refit')
     (photos / 'a/0.jpg').unlink()
     with pytest.raises(UserError, match='--refit: 1 images are missing, for instance .*a/0.jpg; call --update'):
         call('--refit')
