@@ -1,9 +1,9 @@
-"""Measure a pretrained backbone alone and whitened, on several data sets: the table of docs/search.md.
+"""Measure EfficientNet-Lite0 without training, alone and whitened: the table of docs/search.md.
 
     python benchmarks/measure_pretrained.py --data_path /home/data --weights imagenet
 
-Each row of the table is a call of evaluate.py --pretrained; its R@1 and MAP@R are added to the CSV when it ends, and a
-row that is there is not measured again.
+Each row of the table is a call of evaluate.py --pretrained; its R@1 and MAP@R are added to results/pretrained.csv when
+it ends. A row that is there is not measured again: to measure anew, remove the file.
 """
 import csv
 import json
@@ -17,6 +17,9 @@ sys.path.insert(0, str(REPOSITORY))  # a script finds only the modules beside it
 from common.errors import UserError  # noqa: E402
 from utils import Parser, run_script, user_path  # noqa: E402
 
+FILE = REPOSITORY / 'results/pretrained.csv'
+DATA_NAMES = ('car', 'cub', 'grocery')
+PROTOCOL = '--backbone_type timm:tf_efficientnet_lite0 --image_size 128'  # a later flag wins
 COLUMNS = ('data_name', 'features', 'R@1', 'MAP@R')
 # Name of the features -> flags of evaluate.py. The backbone alone is measured with the first ones.
 VARIANTS = {
@@ -27,11 +30,10 @@ VARIANTS = {
 }
 
 
-def measure(args, data_name: str, flags: str) -> dict:
+def measure(data_path: str, weights: str, data_name: str, flags: str) -> dict:
     """Return what evaluate.py measures."""
-    command = [sys.executable, str(REPOSITORY / 'evaluate.py'), '--pretrained', '--json', '--data_path', args.data_path,
-               '--data_name', data_name, '--backbone_type', args.backbone_type, '--weights', args.weights,
-               '--image_size', str(args.image_size), *flags.split()]
+    command = [sys.executable, str(REPOSITORY / 'evaluate.py'), '--pretrained', '--json', '--data_path', data_path,
+               '--data_name', data_name, '--weights', weights, *PROTOCOL.split(), *flags.split()]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise UserError(f'evaluate.py ended with code {done.returncode}; its message is above')
@@ -51,26 +53,21 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder of the data sets '
                         '[%(default)s]')
-    parser.add_argument('--data_names', nargs='+', default=['car', 'cub', 'grocery'], help='data sets [%(default)s]')
-    parser.add_argument('--backbone_type', default='timm:tf_efficientnet_lite0', help='[%(default)s]')
-    parser.add_argument('--weights', type=user_path, default='imagenet', help='[%(default)s]')
-    parser.add_argument('--image_size', type=int, default=128, help='side of the images in pixels [%(default)s]')
-    parser.add_argument('--csv', type=user_path, default='results/pretrained.csv', help='file to add to [%(default)s]')
+    parser.add_argument('--weights', type=user_path, default='imagenet', help='imagenet, or a state dict [%(default)s]')
     args = parser.parse_args()
-    file = Path(args.csv)
-    rows = read_measured(file)
-    for data_name in args.data_names:
+    rows = read_measured(FILE)
+    for data_name in DATA_NAMES:
         for features, flags in VARIANTS.items():
             if any((row['data_name'], row['features']) == (data_name, features) for row in rows):
                 continue
-            results = measure(args, data_name, flags)
+            results = measure(args.data_path, args.weights, data_name, flags)
             measured = {features: results['dense']}
             if 'whitened on the searched images' in measured:
                 measured = {'backbone alone': results['backbone'], **measured}
             rows += [{'data_name': data_name, 'features': name, 'R@1': f'{metrics["R@1"]:.2f}',
                       'MAP@R': f'{metrics["MAP@R"]:.2f}'}
                      for name, metrics in measured.items()]
-            with open(file, 'w', newline='', encoding='utf-8') as opened:
+            with open(FILE, 'w', newline='', encoding='utf-8') as opened:
                 writer = csv.DictWriter(opened, COLUMNS, lineterminator='\n')
                 writer.writeheader()
                 writer.writerows(rows)
