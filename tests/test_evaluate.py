@@ -163,7 +163,10 @@ def test_a_pretrained_backbone_is_measured_alone_and_whitened_without_labels(
     from retrieval.metrics import retrieval_metrics
     from retrieval.pretrained import build_pretrained
 
+    fitted = []
     monkeypatch.setattr('retrieval.pretrained.FEWEST_IMAGES', 3)
+    monkeypatch.setattr(evaluate, 'fit_whitening', lambda model, features, dim, fit=evaluate.fit_whitening:
+                        fitted.append(features) or fit(model, features, dim))
     measured = evaluate_as_json(*pretrained, '--whiten', whiten)
     model = build_pretrained(BACKBONE, str(weights), 32, None, torch.device('cpu'))
     run = {'args': {'resize_size': 0, 'amp': 'off'}}
@@ -179,6 +182,8 @@ def test_a_pretrained_backbone_is_measured_alone_and_whitened_without_labels(
     transform = make_transform(False, 32, 0, model.interpolation)
     with torch.no_grad():
         features = model.compute_features(torch.stack([transform(load_image(file)) for file in files[whiten]]))
+    directions = [torch.nn.functional.normalize(values, dim=1) for values in (features, fitted[0])]
+    torch.testing.assert_close(*directions, atol=1e-4, rtol=0)  # of the images that --whiten names
     model.add_whitening(features, min(512, model.num_features))
     whitened = retrieval_metrics(embed_images(model, files['test'], run), labels, recalls=(1, 2))
     assert measured['dense'] == pytest.approx(whitened)

@@ -83,6 +83,11 @@ def test_the_whitening_is_that_of_the_formula(network, count):
     assert_same_similarities(whiten(network, features), slow_whitening(features.numpy(), 40))
 
 
+def test_without_a_feature_dim_512_numbers_are_kept():
+    lite0 = build_pretrained('timm:tf_efficientnet_lite0', 'none', 32, None, CPU)
+    assert fit_whitening(lite0, make_features(60, 1280), None) == 'whitened on 60 images: 512 numbers per image'
+
+
 def test_a_whitened_network_embeds_images_as_its_features_are_whitened(network):
     images = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
