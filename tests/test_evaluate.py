@@ -167,7 +167,7 @@ def test_a_pretrained_backbone_is_measured_alone_and_whitened_without_labels(
     monkeypatch.setattr('retrieval.pretrained.FEWEST_IMAGES', 3)
     monkeypatch.setattr(evaluate, 'fit_whitening', lambda model, features, dim, fit=evaluate.fit_whitening:
                         fitted.append(features) or fit(model, features, dim))
-    measured = evaluate_as_json(*pretrained, '--whiten', whiten)
+    measured = evaluate_as_json(*pretrained, '--whiten', whiten, '--amp', 'off')
     model = build_pretrained(BACKBONE, str(weights), 32, None, torch.device('cpu'))
     run = {'args': {'resize_size': 0, 'amp': 'off'}}
     split = load(raw_sets / 'cub/uncropped_data_dicts.pth', 'split file')
