@@ -20,7 +20,7 @@ from common.errors import UserError, suggestion
 from common.files import check_replaceable, make_folder
 from common.results import RunFiles
 from retrieval.figures import COLOURS, plot_style, save_figure
-from training.curves import check_metric, draw_curves, title_of
+from training.curves import check_metric, draw_curves, measured_rows, title_of
 from training.statistics import read_statistics
 from utils import Parser, run_script, user_path
 
@@ -165,6 +165,7 @@ def draw_runs(tables: dict[str, pd.DataFrame], metrics: list[str], target: Path)
         for axis, metric in zip(axes[0], metrics, strict=True):
             for index, (name, table) in enumerate(tables.items()):
                 colour = COLOURS[index % len(COLOURS)]
+                table = measured_rows(table, metric)
                 axis.plot(table['epoch'], table[metric], color=colour, linestyle=LINES[index % len(LINES)], label=name,
                           marker=MARKERS[index % len(MARKERS)], markersize=3.5, markevery=max(1, len(table) // 15))
                 if metric.startswith(('dense_', 'binary_')):

@@ -49,7 +49,7 @@ from recipes import MOMENTUM
 from retrieval.database import check_seen, seen_classes
 from retrieval.embedding import (PretrainedBaseline, WithoutHead, extract_embeddings, make_data_base, measure,
                                  measure_open_set_of)
-from retrieval.model_file import load_model_file, model_contents
+from retrieval.model_file import model_contents
 from training.checkpoint import (claim_run, load_checkpoint, load_initial_weights, restore, save_checkpoint,
                                  settings_of)
 from training.curves import draw_curves
@@ -287,7 +287,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     schedule = build_schedule(optimizer, options)
     seen = []  # classes that the initial model was trained on
     if options.init is not None and checkpoint:
-        seen = seen_classes(load_model_file(files.model))
+        seen = seen_classes(checkpoint)
     elif options.init is not None:
         seen = load_initial_weights(options.init, model, options.results_dir)
 
@@ -342,26 +342,27 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
         broadcast_buffers(model)
 
         # ---- measure ----
-        data_base = make_data_base(model, test_loaders, device, amp)
-        row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0),
-               **flatten(measure(data_base, options.recalls, device))}
+        row = {'epoch': epoch, **trained, 'lr': rates['network'], 'proxy_lr': rates.get('proxies', 0.0)}
         if baseline is not None:
             row['pretrained_R@1'] = baseline
-        if val_loaders:
-            val_metrics = measure(make_data_base(model, val_loaders, device, amp), (1,), device)
-            row |= {f'val_{name}': value for name, value in flatten(val_metrics).items()}
+        if epoch % options.eval_every == 0 or epoch == options.num_epochs:
+            data_base = make_data_base(model, test_loaders, device, amp)
+            row |= flatten(measure(data_base, options.recalls, device))
+            if val_loaders:
+                val_metrics = measure(make_data_base(model, val_loaders, device, amp), (1,), device)
+                row |= {f'val_{name}': value for name, value in flatten(val_metrics).items()}
         rows.append(row)
         print(format_epoch(row, options), flush=True)
 
         # ---- save; the checkpoint comes last, so that a crash before it repeats the epoch ----
-        origin = {'args': settings, 'epoch': epoch, 'made_with': made_with}
+        origin = {'args': settings, 'epoch': epoch, 'made_with': made_with, 'seen_classes': seen}
         if world_rank() == 0:
             if epoch == 1:  # --overwrite takes effect
                 for file in replaced:
                     file.unlink(missing_ok=True)
             if chosen_epoch(rows) is row:
                 open_set = measure_open_set_of(data_base, device)
-                data_base.origin = {'seen_classes': seen, 'open_set': open_set, **origin}
+                data_base.origin = {'open_set': open_set, **origin}
                 data_base.add_proxies(trained_classes, criterion.unit_proxies())
                 save(model_contents(model, data_base.origin), files.model)
                 data_base.save(files.data_base)

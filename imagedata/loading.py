@@ -245,10 +245,13 @@ def make_transform(training: bool, image_size: int, resize_size: int | None = No
     """
     mode = transforms.InterpolationMode(interpolation)
     if training:
-        steps = [CropAndResize(transforms.RandomResizedCrop(image_size, scale=(min_crop, 1.0), interpolation=mode)),
-                 transforms.RandomHorizontalFlip(flip),
-                 transforms.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 2),
-                 transforms.RandomGrayscale(grayscale)]
+        steps = [CropAndResize(transforms.RandomResizedCrop(image_size, scale=(min_crop, 1.0), interpolation=mode))]
+        if flip:
+            steps.append(transforms.RandomHorizontalFlip(flip))
+        if color_jitter:
+            steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter, color_jitter / 2))
+        if grayscale:
+            steps.append(transforms.RandomGrayscale(grayscale))
     else:
         short_side = resize_for(image_size) if resize_size is None else resize_size
         max_ratio = max(MAX_RATIO, image_size // (short_side or image_size) + 2)  # the centre crop lacks nothing

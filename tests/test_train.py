@@ -64,6 +64,16 @@ def two_epochs(raw_sets, tmp_path_factory):
     return folder, printed.getvalue()
 
 
+@pytest.fixture(scope='module')
+def every_second_epoch(raw_sets, tmp_path_factory):
+    """Three epochs, measured after the second and the third; the folder and what it printed."""
+    folder, printed = tmp_path_factory.mktemp('every_second'), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(train, 'draw_curves', draw_nothing)
+        call_main(train, *tiny_words(raw_sets, folder, '--num_epochs', 3, '--eval_every', 2))
+    return folder, printed.getvalue()
+
+
 # ---------------------------------------------------- the published commands --------------------------------------
 ANCHOR = '--gpu-id 0 --loss Proxy_Anchor --model {} --embedding-size 512 --batch-size {} --lr {} --dataset {} ' \
          '--warm {} --bn-freeze {} --lr-decay-step {}'
@@ -109,6 +119,30 @@ def test_a_published_command_trains(raw_sets, tmp_path, call_script, words, run)
         words = '--gpu-id 0 --batch-size 120 --model bn_inception --embedding-size 512 --dataset cub --resume'
         printed = call_script(evaluate, *words.split(), tmp_path / f'{run}_model.pth', '--data_path', raw_sets)
         assert re.search(r'^dense +\d', printed, re.MULTILINE)
+
+
+# ---------------------------------------------------- fewer evaluations ------------------------------------------
+def test_eval_every_measures_those_epochs_and_the_last_and_trains_the_same(every_second_epoch, raw_sets, tmp_path,
+                                                                           train_tiny):
+    train_tiny(raw_sets, tmp_path, '--num_epochs', 3)
+    rows, each = (pd.read_csv(folder / f'{NAME}_statistics.csv') for folder in (every_second_epoch[0], tmp_path))
+    assert list(rows['dense_R@1'].notna()) == [False, True, True]
+    pd.testing.assert_series_equal(rows['loss'], each['loss'])
+    measured = [column for column in each if column.startswith(('dense_', 'binary_'))]
+    pd.testing.assert_frame_equal(rows.loc[1:, measured], each.loc[1:, measured])
+
+
+def test_an_epoch_without_a_measurement_prints_its_training_alone(every_second_epoch):
+    first, second = (next(line for line in every_second_epoch[1].splitlines() if line.startswith(f'epoch {epoch}/3:'))
+                     for epoch in (1, 2))
+    assert first.endswith(' img/s')
+    assert ' img/s; R@1 ' in second
+
+
+def test_the_model_kept_is_that_of_the_best_measured_epoch(every_second_epoch):
+    folder = every_second_epoch[0]
+    best = pd.read_csv(folder / f'{NAME}_statistics.csv')['dense_R@1'].idxmax() + 1
+    assert load_data_base(folder / f'{NAME}_data_base.pth').origin['epoch'] == best > 1
 
 
 # ---------------------------------------------------- a run and what it leaves ------------------------------------

@@ -20,7 +20,7 @@ CHECKPOINT_VERSION = 3
 CHECKPOINT_SCHEMA = {
     'version': lambda value: value == CHECKPOINT_VERSION, 'args': dict, 'split': str, 'epoch': is_whole(1),
     'rows': lambda rows: type(rows) is list and all(
-        type(row) is dict and row.keys() == rows[0].keys() and {type(value) for value in row.values()} <= {int, float}
+        type(row) is dict and {type(value) for value in row.values()} <= {int, float}
         for row in rows), 'model': dict, 'criterion': dict, 'optimizer': dict, 'schedule': dict,
     'rng': lambda value: value.dtype == torch.uint8}
 # Options that do not change the result of a run: they may differ when it is resumed, and its files leave them out.
@@ -123,8 +123,10 @@ def load_checkpoint(file: Path, options: RunOptions, split: dict) -> dict:
     if different:
         raise UserError(f'--resume: the run {options.run} was started with other settings: {", ".join(different)}; '
                         'use the same, or name a new run with --remark')
-    columns = {'epoch', 'lr', 'proxy_lr', *(f'{kind}_R@{k}' for kind in ('dense', 'binary') for k in options.recalls)}
-    check_fields(checkpoint, {'rows': lambda rows: all(columns <= row.keys() for row in rows)}, file, 'checkpoint')
+    trained = {'epoch', 'lr', 'proxy_lr'}
+    recalls = {f'{kind}_R@{k}' for kind in ('dense', 'binary') for k in options.recalls}
+    check_fields(checkpoint, {'rows': lambda rows: all(
+        trained <= row.keys() and recalls & row.keys() in (set(), recalls) for row in rows)}, file, 'checkpoint')
     return checkpoint
 
 

@@ -24,7 +24,7 @@ def title_of(metric: str) -> str:
 
 
 def check_metric(table, metric: str, source: str | Path) -> None:
-    """Check that a metric can be drawn: a measured column with a finite number in each epoch.
+    """Check that a metric can be drawn: a column with a finite number in each epoch that has one.
 
     Args:
         table: DataFrame of the statistics, a row per epoch.
@@ -40,8 +40,14 @@ def check_metric(table, metric: str, source: str | Path) -> None:
     if metric not in measured:
         raise UserError(f'--metric {metric} is not in {source}{suggestion(metric, measured)} (there are: '
                         f'{", ".join(measured)})')
-    if not table[metric].abs().lt(float('inf')).all():  # NaN is not less than infinity either
+    values = measured_rows(table, metric)[metric]
+    if values.empty or not values.abs().lt(float('inf')).all():  # NaN is not less than infinity either
         raise UserError(f'{source}: {metric} is empty or infinite in some epochs; draw another --metric')
+
+
+def measured_rows(table, metric: str):
+    """Return the rows of the epochs after which a metric of retrieval was measured (--eval_every); else all rows."""
+    return table[table[metric].notna()] if metric.startswith(('dense_', 'binary_', 'val_')) else table
 
 
 def epoch_limits(epochs) -> tuple[float, float]:
@@ -76,7 +82,8 @@ def draw_curves(table, target: Path, title: str) -> Path:
         figure, axes = pyplot.subplots(2, 2, figsize=(7.2, 4.8), layout='constrained')
         for axis, metric in zip(axes.flat, PANELS, strict=True):
             label = 'network' if metric == 'lr' else 'dense'
-            axis.plot(epochs, table[metric], color=COLOURS[0], label=label, **style)
+            rows = measured_rows(table, metric)
+            axis.plot(rows['epoch'], rows[metric], color=COLOURS[0], label=label, **style)
             axis.set(xlabel='epoch', ylabel=title_of(metric), xlim=epoch_limits(epochs))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.axvline(epochs[chosen], color=GREY, linewidth=0.8, linestyle=':', zorder=0)
@@ -103,6 +110,7 @@ def complete_rates(axis, table, style: dict) -> None:
 
 def complete_recall(axis, table, style: dict) -> None:
     """Add to dense R@1 what else was measured: binary codes, held-out classes, the pretrained backbone."""
+    table = measured_rows(table, 'dense_R@1')
     epochs = table['epoch']
     if 'binary_R@1' in table:
         axis.plot(epochs, table['binary_R@1'], color=COLOURS[1], linestyle='--', label='binary', **style)

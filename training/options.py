@@ -140,6 +140,8 @@ def get_parser(description: str | None = None) -> Parser:
     group = parser.add_argument_group('the run')
     group.add_argument('--recalls', type=int_list, help='values of K; papers: 1,2,4,8 (sop 1,10,100,1000; isc '
                        '1,10,20,30,40,50; Proxy Anchor 1,2,4,8,16,32)')
+    group.add_argument('--eval_every', type=int, default=1, metavar='N', help='measure retrieval after every N epochs '
+                       'and after the last; the best epoch is chosen among these [1]')
     group.add_argument('--val_ratio', type=float, default=0.0, help='share of the training classes (at least two) '
                        'held out to choose the best epoch; 0 chooses it on the test classes, as the papers do [0]')
     group.add_argument('--allow_seen', action='store_true', help='measure although test classes are among those '
@@ -245,6 +247,7 @@ class RunOptions:
     drop_last: bool
     # the run
     recalls: tuple[int, ...]
+    eval_every: int
     val_ratio: float
     allow_seen: bool
     pretrained_baseline: bool
@@ -454,7 +457,7 @@ def check_ranges(settings: dict) -> None:
         'feature_dim': (1, LARGEST_FEATURE_DIM), 'image_size': (16, LARGEST_SIDE), 'num_workers': (0, 1024),
         'resize_size': (settings['image_size'] if settings['resize_size'] else 0, LARGEST_SIDE),
         'cache_size': (0, LARGEST_SIDE),
-        'num_epochs': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
+        'num_epochs': (1, None), 'eval_every': (1, None), 'warm_up': (0, None), 'lr_decay_step': (1, None), 'seed': (0, None),
         'batch_size': (1, None), 'images_per_class': (0, None),
         'lr': (SMALLEST, LARGEST), 'backbone_lr': (SMALLEST, LARGEST), 'proxy_lr': (SMALLEST, LARGEST),
         'lr_decay_gamma': (SMALLEST, LARGEST), 'scale': (SMALLEST, LARGEST), 'weight_decay': (0, LARGEST),

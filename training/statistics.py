@@ -33,7 +33,7 @@ def provenance(device) -> dict:
 
 
 def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dict | None = None) -> None:
-    """Save a run's statistics as CSV, a row an epoch.
+    """Save a run's statistics as CSV, a row an epoch; what was not measured after an epoch is empty.
 
     Behind what was measured stand a column `args.NAME` per setting and `made.NAME` per part of `provenance`.
     """
@@ -41,7 +41,7 @@ def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dic
 
     plain = {f'args.{name}': ','.join(map(str, value)) if isinstance(value, (list, tuple)) else value
              for name, value in settings.items()} | {f'made.{name}': value for name, value in (made_with or {}).items()}
-    table = pd.DataFrame([{**row, **plain} for row in rows])
+    table = pd.DataFrame(rows).assign(**plain)
     write_atomically(path, lambda file: table.to_csv(file, index=False))
 
 

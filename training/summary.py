@@ -25,8 +25,9 @@ def format_recalls(row: dict, recalls: tuple[int, ...]) -> str:
 
 def format_epoch(row: dict, options: RunOptions) -> str:
     """Return the line that is printed after an epoch."""
-    return (f'epoch {row["epoch"]}/{options.num_epochs}: loss {row["loss"]:.4f}, accuracy {row["accuracy"]:.1f} %, '
-            f'{row["img_s"]:.0f} img/s; {format_recalls(row, options.recalls)}')
+    trained = (f'epoch {row["epoch"]}/{options.num_epochs}: loss {row["loss"]:.4f}, accuracy {row["accuracy"]:.1f} %, '
+               f'{row["img_s"]:.0f} img/s')
+    return f'{trained}; {format_recalls(row, options.recalls)}' if measured_rows([row]) else trained
 
 
 def check_collapse(row: dict, num_classes: int, options: RunOptions) -> None:
@@ -50,10 +51,22 @@ def check_collapse(row: dict, num_classes: int, options: RunOptions) -> None:
 
 
 # ---------------------------------------------------- the end of a run --------------------------------------------
-def chosen_epoch(rows: list[dict]) -> dict:
+def chosen_epoch(rows: list[dict]) -> dict | None:
     """Return the row of the best epoch, by R@1 on held-out training classes if there are any, else on the test classes.
+
+    None if no epoch has been measured yet (--eval_every).
     """
-    return max(rows, key=lambda row: row.get('val_dense_R@1', row['dense_R@1']))
+    return max(measured_rows(rows), key=lambda row: row.get('val_dense_R@1', row['dense_R@1']), default=None)
+
+
+def best_epoch(rows: list[dict]) -> dict:
+    """Return the row of the epoch with the best R@1 on the test classes, as the papers choose it."""
+    return max(measured_rows(rows), key=lambda row: row['dense_R@1'])
+
+
+def measured_rows(rows: list[dict]) -> list[dict]:
+    """Return the rows of the epochs after which retrieval was measured."""
+    return [row for row in rows if 'dense_R@1' in row]
 
 
 def format_seconds(seconds: float) -> str:
@@ -86,7 +99,7 @@ def print_end(rows: list[dict], options: RunOptions, files: RunFiles, query: str
     Args:
         query: path of a test image, for the retrieval command.
     """
-    best, chosen, last = max(rows, key=lambda row: row['dense_R@1']), chosen_epoch(rows), rows[-1]
+    best, chosen, last = best_epoch(rows), chosen_epoch(rows), rows[-1]
     if options.val_ratio:
         print(f'epoch {chosen["epoch"]}, chosen on held-out training classes: '
               f'{format_recalls(chosen, options.recalls)}')
@@ -131,9 +144,8 @@ def report_seeds(runs: dict[int, list[dict]], name: str, folder: Path) -> None:
     """
     import pandas as pd
 
-    epochs = {'last': lambda rows: rows[-1],
-              'best on the test classes': lambda rows: max(rows, key=lambda row: row['dense_R@1'])}
-    if 'val_dense_R@1' in next(iter(runs.values()))[0]:
+    epochs = {'last': lambda rows: rows[-1], 'best on the test classes': best_epoch}
+    if 'val_dense_R@1' in next(iter(runs.values()))[-1]:
         epochs = {'chosen on held-out training classes': chosen_epoch, **epochs}
     table = []
     for epoch, choose in epochs.items():

@@ -41,6 +41,13 @@ def test_the_marked_epoch_is_the_one_chosen_on_held_out_classes(draw):
     assert points_of(recall)['held-out classes'] == [(1, 60.0), (2, 50.0), (3, 70.0)]
 
 
+def test_epochs_after_which_nothing_was_measured_have_no_point(draw):
+    loss, _, _, recall = draw([float('nan'), 30.0, float('nan'), 20.0])
+    assert [x for x, _ in points_of(loss)['dense']] == [1, 2, 3, 4]
+    assert points_of(recall) == {'dense': [(2, 30.0), (4, 20.0)], 'binary': [(2, 15.0), (4, 10.0)],
+                                 'best: epoch 2, 30.0 %': [(2, 30.0)]}
+
+
 def test_the_pretrained_backbone_is_a_line_in_the_panel_of_recall(draw):
     recall = draw([20.0, 30.0], **{'pretrained_R@1': 25.0})[3]
     assert {y for _, y in points_of(recall)['pretrained backbone']} == {25.0}
