@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -119,6 +121,22 @@ def test_a_published_command_trains(raw_sets, tmp_path, call_script, words, run)
         words = '--gpu-id 0 --batch-size 120 --model bn_inception --embedding-size 512 --dataset cub --resume'
         printed = call_script(evaluate, *words.split(), tmp_path / f'{run}_model.pth', '--data_path', raw_sets)
         assert re.search(r'^dense +\d', printed, re.MULTILINE)
+
+
+# ---------------------------------------------------- worker processes -------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_workers_of_every_start_method_give_the_results_of_none(method, two_epochs, raw_sets, tmp_path):
+    """Python 3.14 starts processes by forkserver on Linux; macOS and Windows by spawn."""
+    (tmp_path / 'sitecustomize.py').write_text(
+        f'import multiprocessing\nmultiprocessing.set_start_method({method!r})\n')
+    words = tiny_words(raw_sets, tmp_path / 'run', '--num_epochs', 2, '--num_workers', 2)
+    done = subprocess.run([sys.executable, 'train.py', *map(str, words)], cwd=REPOSITORY, capture_output=True,
+                          text=True, check=False,
+                          env={**os.environ, 'PYTHONPATH': str(tmp_path), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    drawn = {f'{NAME}_curves.{ending}' for ending in ('png', 'pdf')}  # which `two_epochs` leaves out
+    assert set(differing_results(two_epochs[0], tmp_path / 'run')) <= drawn
 
 
 # ---------------------------------------------------- fewer evaluations ------------------------------------------
