@@ -21,6 +21,7 @@ epoch with the best R@1 on the test classes, or on held-out training classes wit
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from training.options import PML_PREFIX, RunOptions, check_data, name_of_seeds, parse_options
@@ -61,7 +62,8 @@ from training.tracking import Tracker
 
 # ---------------------------------------------------- one epoch ----------------------------------------------------
 def train_one_epoch(network: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader,
-                    device: torch.device, amp: bool = False, clip_value: float = 0.0, title: str = '') -> dict:
+                    device: torch.device, amp: bool = False, clip_value: float = 0.0, title: str = '',
+                    batches: Iterator | None = None) -> dict:
     """Train on every batch of the loader once.
 
     Args:
@@ -70,6 +72,7 @@ def train_one_epoch(network: nn.Module, criterion: nn.Module, optimizer: torch.o
         amp: compute the network in bfloat16; the loss is always float32.
         clip_value: clip each gradient entry to +-clip_value; 0 is off.
         title: of the progress bar.
+        batches: of the loader, where its workers have started already.
 
     Returns:
         {'loss': mean, 'accuracy': per cent, 'img_s': images per second}.
@@ -81,7 +84,7 @@ def train_one_epoch(network: nn.Module, criterion: nn.Module, optimizer: torch.o
     criterion.train()
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     meter = Meter(device)
-    bar = progress(loader, desc=title, unit='batch', total=len(loader))
+    bar = progress(loader if batches is None else batches, desc=title, unit='batch', total=len(loader))
     for images, labels in bar:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -221,6 +224,13 @@ def build_train_loader(data: ImageData, sampler: BatchSampler, model: EmbeddingN
     return make_loader(RetrievalDataset(data, 'train', augment, options.seed), sampler, options.num_workers, device)
 
 
+def start_batches(loader: DataLoader, epoch: int) -> Iterator:
+    """Let the workers decode the first batches of an epoch, and return the iterator that reads them."""
+    loader.dataset.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch)
+    return iter(loader)
+
+
 def start_from_images(model: EmbeddingNet, criterion: nn.Module, images: RetrievalDataset, options: RunOptions,
                       device: torch.device, amp: bool) -> None:
     """Initialise head (`whiten`) and proxies (`mean`) from the training images, without augmentation."""
@@ -327,17 +337,19 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
 
     # ---- epochs ----
     first_epoch, start = len(rows) + 1, time.perf_counter()
+    batches = start_batches(loader, first_epoch) if first_epoch <= options.num_epochs else None
     for epoch in range(first_epoch, options.num_epochs + 1):
         if epoch in (first_epoch, options.warm_up + 1):
             network = None  # drop the previous wrapper and its hooks before the next one is built
             model.freeze_backbone(epoch <= options.warm_up)
             network = wrap_network(model, device, options.compile)
         broadcast_state(criterion)
-        loader.dataset.set_epoch(epoch)
-        sampler.set_epoch(epoch)
         title = epoch_title(epoch, first_epoch, options.num_epochs, time.perf_counter() - start)
         rates = {group['role']: group['lr'] for group in optimizer.param_groups}
-        trained = train_one_epoch(network, criterion, optimizer, loader, device, amp, options.clip_value, title)
+        trained = train_one_epoch(network, criterion, optimizer, loader, device, amp, options.clip_value, title,
+                                  batches)
+        if epoch < options.num_epochs:  # the next epoch's first batches are decoded while this one is measured
+            batches = start_batches(loader, epoch + 1)
         schedule.step()
         broadcast_buffers(model)
 

@@ -57,7 +57,7 @@ def epochs_of(raw_sets, tmp_path, monkeypatch):
     """Run train.py with epochs that only note how they are called; returns what they have noted so far."""
     noted = []
 
-    def note(network, criterion, optimizer, loader, device, amp, clip_value, title) -> dict:
+    def note(network, criterion, optimizer, loader, device, amp, clip_value, *_) -> dict:
         optimizer.step()  # before the schedule, or torch warns
         noted.append(SimpleNamespace(
             rates=[group['lr'] for group in optimizer.param_groups], clip_value=clip_value,

@@ -139,6 +139,15 @@ def test_workers_of_every_start_method_give_the_results_of_none(method, two_epoc
     assert set(differing_results(two_epochs[0], tmp_path / 'run')) <= drawn
 
 
+def test_the_workers_begin_an_epoch_before_the_last_one_is_measured(raw_sets, tmp_path, train_tiny, monkeypatch):
+    calls, start_batches, measure = [], train.start_batches, train.measure
+    monkeypatch.setattr(train, 'start_batches',
+                        lambda loader, epoch: calls.append(epoch) or start_batches(loader, epoch))
+    monkeypatch.setattr(train, 'measure', lambda *args: calls.append('measure') or measure(*args))
+    train_tiny(raw_sets, tmp_path, '--num_epochs', 2)
+    assert calls == [1, 2, 'measure', 'measure']
+
+
 # ---------------------------------------------------- fewer evaluations ------------------------------------------
 def test_eval_every_measures_those_epochs_and_the_last_and_trains_the_same(every_second_epoch, raw_sets, tmp_path,
                                                                            train_tiny):
