@@ -140,6 +140,7 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
     ARGS = run_script(get_args)
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from common.distributed import select_device
@@ -159,8 +160,11 @@ from training.statistics import provenance
 
 # ---------------------------------------------------- embedding -----------------------------------------------------
 def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, settings: dict, num_workers: int,
-                device: torch.device) -> list[str]:
+                device: torch.device, network: nn.Module | None = None) -> list[str]:
     """Embed images and add them to a collection, about SAVED_EVERY at a time; returns the files out of reach.
+
+    Args:
+        network: computes other features than the embeddings of the model.
 
     Raises:
         UserError: if the embeddings are not finite.
@@ -169,7 +173,7 @@ def embed_items(items: list[CollectionItem], collection, model: EmbeddingNet, se
     # depend on its batch.
     batches_at_once = max(1, SAVED_EVERY // settings['batch_size'])
     batches, start, lost = [], 0, []
-    for batch in embed_files([item.file for item in items], model, settings, num_workers, device):
+    for batch in embed_files([item.file for item in items], model, settings, num_workers, device, network):
         batches.append(batch)
         end = start + sum(len(embedded.reasons) for embedded in batches)
         if len(batches) == batches_at_once or end == len(items):
@@ -218,22 +222,37 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
     sample = items
     if len(items) > FIT_SAMPLE:
         sample = random.Random(0).sample(items, FIT_SAMPLE)
-    embedded = join(list(embed_files([item.file for item in sample], model, settings, num_workers, device,
-                                     WithoutHead(model))))
-    readable = embedded.readable()
-    if not readable.any():
-        raise UserError(f'none of the {len(sample):,} images can be read, for instance {sample[0].file} '
-                        f'({embedded.reasons[0]})')
-    line = fit_whitening(model, embedded.embeddings[readable], feature_dim)
+    sample = {item.file: item for item in sample}
+    # The features before the whitening are a collection of their own, so that an interrupted call continues.
+    unwhitened = FileCollection(sample_file(collection.file), {'args': {}},
+                                model_fingerprint(model_contents(model, {'args': settings})))
+    known = {item.file: item.stamp for item in unwhitened.items()}
+    lost = embed_items([item for item in sample.values() if known.get(item.file) != item.stamp], unwhitened, model,
+                       settings, num_workers, device, WithoutHead(model))
+    unwhitened.finish()
+    rows, embedded = [], []
+    for row, item in enumerate(unwhitened.items()):
+        if item.file in sample and item.stamp == sample[item.file].stamp:
+            rows.append(row)
+            embedded.append(sample[item.file])
+    if not embedded:
+        unreadable = f'none of the {len(sample):,} images can be read, for instance {next(iter(sample))}'
+        raise UserError(describe_lost(lost) if lost else unreadable)
+    features = unwhitened.data_base.test.features[rows]
+    line = fit_whitening(model, features, feature_dim)
     print(f'{model.config.backbone_type}: {line}', flush=True)
     contents = model_contents(model, {'args': settings, 'made_with': provenance(device)})
     save(contents, RunFiles.beside(collection.file).model)
     collection.set_model({key: contents[key] for key in ORIGIN if key in contents}, model_fingerprint(contents))
     with torch.no_grad():
-        embeddings = F.normalize(model.head(embedded.embeddings.to(device)), dim=-1).cpu()
-    lost = add_embedded(collection, sample, embedded._replace(embeddings=embeddings))
-    in_sample = {item.file for item in sample}
-    return [item for item in items if item.file not in in_sample], lost
+        embeddings = F.normalize(model.head(features.to(device)), dim=-1).cpu()
+    collection.add(embedded, embeddings, list(unwhitened.broken.values()))
+    return [item for item in items if item.file not in sample], lost
+
+
+def sample_file(file: Path) -> Path:
+    """Return the file of the features on which the model of a data base is whitened, deleted once that is complete."""
+    return Path(f'{file}.sample')
 
 
 def asked_settings(args) -> dict:
@@ -479,6 +498,8 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
         lost += embed_items(items, collection, model, settings, args.num_workers, device)
         print(f'{len(to_embed):,} images in {time.perf_counter() - start:.0f} s')
     collection.finish()
+    if args.qdrant is None:
+        sample_file(Path(args.data_base)).unlink(missing_ok=True)
     if collection.broken:
         named = ', '.join(list(collection.broken)[:MAX_NAMED]) + (' ...' if len(collection.broken) > MAX_NAMED else '')
         print(f'{len(collection.broken):,} images cannot be read and are left out: {named}')

@@ -221,11 +221,15 @@ def test_an_interrupted_call_goes_on_with_the_whitening_that_it_had(call, flags,
     for file in (tmp_path / 'museum.pth', tmp_path / 'museum_model.pth'):
         file.unlink()
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    embed_items = embed.embed_items
+
+    def stop_after_the_sample(items, collection, *rest):
+        if collection.file.name == 'museum.pth':
+            raise KeyboardInterrupt
+        return embed_items(items, collection, *rest)
 
     with monkeypatch.context() as context:
-        context.setattr(embed, 'embed_items', stop)
+        context.setattr(embed, 'embed_items', stop_after_the_sample)
         with pytest.raises(KeyboardInterrupt):
             call('--images', photos, *flags)
     assert not (tmp_path / 'museum.pth').exists()
@@ -238,6 +242,34 @@ def test_an_interrupted_call_goes_on_with_the_whitening_that_it_had(call, flags,
     assert found.keys() == expected.keys()
     for path, features in found.items():
         np.testing.assert_allclose(features, expected[path], atol=1e-5)
+
+
+def test_a_call_that_is_interrupted_within_the_sample_reads_no_image_again(call, flags, photos, tmp_path, monkeypatch):
+    call('--images', photos, *flags, '--batch_size', 2)
+    expected = features_of(tmp_path / 'museum.pth')
+    for file in (tmp_path / 'museum.pth', tmp_path / 'museum_model.pth'):
+        file.unlink()
+    read, load = [], image_files.load_image
+
+    def load_seven(file):
+        if len(read) == 7:
+            raise KeyboardInterrupt
+        read.append(file)
+        return load(file)
+
+    monkeypatch.setattr(embed, 'SAVED_EVERY', 2)
+    with monkeypatch.context() as context:
+        context.setattr(image_files, 'load_image', load_seven)
+        with pytest.raises(KeyboardInterrupt):
+            call('--images', photos, *flags, '--batch_size', 2)
+    monkeypatch.setattr(image_files, 'load_image', lambda file: read.append(file) or load(file))
+    call('--images', photos, *flags, '--batch_size', 2)
+    assert len(read) == 13  # the seventh image twice: its part was not complete
+    assert len(set(read)) == 12
+    found = features_of(tmp_path / 'museum.pth')
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[path], features) for path, features in expected.items())
+    assert sorted(file.name for file in tmp_path.glob('museum*')) == ['museum.pth', 'museum_model.pth']
 
 
 def test_refit_whitens_and_embeds_all_images_again(call, flags, photos, tmp_path):
