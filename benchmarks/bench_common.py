@@ -1,16 +1,20 @@
-"""What the benchmarks share: the machine, photographs made with a fixed seed, turns, the last line."""
+"""What the benchmarks share: the machine, photographs made with a fixed seed, turns, evaluate.py, CSV files."""
+import csv
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a script finds modules beside itself only
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))  # a script finds modules beside itself only
 
 
 def machine() -> dict:
@@ -73,3 +77,38 @@ def median(values) -> float:
 def finish(result: dict) -> None:
     """Print the last line: one line of JSON with the machine beside the numbers."""
     print(json.dumps({**result, 'machine': machine()}))
+
+
+# ---------------------------------------------------- measured tables ----------------------------------------------
+def evaluate(*flags) -> dict:
+    """Return what evaluate.py measures.
+
+    Raises:
+        UserError: if it fails; its own message is printed above.
+    """
+    from common.errors import UserError
+
+    command = [sys.executable, REPOSITORY / 'evaluate.py', '--json', *flags]
+    done = subprocess.run([str(word) for word in command], check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise UserError(f'evaluate.py ended with code {done.returncode}; its message is above')
+    return json.loads(done.stdout)
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV, none if there is no file."""
+    if not file.is_file():
+        return []
+    with open(file, newline='', encoding='utf-8') as opened:
+        return list(csv.DictReader(opened))
+
+
+def write_csv(file: Path, columns: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    """Write rows as a CSV."""
+    from common.files import write_atomically
+
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, lambda target: target.write(text.getvalue().encode()))

@@ -5,17 +5,8 @@
 Each row of the table is a call of evaluate.py --pretrained; its R@1 and MAP@R are added to results/pretrained.csv when
 it ends. A row that is there is not measured again: to measure anew, remove the file.
 """
-import csv
-import json
-import subprocess
-import sys
-from pathlib import Path
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))  # a script finds only the modules beside itself
-
-from common.errors import UserError  # noqa: E402
-from utils import Parser, run_script, user_path  # noqa: E402
+from bench_common import REPOSITORY, evaluate, read_csv, write_csv  # first: it finds the modules of the repository
+from utils import Parser, run_script, user_path
 
 FILE = REPOSITORY / 'results/pretrained.csv'
 DATA_NAMES = ('car', 'cub', 'grocery')
@@ -30,24 +21,6 @@ VARIANTS = {
 }
 
 
-def measure(data_path: str, weights: str, data_name: str, flags: str) -> dict:
-    """Return what evaluate.py measures."""
-    command = [sys.executable, str(REPOSITORY / 'evaluate.py'), '--pretrained', '--json', '--data_path', data_path,
-               '--data_name', data_name, '--weights', weights, *PROTOCOL.split(), *flags.split()]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f'evaluate.py ended with code {done.returncode}; its message is above')
-    return json.loads(done.stdout)
-
-
-def read_measured(file: Path) -> list[dict[str, str]]:
-    """Return the rows of the CSV, none if there is no file."""
-    if not file.is_file():
-        return []
-    with open(file, newline='', encoding='utf-8') as opened:
-        return list(csv.DictReader(opened))
-
-
 def main() -> None:
     """Measure what is missing in the CSV, and print all rows."""
     parser = Parser(description=__doc__)
@@ -55,22 +28,20 @@ def main() -> None:
                         '[%(default)s]')
     parser.add_argument('--weights', type=user_path, default='imagenet', help='imagenet, or a state dict [%(default)s]')
     args = parser.parse_args()
-    rows = read_measured(FILE)
+    rows = read_csv(FILE)
     for data_name in DATA_NAMES:
         for features, flags in VARIANTS.items():
             if any((row['data_name'], row['features']) == (data_name, features) for row in rows):
                 continue
-            results = measure(args.data_path, args.weights, data_name, flags)
+            results = evaluate('--pretrained', '--data_path', args.data_path, '--data_name', data_name, '--weights',
+                               args.weights, *PROTOCOL.split(), *flags.split())
             measured = {features: results['dense']}
             if 'whitened on the searched images' in measured:
                 measured = {'backbone alone': results['backbone'], **measured}
             rows += [{'data_name': data_name, 'features': name, 'R@1': f'{metrics["R@1"]:.2f}',
                       'MAP@R': f'{metrics["MAP@R"]:.2f}'}
                      for name, metrics in measured.items()]
-            with open(FILE, 'w', newline='', encoding='utf-8') as opened:
-                writer = csv.DictWriter(opened, COLUMNS, lineterminator='\n')
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(FILE, COLUMNS, rows)
     for row in rows:
         print(f'{row["data_name"]:<10}{row["features"]:<34}{row["R@1"]:>7}{row["MAP@R"]:>7}')
 
