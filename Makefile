@@ -2,7 +2,7 @@
 # make demo       install, make a data set, train, measure, and draw what is retrieved
 # make serve      the search page on the demo's data base
 # make test       the tests one waits for; make test-slow: the others; make lint
-# make results    the runs of docs/results.md, on the data sets in DATA with the backbone WEIGHTS, JOBS at a time
+# make results    the runs of docs/results.md and docs/ablation.md, on the data sets in DATA, JOBS at a time
 # make sweep      R@1 over the momentum of moving proxies, 21 small runs
 # make gpu        results/gpu.md: what only a GPU can show; exits with 2 on a machine without one
 # make lowest     the tests with the lowest versions that requirements.txt allows

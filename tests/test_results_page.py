@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @cache
 def page() -> str:
-    return (REPOSITORY / 'docs/results.md').read_text(encoding='utf-8')
+    return (REPOSITORY / 'docs/ablation.md').read_text(encoding='utf-8')
 
 
 @cache
