@@ -51,10 +51,10 @@ from retrieval.database import check_seen, seen_classes
 from retrieval.embedding import (PretrainedBaseline, WithoutHead, extract_embeddings, make_data_base, measure,
                                  measure_open_set_of)
 from retrieval.model_file import model_contents
-from training.checkpoint import (claim_run, load_checkpoint, load_initial_weights, restore, save_checkpoint,
+from training.checkpoint import (claim_run, command_of, load_checkpoint, load_initial_weights, restore, save_checkpoint,
                                  settings_of)
 from training.curves import draw_curves
-from training.statistics import provenance, read_statistics, save_statistics
+from training.statistics import describe_split, provenance, read_statistics, save_statistics
 from training.summary import (check_collapse, chosen_epoch, epoch_title, flatten, format_epoch, format_seconds,
                               print_end, report_seeds)
 from training.tracking import Tracker
@@ -278,13 +278,14 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     """
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
-    amp, settings, made_with = use_amp(options.amp, device), settings_of(options), provenance(device)
+    amp, settings = use_amp(options.amp, device), settings_of(options)
 
     # ---- data ----
     data = open_data(options.data_path, options.data_name, options.crop_type, options.cache_size)
     if options.val_ratio:
         data = data._replace(split=hold_out(data.split, options.val_ratio, options.seed))
     split, num_classes = data.split, len(data.split['train'])
+    made_with = {**provenance(device), **describe_split(split), 'command': command_of(options)}
     labels = [label for label, paths in enumerate(split['train'].values()) for _ in paths]
     sampler = BatchSampler(labels, options.batch_size, options.images_per_class, options.drop_last, options.seed)
     check_data(options, split, device, sampler.drop_last)
@@ -339,6 +340,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     first_epoch, start = len(rows) + 1, time.perf_counter()
     batches = start_batches(loader, first_epoch) if first_epoch <= options.num_epochs else None
     for epoch in range(first_epoch, options.num_epochs + 1):
+        epoch_start = time.perf_counter()
         if epoch in (first_epoch, options.warm_up + 1):
             network = None  # drop the previous wrapper and its hooks before the next one is built
             model.freeze_backbone(epoch <= options.warm_up)
@@ -363,7 +365,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
             if val_loaders:
                 val_metrics = measure(make_data_base(model, val_loaders, device, amp), (1,), device)
                 row |= {f'val_{name}': value for name, value in flatten(val_metrics).items()}
-        rows.append(row)
+        rows.append({**row, 'seconds': time.perf_counter() - epoch_start})
         print(format_epoch(row, options), flush=True)
 
         # ---- save; the checkpoint comes last, so that a crash before it repeats the epoch ----
@@ -372,7 +374,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
             if epoch == 1:  # --overwrite takes effect
                 for file in replaced:
                     file.unlink(missing_ok=True)
-            if chosen_epoch(rows) is row:
+            if chosen_epoch(rows) is rows[-1]:
                 open_set = measure_open_set_of(data_base, device)
                 data_base.origin = {'open_set': open_set, **origin}
                 data_base.add_proxies(trained_classes, criterion.unit_proxies())

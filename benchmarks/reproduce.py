@@ -1,4 +1,4 @@
-"""Train the runs behind the tables of docs/results.md and docs/ablation.md, and collect their statistics into one CSV per table.
+"""Train the runs behind the tables of docs/results.md and docs/ablation.md, and collect their statistics into CSVs.
 
     python benchmarks/reproduce.py --list                                      # what is finished and what is missing
     python benchmarks/reproduce.py --data_path /home/data --weights imagenet   # every table: 30 hours on two cores

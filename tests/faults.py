@@ -203,7 +203,8 @@ def torchrun_killed(words, seconds: float = 0) -> str:
     return printed
 
 
-IGNORED = {'img_s', 'commit', 'changed_since'}  # the speed, and the state of the repository, may differ
+# The speed, the command, and the state of the repository may differ.
+IGNORED = {'img_s', 'seconds', 'command', 'commit', 'changed_since'}
 
 
 def differences(one, other, path: str = '') -> list[str]:

@@ -1,7 +1,6 @@
 """How a run starts, continues and is kept: its claim on its files, checkpoints, and the model of another run."""
 import contextlib
-import hashlib
-import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from common.results import RunFiles, find_result
 from model import EmbeddingNet
 from retrieval.database import seen_classes
 from retrieval.model_file import load_model_file
-from training.options import RunOptions
+from training.options import RunOptions, parse_options
+from training.statistics import split_fingerprint
 
 CHECKPOINT_VERSION = 3
 CHECKPOINT_SCHEMA = {
@@ -80,9 +80,24 @@ def settings_of(options: RunOptions) -> dict:
     return settings | {'weights': Path(options.weights).name, 'init': options.init and Path(options.init).name}
 
 
-def split_fingerprint(split: dict) -> str:
-    """Return a hash of the classes, images and subsets of a split."""
-    return hashlib.sha256(json.dumps(split).encode()).hexdigest()
+def command_of(options: RunOptions) -> str:
+    """Return the command line that trains this run again, without its folders, device and seed."""
+    # The defaults of the others depend on these.
+    first = ('recipe', 'data_name', 'backbone_type', 'loss_name', 'proxy_update', 'miner')
+    words = [word for name in first if getattr(options, name) for word in (f'--{name}', getattr(options, name))]
+    [plain] = parse_options(words)
+    settings, defaults = settings_of(options), settings_of(plain)
+    for name in sorted(settings.keys() - {'run', 'seed', 'base_loss', 'remark', 'temperature'}):
+        value = settings[name]
+        if value == defaults[name] or value is None:
+            continue
+        if name in ('deterministic', 'compile'):
+            words.append(f'--{name}')
+            continue
+        if isinstance(value, tuple):
+            value = ','.join(map(str, value))
+        words += [f'--{name}', str(int(value) if isinstance(value, bool) else value)]
+    return shlex.join(['python', 'train.py', *words])
 
 
 def save_checkpoint(file: Path, model, criterion, optimizer, schedule, rows: list[dict], split: dict, origin: dict

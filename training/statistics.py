@@ -2,6 +2,9 @@
 
 torch and pandas are imported where they are used, so that a command line is read at once.
 """
+import hashlib
+import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -10,6 +13,7 @@ from common.distributed import world_size
 from common.errors import UserError, reason_of
 from common.files import write_atomically
 from common.results import RunFiles
+from imagedata.raw_sets import count_images
 
 
 def provenance(device) -> dict:
@@ -29,7 +33,30 @@ def provenance(device) -> dict:
     return {'commit': git('rev-parse', 'HEAD') or 'unknown', 'changed_since': 'unknown' if changes is None else
             'yes' if changes else 'no', 'python': platform.python_version(), 'torch': str(torch.__version__),
             'torchvision': str(torchvision.__version__), 'processes': world_size(),
-            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}
+            'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type,
+            'processor': processor_name()}
+
+
+def split_fingerprint(split: dict) -> str:
+    """Return a hash of the classes, images and subsets of a split."""
+    return hashlib.sha256(json.dumps(split).encode()).hexdigest()
+
+
+def describe_split(split: dict) -> dict[str, str]:
+    """Return what a file should say of the data: the hash of the split, and its numbers of images and classes."""
+    numbers = [f'{subset}: {count_images(classes):,} of {len(classes):,} classes'
+               for subset, classes in split.items() if subset != 'class_names']
+    return {'split': split_fingerprint(split), 'images': ', '.join(numbers)}
+
+
+def processor_name() -> str:
+    """Return the processor's name and number of cores."""
+    name, cpuinfo = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
+    if cpuinfo.is_file():
+        names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines()
+                 if line.startswith('model name')]
+        name = names[0] if names else name
+    return f'{name}, {os.cpu_count()} cores'
 
 
 def save_statistics(rows: list[dict], settings: dict, path: Path, made_with: dict | None = None) -> None:

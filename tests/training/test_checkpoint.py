@@ -1,4 +1,5 @@
 """How a run is claimed, continues from its checkpoint, and starts from the model of another one."""
+import shlex
 import signal
 from contextlib import nullcontext
 
@@ -14,8 +15,9 @@ from common.files import load, save
 from common.results import RunFiles
 from imagedata.loading import open_data
 from model import EmbeddingNet, NetConfig, make_loss
-from training.checkpoint import (CHANGEABLE, claim_run, load_checkpoint, load_checkpoint_file, load_initial_weights,
-                                 restore, save_checkpoint, settings_of, split_fingerprint)
+from training.checkpoint import (CHANGEABLE, claim_run, command_of, load_checkpoint, load_checkpoint_file,
+                                 load_initial_weights, restore, save_checkpoint, settings_of)
+from training.options import parse_options
 from utils import Terminated, catch_signals
 
 SPLIT = {'train': {'a': ['1.jpg', '2.jpg'], 'b': ['3.jpg']}, 'test': {'c': ['4.jpg', '5.jpg']}}
@@ -82,15 +84,6 @@ def test_a_checkpoint_whose_parts_have_other_types_is_refused(tmp_path, change, 
         load_checkpoint_file(file)
 
 
-def test_a_split_is_known_by_its_classes_images_and_subsets():
-    one = split_fingerprint(SPLIT)
-    assert one == split_fingerprint({'train': {'a': ['1.jpg', '2.jpg'], 'b': ['3.jpg']},
-                                     'test': {'c': ['4.jpg', '5.jpg']}})
-    for other in ({**SPLIT, 'test': {'c': ['4.jpg']}}, {**SPLIT, 'train': {'a': ['2.jpg', '1.jpg'], 'b': ['3.jpg']}},
-                  {**SPLIT, 'query': {}}):
-        assert split_fingerprint(other) != one
-
-
 # ---------------------------------------------------- resumed runs -----------------------------------------------
 def stop_in_epoch(number: int, monkeypatch, stop) -> None:
     """Call `stop` when the epoch of that number begins, once."""
@@ -129,6 +122,28 @@ def test_files_of_a_run_hold_no_folders_and_nothing_that_may_change(trained_run,
     assert not any(str(value).startswith('/') for value in settings.values())
     contents = load(trained_run / f'{NAME}_checkpoint.pth', 'checkpoint')
     assert contents['args'].keys() == settings.keys()
+
+
+@pytest.mark.parametrize('words', [
+    (), ('--recipe', 'proxy_anchor', '--data_name', 'sop', '--seed', 3), ('--lr', 3e-4, '--recalls', '1,3'),
+    ('--loss_name', 'cos_face', '--proxy_update', 'positive', '--temperature', 0.03125, '--margin', 0.2),
+    ('--recipe', 'asymptotic_proxy', '--momentum', 0.7, '--compile', '--flip_tta', 1, '--layer_norm', 0),
+    ('--recipe', 'positive_proxy', '--proxy_lr', 0.5, '--backbone_lr', 1e-6, '--lr_schedule', 'cosine'),
+    ('--loss_name', 'pml:TripletMarginLoss', '--loss_args', 'margin=0.1', '--miner', 'TripletMarginMiner')])
+def test_the_command_of_a_run_gives_its_settings(words):
+    [options] = parse_options([*map(str, words)])
+    command = shlex.split(command_of(options))
+    assert command[:2] == ['python', 'train.py']
+    [again] = parse_options([*command[2:], '--seed', str(options.seed)])
+    same = {'run': again.run, 'temperature': options.temperature}  # the scale says the same as the temperature
+    assert settings_of(again) | same == settings_of(options) | same
+
+
+def test_the_command_of_a_run_names_what_differs_from_its_recipe_alone():
+    [options] = parse_options(['--data_name', 'cub', '--lr', '0.5', '--num_workers', '3', '--results_dir', '/tmp/x'])
+    assert command_of(options) == ('python train.py --recipe balanced_proxy --data_name cub --backbone_type resnet50 '
+                                   '--loss_name balanced_proxy --proxy_update gradient --backbone_lr 0.5 --lr 0.5 '
+                                   '--proxy_lr 50.0')
 
 
 @pytest.mark.parametrize(('words', 'message'), [

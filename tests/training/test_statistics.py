@@ -7,8 +7,9 @@ import torch
 
 from common.errors import UserError
 from training import statistics
-from training.statistics import provenance, read_statistics, save_statistics
+from training.statistics import describe_split, provenance, read_statistics, save_statistics, split_fingerprint
 
+SPLIT = {'train': {'a': ['1.jpg', '2.jpg'], 'b': ['3.jpg']}, 'test': {'c': ['4.jpg', '5.jpg']}}
 ROWS = [{'epoch': 1, 'loss': 2.5, 'dense_R@1': 100 / 3}, {'epoch': 2, 'loss': 1.25, 'dense_R@1': 200 / 3}]
 
 
@@ -56,3 +57,17 @@ def test_provenance_names_commit_versions_device_and_processes(monkeypatch, outp
     made = provenance(torch.device('cpu'))
     assert (made['commit'], made['changed_since']) == (commit, changed)
     assert (made['torch'], made['device'], made['processes']) == (str(torch.__version__), 'cpu', 1)
+
+
+def test_a_split_is_known_by_its_classes_images_and_subsets():
+    one = split_fingerprint(SPLIT)
+    assert one == split_fingerprint({'train': {'a': ['1.jpg', '2.jpg'], 'b': ['3.jpg']},
+                                     'test': {'c': ['4.jpg', '5.jpg']}})
+    for other in ({**SPLIT, 'test': {'c': ['4.jpg']}}, {**SPLIT, 'train': {'a': ['2.jpg', '1.jpg'], 'b': ['3.jpg']}},
+                  {**SPLIT, 'query': {}}):
+        assert split_fingerprint(other) != one
+
+
+def test_the_data_of_a_run_are_described_by_their_numbers():
+    described = describe_split({**SPLIT, 'class_names': {'a': 'Audi'}})
+    assert described['images'] == 'train: 3 of 2 classes, test: 2 of 1 classes'
