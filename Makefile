@@ -26,7 +26,7 @@ demo: .venv/demo
 	$(BIN)/python data_utils.py --data_path data --data_name glyph
 	$(BIN)/python train.py --data_path data --data_name glyph --recipe balanced_proxy \
 		--backbone_type timm:resnet10t --weights none --freeze_bn 0 --pooling avg --layer_norm 0 --feature_dim 128 \
-		--image_size 48 --resize_size 48 --min_crop 0.8 --flip 0 --batch_size 25 --num_epochs 7 --eval_every 4 --warm_up 0 \
+		--image_size 48 --resize_size 48 --min_crop 0.8 --flip 0 --batch_size 25 --num_epochs 7 --eval_every 7 --warm_up 0 \
 		--lr 2e-3 --proxy_lr 1e-2 --lr_schedule cosine --pretrained_baseline 1 --overwrite
 	$(BIN)/python evaluate.py --data_base results/$(DEMO_RUN)_data_base.pth
 	$(BIN)/python test.py --data_path data --data_base $(DEMO_RUN)_data_base.pth --query_img_name $(DEMO_QUERIES)
