@@ -253,16 +253,16 @@ def start_from_images(model: EmbeddingNet, criterion: nn.Module, images: Retriev
 
 
 def wrap_network(model: EmbeddingNet, device: torch.device, compiled: bool) -> nn.Module:
-    """Wrap the network for several processes, and compile it where asked.
+    """Compile the network where asked, and wrap it for several processes.
 
     DistributedDataParallel synchronises the parameters that were not frozen when it was built, so the network is
     wrapped again whenever that changes.
     """
-    network = model
+    network = torch.compile(model) if compiled else model
     if world_size() > 1:  # some timm models keep parts of their head, which features do not pass
-        network = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == 'cuda' else None,
                                           find_unused_parameters=model.config.backbone_type.startswith('timm:'))
-    return torch.compile(network) if compiled else network
+    return network
 
 
 # ---------------------------------------------------- one run ------------------------------------------------------
@@ -278,6 +278,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     """
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(options.deterministic)
+    torch.backends.cudnn.benchmark = not options.deterministic  # images have one size, so its search pays
     amp, settings = use_amp(options.amp, device), settings_of(options)
 
     # ---- data ----

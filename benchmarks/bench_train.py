@@ -85,7 +85,12 @@ def seeds_step(backbone: str, root, split, args, device):
 
 
 def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str = 'files', compiled: bool = False):
-    """Return a function that trains an epoch as train.py does, fed from `files`, a `tensor` or `one` step's tensor."""
+    """Return a function that trains an epoch as train.py does, and whether it computes in bfloat16.
+
+    Args:
+        images: of `open_data`, with a cache or without.
+        feed: `files` (or the cache), a `tensor` that is on the device already, or `one` step's tensor.
+    """
     import torch
 
     from imagedata.loading import BatchSampler, RetrievalDataset, make_loader, make_transform
@@ -96,7 +101,7 @@ def our_step(backbone: str, images, args, device, amp: str = 'auto', feed: str =
     model = EmbeddingNet(NetConfig(backbone, 512, image_size=args.image_size), 'none')
     model = model.to(device, memory_format=torch.channels_last)
     criterion = make_loss('normalized_softmax', num_classes=NUM_CLASSES, feature_dim=512).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4)
+    optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-4, fused=True)
     data = RetrievalDataset(images, 'train', make_transform(True, args.image_size))
     loader = make_loader(data, BatchSampler(data.labels, args.batch_size, drop_last=True), args.num_workers, device)
     if feed != 'files':
