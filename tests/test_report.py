@@ -16,7 +16,7 @@ from shop import NAMES, RUN, make_shop, rank_in_loops
 
 import report
 from common.errors import UserError
-from common.files import save
+from common.files import load, save
 from retrieval.database import load_data_base
 from retrieval.metrics import measure_open_set, retrieval_metrics
 from retrieval.search import choose_queries, rank_queries
@@ -254,7 +254,7 @@ def test_a_report_holds_the_curves_of_its_own_run_only(run, raw_sets, quick, cal
     words = ('--data_base', run / f'{name}_data_base.pth', '--data_path', raw_sets)
     call_script(report, *words)
     html = (run / f'{name}_report.html').read_text()
-    assert 'Best epoch 1, chosen on' in html
+    assert 'Epoch 1, the last.' in html
     curves = re.search(r'src="data:image/png;base64,([^"]+)"\s+alt="Loss, training accuracy', html)[1]
     assert base64.b64decode(curves).decode() == name
     table = pd.read_csv(run / f'{name}_statistics.csv')
@@ -262,6 +262,16 @@ def test_a_report_holds_the_curves_of_its_own_run_only(run, raw_sets, quick, cal
     table.to_csv(run / 'another_statistics.csv', index=False)
     with pytest.raises(UserError, match=f'belongs to the run another, the data base to {name}'):
         call_script(report, *words, '--statistics', run / 'another_statistics.csv')
+
+
+def test_a_report_says_how_the_epoch_was_chosen(run, raw_sets, quick, call_script):
+    file = run / 'car_timm-test_resnet_balanced_proxy_16_data_base.pth'
+    contents = load(file, 'data base')
+    contents['args']['num_epochs'] = 3  # of which each was measured
+    save(contents, file)
+    call_script(report, '--data_base', file, '--data_path', raw_sets)
+    assert 'Best epoch 1, chosen on\n    these images' in file.with_name(
+        file.name.replace('_data_base.pth', '_report.html')).read_text()
 
 
 def test_a_report_without_statistics_says_so(tmp_path, write_report):

@@ -103,8 +103,9 @@ def print_end(rows: list[dict], options: RunOptions, files: RunFiles, query: str
     if options.val_ratio:
         print(f'epoch {chosen["epoch"]}, chosen on held-out training classes: '
               f'{format_recalls(chosen, options.recalls)}')
-    print(f'best epoch {best["epoch"]} (chosen on the test classes, as in the papers): '
-          f'{format_recalls(best, options.recalls)}')
+    if len(measured_rows(rows)) > 1:
+        print(f'best epoch {best["epoch"]} (chosen on the test classes, as in the papers): '
+              f'{format_recalls(best, options.recalls)}')
     print(f'last epoch {last["epoch"]}: {format_recalls(last, options.recalls)}')
     baseline = last.get('pretrained_R@1')
     if baseline is not None and baseline > best['dense_R@1']:
