@@ -6,6 +6,7 @@
     python embed.py --data_base museum.pth --update                    # embeds changed files, removes deleted ones
     python embed.py --data_base museum.pth --refit                     # whitens and embeds all images again
     python embed.py --data_base museum.pth --remove 'loans/*'
+    python embed.py --data_base museum.pth --move /photos/museum /backup/museum   # the folder has another name now
     python embed.py --data_base museum.pth --list 'birds/*'
     python embed.py --data_base museum.pth --duplicates 0.98           # similar pairs, as a CSV file and a figure
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
@@ -43,7 +44,7 @@ MAX_GROUPS, MAX_IN_GROUP = 60, 10  # of duplicates, in the figure
 DUPLICATE_COLUMNS = ['group', 'similarity', 'image', 'duplicate']
 TABLE_FLAGS = ('csv', 'npy', 'parquet')
 BACKBONE_FLAGS = ('backbone_type', 'weights', 'image_size', 'pooling', 'feature_dim')
-ACTION_FLAGS = ('update', 'refit', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
+ACTION_FLAGS = ('update', 'refit', 'remove', 'move', 'list', 'duplicates', *TABLE_FLAGS)
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
@@ -79,8 +80,10 @@ def get_args(argv: list[str] | None = None):
                        'data base has now, and embed them all again')
     group.add_argument('--remove', nargs='+', metavar='PATTERN', help='remove these images or folders; * and ? are '
                        'wildcards')
+    group.add_argument('--move', nargs=2, type=user_path, metavar=('OLD', 'NEW'), help='the images in the folder OLD '
+                       'are in NEW now; nothing is embedded again')
     group.add_argument('--confirm', action='store_true', help='let --update remove more than half of the images of a '
-                       'folder, and --remove all images')
+                       'folder, --remove all images, and --move go on where files are missing or have changed')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
     group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
                        'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
@@ -113,6 +116,8 @@ def check_combinations(args) -> None:
         refuse_without_effect(args, dict.fromkeys(('duplicates', *BACKBONE_FLAGS, *TABLE_FLAGS), ' with --qdrant'))
         if args.refit:
             raise UserError('--refit has no effect with --qdrant; leave it out')
+        if args.move:
+            raise UserError('--move has no effect with --qdrant; embed the new folder, and --remove the old one')
         if args.model is None and (is_set('images') or args.update):
             raise UserError('--qdrant stores no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
@@ -125,11 +130,13 @@ def check_combinations(args) -> None:
                                      'model': '' if updates_qdrant else ' without --images'})
     if args.model is not None:
         refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, ' with --model'))
-    if args.refit and any(map(is_set, ('images', 'update', 'remove', 'dtype', *BACKBONE_FLAGS))):
+    if args.refit and any(map(is_set, ('images', 'update', 'remove', 'move', 'dtype', *BACKBONE_FLAGS))):
         raise UserError('--refit embeds the images of the data base as they are; call it by itself, without --images, '
-                        '--update, --remove, --dtype and flags of the backbone')
-    if args.confirm and not (args.update or args.remove):
-        raise UserError('--confirm has no effect without --update or --remove; leave it out')
+                        '--update, --remove, --move, --dtype and flags of the backbone')
+    if args.confirm and not (args.update or args.remove or args.move):
+        raise UserError('--confirm has no effect without --update, --remove or --move; leave it out')
+    if args.move and not all(folder.strip() for folder in args.move):
+        raise UserError('--move: an empty name names no folder; is a variable of the shell unset?')
     if args.remove and not all(pattern.strip() for pattern in args.remove):
         raise UserError('--remove: an empty pattern names no image; is a variable of the shell unset?')
     if args.overwrite and not any(map(is_set, TABLE_FLAGS)):
@@ -453,10 +460,61 @@ def remove(patterns: list[str], collection, confirmed: bool) -> None:
     print(f'{len(removed):,} images removed' + (f', {len(forgotten):,} broken files forgotten' if forgotten else ''))
 
 
+def resolve_move(old: str, new: str, folders: list[str]) -> dict[str, str]:
+    """Return {folder: where it is now} of the folders of a collection that --move names.
+
+    Raises:
+        UserError: if OLD is none of the folders and holds none, NEW is no folder, or it overlaps one that stays.
+    """
+    moved = {}
+    for spelling in (os.path.abspath(old), os.path.realpath(old)):
+        moved = moved or {folder: str(Path(new).resolve() / Path(folder).relative_to(spelling))
+                          for folder in folders if Path(folder).is_relative_to(spelling)}
+    if not moved:
+        raise UserError(f'--move {old} is no folder of the collection (there are: {", ".join(folders)})')
+    for folder in moved.values():
+        if not Path(folder).is_dir():
+            raise UserError(f'--move: {folder} is not a folder; name the one that holds the images now')
+    for folder in moved.values():
+        for other in (name for name in folders if name not in moved):
+            if Path(folder).is_relative_to(other) or Path(other).is_relative_to(folder):
+                raise UserError(f'--move: {folder} overlaps {other}, which is in the collection already; --remove one '
+                                'of the two')
+    return moved
+
+
+def move(old: str, new: str, collection: FileCollection, confirmed: bool) -> None:
+    """Give the images of a folder that was moved their new paths, and the times that copied files have now.
+
+    A file of the same size is taken for the same.
+
+    Raises:
+        UserError: as `resolve_move`, or if files are missing or differ and that is not `confirmed`; those that do keep
+            their stamps, so that --update finds them.
+    """
+    folders = resolve_move(old, new, collection.folders())
+    by_file, differing = {}, []
+    for item in (*collection.items(), *collection.broken.values()):
+        moved = item._replace(folder=folders.get(item.folder, item.folder))
+        stamp = stamp_of(moved.file) if item.folder in folders else item.stamp
+        if stamp is not None and stamp[0] == item.size:
+            moved = moved.with_stamp(stamp)
+        else:
+            differing.append(moved.file)
+        by_file[item.file] = moved
+    if differing and not confirmed:
+        raise UserError(f'--move: {len(differing):,} files are missing in {new} or have other sizes, the first: '
+                        f'{differing[0]}; to move the others all the same, add --confirm, and then call --update')
+    collection.move(by_file)
+    print(f'{sum(item.folder in folders.values() for item in collection.items()):,} images are in {new} now')
+
+
 def change(args, collection, model: EmbeddingNet | None, device: torch.device) -> None:
     """Update, remove and add images as the command line says."""
     to_embed = {}  # file -> item: --update and --images may find the same ones
     lost = []
+    if args.move:
+        move(*args.move, collection, args.confirm)
     if args.update:
         to_embed |= {item.file: item for item in update(collection, args.confirm)}
     if args.remove:

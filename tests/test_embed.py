@@ -248,7 +248,7 @@ def test_images_are_removed_by_path_folder_or_pattern(call, embedded):
     (('--remove', ''), '--remove: an empty pattern names no image'),
     (('--remove', 'ara', ' '), '--remove: an empty pattern names no image'),
     (('--remove', '/'), '--remove / matches all 11 images; to remove them all, add --confirm'),
-    (('--list', '--confirm'), '--confirm has no effect without --update or --remove')])
+    (('--list', '--confirm'), '--confirm has no effect without --update, --remove or --move')])
 def test_no_slip_removes_all_images(call, embedded, words, message):
     with pytest.raises(UserError, match=message):
         call(*words)
@@ -358,6 +358,60 @@ def test_what_update_finds_is_embedded_once_and_not_if_it_is_removed(call, embed
     paths = load_data_base(embedded).test.images
     assert not [path for path in paths if path.startswith('ara/')]
     assert paths.count('zebra/0.jpg') == 1
+
+
+# ---------------------------------------------------- moved folders -----------------------------------------------
+def test_a_collection_whose_folder_moved_keeps_its_rows_and_embeds_nothing(call, embedded, museum, tmp_path):
+    before = load(embedded)
+    shutil.copytree(museum, tmp_path / 'disk/new', copy_function=shutil.copyfile, symlinks=True)  # with other times
+    shutil.rmtree(museum)
+    assert '11 images are in' in call('--move', f'{museum}/', tmp_path / 'disk/new')
+    after = load(embedded)
+    assert after['folders'] == [str(tmp_path / 'disk/new')]
+    assert list(after['broken']) == [f'{tmp_path}/disk/new/broken.png']
+    assert differences({**before, 'folders': 0, 'broken': 0, 'test_times': 0},
+                       {**after, 'folders': 0, 'broken': 0, 'test_times': 0}) == []
+    assert '12 images, 0 to embed' in call('--images', tmp_path / 'disk/new')
+    assert '0 deleted images are removed; 1 changed or broken' in call('--update')
+
+
+def test_all_folders_below_the_one_that_moved_are_moved(call, embedded, museum, tmp_path):
+    (tmp_path / 'away').mkdir()
+    write_image(tmp_path / 'disk/a/0.jpg', 1, 1)
+    write_image(tmp_path / 'disk/b/0.jpg', 2, 1)
+    call('--images', tmp_path / 'disk/a')
+    call('--images', tmp_path / 'disk/b')
+    shutil.move(tmp_path / 'disk', tmp_path / 'away/disk')
+    call('--move', tmp_path / 'disk', tmp_path / 'away/disk')
+    folders = load_data_base(embedded).sources.folders
+    assert folders == [str(museum), f'{tmp_path}/away/disk/a', f'{tmp_path}/away/disk/b']
+
+
+def test_a_move_that_cannot_be_meant_is_refused(call, embedded, museum, tmp_path):
+    before = load(embedded)
+    write_image(tmp_path / 'other/0.jpg', 1, 1)
+    for words, message in (((tmp_path / 'nowhere', museum), r'nowhere is no folder of the collection .*museum'),
+                           ((museum / 'ara', tmp_path), 'ara is no folder of the collection'),
+                           ((museum, tmp_path / 'missing'), 'missing is not a folder'),
+                           ((museum, ''), 'an empty name names no folder'),
+                           ((museum, tmp_path / 'other'), '12 files are missing in .*other or have other sizes')):
+        with pytest.raises(UserError, match=message):
+            call('--move', *words)
+    assert differences(before, load(embedded)) == []
+    call('--images', tmp_path / 'other')
+    with pytest.raises(UserError, match='museum overlaps .*museum, which is in the collection already'):
+        call('--move', tmp_path / 'other', museum)
+
+
+def test_a_confirmed_move_leaves_changed_files_to_update(call, embedded, museum, tmp_path):
+    shutil.move(museum, tmp_path / 'new')
+    (tmp_path / 'new/ara/0.jpg').unlink()
+    (tmp_path / 'new/ara/1.jpg').write_bytes((tmp_path / 'new/ara/1.jpg').read_bytes() + b'more')
+    with pytest.raises(UserError, match='2 files are missing in .*new or have other sizes, the first: .*new/ara/0.jpg'):
+        call('--move', museum, tmp_path / 'new')
+    printed = call('--move', museum, tmp_path / 'new', '--confirm', '--update')
+    assert '1 deleted images are removed; 2 changed or broken ones are embedded' in printed
+    assert classes_of(embedded)['ara/1.jpg'] == 'ara'
 
 
 # ---------------------------------------------------- classes ------------------------------------------------------
