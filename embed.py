@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.files import (LARGEST_FEATURE_DIM, LARGEST_SIDE, check_replaceable, make_folder, remove_torn, save,
                           stamp_of, write_atomically)
 from recipes import POOLINGS, canonical_backbone
@@ -83,7 +83,8 @@ def get_args(argv: list[str] | None = None):
     group.add_argument('--move', nargs=2, type=user_path, metavar=('OLD', 'NEW'), help='the images in the folder OLD '
                        'are in NEW now; nothing is embedded again')
     group.add_argument('--confirm', action='store_true', help='let --update remove more than half of the images of a '
-                       'folder, --remove all images, and --move go on where files are missing or have changed')
+                       'folder, or look into one that holds your home folder, --remove all images, and --move go on '
+                       'where files are missing or have changed')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
     group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
                        'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
@@ -350,10 +351,24 @@ def check_interrupted(args, model_file: Path) -> None:
 
 
 def keep_model(model_file: str, data_base: Path) -> None:
-    """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already."""
+    """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already.
+
+    Raises:
+        UserError: if it cannot embed an image.
+    """
     copy = RunFiles.beside(data_base).model
-    if not copy.exists():
-        save(load_model_file(model_file), copy)
+    if copy.exists():
+        return
+    model, contents = load_model(model_file)
+    side = model.config.image_size
+    try:
+        with torch.no_grad():
+            embedding = model(torch.full((1, 3, side, side), 127, dtype=torch.uint8))
+    except Exception as error:  # a network of other sizes than it says raises what its layers raise
+        raise UserError(f'--model {model_file} cannot embed an image of {side} px ({reason_of(error)})') from None
+    if not embedding.isfinite().all():
+        raise UserError(f'--model {model_file}: its embeddings are not finite; the model is broken')
+    save(contents, copy)
 
 
 def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> EmbeddingNet:
@@ -403,10 +418,14 @@ def update(collection, confirmed: bool) -> list[CollectionItem]:
     """Remove images whose files were deleted; return those that have changed, and broken files to try again.
 
     Raises:
-        UserError: if a whole folder or most of its images are missing, for instance because a disk is not mounted;
-            the latter is allowed if it is `confirmed`.
+        UserError: if a whole folder or most of its images are missing, for instance because a disk is not mounted, or
+            a folder holds the home folder; but for the first, it is allowed if it is `confirmed`.
     """
+    print(f'--update looks into {", ".join(collection.folders())}')
     for folder in collection.folders():
+        if Path.home().is_relative_to(folder) and not confirmed:  # as a stranger's data base may ask
+            raise UserError(f'--update: the data base names {folder}, which holds all your files; if you have embedded '
+                            'it yourself, add --confirm')
         if not Path(folder).is_dir():
             raise UserError(f'--update: the folder {folder} is missing; if it is gone for good, use --remove '
                             f'{shlex.quote(folder)}')

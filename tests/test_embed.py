@@ -288,6 +288,16 @@ def test_update_keeps_a_collection_whose_folder_is_an_empty_mount_point(call, em
     assert '7 deleted images are removed' in call('--update', '--confirm')
 
 
+def test_update_asks_before_it_looks_into_the_home_folder_and_above(call, embedded, museum, capsys):
+    contents = load(embedded)
+    paths = [f'{str(museum)[1:]}/{path}' for path in contents['test_images']]
+    save({**contents, 'folders': ['/'], 'test_images': paths, 'broken': {}}, embedded)
+    with pytest.raises(UserError, match='the data base names /, which holds all your files'):
+        call('--update')
+    assert '--update looks into /\n' in capsys.readouterr().out
+    assert '0 deleted images are removed' in call('--update', '--confirm')
+
+
 @pytest.mark.parametrize('flag', ['--images', '--update'])
 def test_a_file_that_is_out_of_reach_is_not_taken_for_a_broken_one(flag, call, embedded, museum, monkeypatch):
     before = load_data_base(embedded)
@@ -455,6 +465,22 @@ def test_another_model_is_refused(call, embedded, museum, tmp_path):
     (tmp_path / 'museum_model.pth').unlink()
     with pytest.raises(UserError, match='museum_model.pth, is missing; name it with --model'):
         call('--images', museum)
+
+
+@pytest.mark.parametrize('fault', ['nan', 'shape', 'number', 'size'])
+def test_a_refused_model_does_not_stay_beside_the_data_base(call, model, museum, tmp_path, fault):
+    contents = load(model)
+    weight = contents['state_dict']['head.weight']
+    if fault == 'size':
+        contents['config']['image_size'] = 1
+        contents['config']['backbone_type'] = 'inception'
+    else:
+        contents['state_dict']['head.weight'] = {'nan': weight * torch.nan, 'shape': weight[:, :3], 'number': 3}[fault]
+    save(contents, tmp_path / 'bad_model.pth')
+    with pytest.raises(UserError, match='bad_model.pth'):
+        call('--model', tmp_path / 'bad_model.pth', '--images', museum)
+    assert not (tmp_path / 'museum_model.pth').exists()
+    assert '11 images of 1 folders' in call('--model', model, '--images', museum)
 
 
 def test_the_data_base_of_a_run_is_not_added_to(call, embedded, museum, tmp_path):
