@@ -8,7 +8,7 @@
     python embed.py --data_base museum.pth --remove 'loans/*'
     python embed.py --data_base museum.pth --move /photos/museum /backup/museum   # the folder has another name now
     python embed.py --data_base museum.pth --list 'birds/*'
-    python embed.py --data_base museum.pth --duplicates 0.98           # similar pairs, as a CSV file and a figure
+    python embed.py --data_base museum.pth --duplicates 0.98           # groups of similar images, as CSV and figure
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
     python embed.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth --images FOLDER
 
@@ -86,8 +86,9 @@ def get_args(argv: list[str] | None = None):
                        'folder, or look into one that holds your home folder, --remove all images, and --move go on '
                        'where files are missing or have changed')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
-    group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
-                       'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
+    group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write the groups of images that pairs '
+                       'of at least this cosine connect to DATA_BASE_duplicates.csv, and draw them in '
+                       'DATA_BASE_duplicates.png')
     group.add_argument('--csv', type=user_path, metavar='FILE', help='write a row per image: file, class, features')
     group.add_argument('--npy', type=user_path, metavar='FILE', help='write the features (N, D) in the order of --list')
     group.add_argument('--parquet', type=user_path, metavar='FILE', help='like --csv, with all features in one '
@@ -156,10 +157,10 @@ from imagedata.folders import read_labels, resolve_image_folder, scan_images
 from model import EmbeddingNet
 from retrieval.collection import DTYPES, CollectionItem, FileCollection, filter_items
 from retrieval.database import ORIGIN, load_data_base
+from retrieval.duplicates import group_similar, similarities_to_first
 from retrieval.embedding import WithoutHead
 from retrieval.image_files import Embedded, embed_files, join
 from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
-from retrieval.nearest import pairs_above
 from retrieval.pretrained import DEFAULT_DIM, build_pretrained, fit_whitening, pretrained_settings, without_whitening
 from retrieval.qdrant import open_qdrant
 from training.statistics import provenance
@@ -565,7 +566,9 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
 
 # ---------------------------------------------------- duplicates ---------------------------------------------------
 def find_duplicates(threshold: float, collection: FileCollection) -> None:
-    """Write all pairs of images of at least this cosine to a CSV file, and draw their groups.
+    """Write the groups of images that pairs of at least this cosine connect to a CSV file, and draw them.
+
+    A row is an image and its cosine to the first image of its group.
 
     Raises:
         UserError: if a file of another program would be replaced.
@@ -575,34 +578,18 @@ def find_duplicates(threshold: float, collection: FileCollection) -> None:
     if table.exists() and not table.read_bytes().startswith(','.join(DUPLICATE_COLUMNS).encode()):
         raise UserError(f'{table} exists, was not written by this script and is not replaced; move it away')
     check_replaceable(figure, '--duplicates')
-    items, features = list(collection.items()), collection.data_base.test.features
-    pairs = pairs_above(features.float(), threshold)
-    groups = group_pairs(pairs, len(items))
-    number_of = {index: number for number, group in enumerate(groups, start=1) for index in group}
+    items, features = list(collection.items()), collection.data_base.test.features.float()
+    groups = group_similar(features, threshold)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(DUPLICATE_COLUMNS)
-    for one, other, similarity in pairs:
-        writer.writerow([number_of[one], f'{similarity:.6f}', items[one].file, items[other].file])
+    for number, group in enumerate(groups, start=1):
+        for index, similarity in zip(group[1:], similarities_to_first(features, group), strict=True):
+            writer.writerow([number, f'{similarity:.6f}', items[group[0]].file, items[index].file])
     write_atomically(table, lambda file: file.write(text.getvalue().encode()))
-    print(f'{len(pairs):,} pairs of at least {threshold:g} in {len(groups):,} groups: {table}')
+    print(f'{sum(map(len, groups)):,} images in {len(groups):,} groups of at least {threshold:g}: {table}')
     if groups:
         print(draw_groups(groups[:MAX_GROUPS], items, features, figure))
-
-
-def group_pairs(pairs: list[tuple[int, int, float]], count: int) -> list[list[int]]:
-    """Return the groups of the indices below `count` that pairs (index, index, similarity) connect, in order."""
-    import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    rows, columns = [one for one, _, _ in pairs], [other for _, other, _ in pairs]
-    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(count, count))
-    component_of = connected_components(graph, directed=False)[1]
-    groups = {}
-    for index in sorted({*rows, *columns}):
-        groups.setdefault(component_of[index], []).append(index)
-    return list(groups.values())
 
 
 def draw_groups(groups: list[list[int]], items: list[CollectionItem], features: torch.Tensor, target: Path) -> Path:
@@ -611,11 +598,12 @@ def draw_groups(groups: list[list[int]], items: list[CollectionItem], features: 
 
     rows = []
     for number, (first, *others) in enumerate(groups, start=1):
-        similarities = (features[others].double() @ features[first].double()).tolist()
+        others = others[:MAX_IN_GROUP]
+        similarities = similarities_to_first(features, [first, *others])
         retrieved = [{'file': Path(items[index].file), 'class': items[index].label, 'similarity': similarity,
                       'correct': None} for index, similarity in zip(others, similarities, strict=True)]
         rows.append({'query': Path(items[first].file), 'class': items[first].label, 'note': f'group {number}',
-                     'retrieved': retrieved[:MAX_IN_GROUP]})
+                     'retrieved': retrieved})
     return draw_rows(rows, target)
 
 

@@ -554,17 +554,18 @@ def drawn(monkeypatch) -> list:
     return kept
 
 
-def test_duplicates_are_pairs_and_groups(call, model, museum, tmp_path, drawn):
+def test_duplicates_are_groups(call, model, museum, tmp_path, drawn):
     for name in ('copy.jpg', 'loans/copy.jpg'):
         shutil.copy(museum / 'zebra/2.jpg', museum / name)
     shutil.copy(museum / 'ara/0.jpg', museum / 'other.jpg')
     call('--model', model, '--images', museum)
-    assert '4 pairs of at least 0.999999 in 2 groups' in call('--duplicates', '0.999999')
+    assert '5 images in 2 groups of at least 0.999999' in call('--duplicates', '0.999999')
     with open(tmp_path / 'museum_duplicates.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     groups = {number: {Path(row[column]).relative_to(museum).as_posix() for row in rows if row['group'] == number
                        for column in ('image', 'duplicate')} for number in ('1', '2')}
     assert groups == {'1': {'ara/0.jpg', 'other.jpg'}, '2': {'copy.jpg', 'loans/copy.jpg', 'zebra/2.jpg'}}
+    assert [Path(row['image']).name for row in rows] == ['0.jpg', 'copy.jpg', 'copy.jpg']
     assert {row['similarity'] for row in rows} == {'1.000000'}
     assert [(row['note'], row['query'], [other['file'] for other in row['retrieved']]) for row in drawn] == [
         ('group 1', museum / 'ara/0.jpg', [museum / 'other.jpg']),
@@ -582,16 +583,11 @@ def test_duplicates_are_drawn(call, model, museum, tmp_path):
 
 
 def test_duplicates_of_similarity_zero_can_be_asked_for_and_replace_no_foreign_file(call, embedded, tmp_path, drawn):
-    assert 'pairs of at least 0 in ' in call('--duplicates', '0')
-    assert '0 pairs of at least 1 in 0 groups' in call('--duplicates', '1')
+    assert 'groups of at least 0: ' in call('--duplicates', '0')
+    assert '0 images in 0 groups of at least 1: ' in call('--duplicates', '1')
     (tmp_path / 'museum_duplicates.csv').write_text('mine')
     with pytest.raises(UserError, match='museum_duplicates.csv exists, was not written'):
         call('--duplicates', '0.99')
-
-
-def test_pairs_that_share_images_are_one_group():
-    assert embed.group_pairs([(3, 5, 0.9), (0, 2, 0.9), (5, 7, 0.8), (1, 2, 0.8)], 9) == [[0, 1, 2], [3, 5, 7]]
-    assert embed.group_pairs([], 3) == []
 
 
 # ---------------------------------------------------- mistakes -----------------------------------------------------
