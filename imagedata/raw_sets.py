@@ -215,11 +215,11 @@ def find_root(data_path: str | Path, data_name: str) -> Path | None:
     return min(candidates, key=preference, default=None)
 
 
-def check_data_path(data_path: Path) -> None:
-    """Raise a UserError if --data_path is not a folder."""
+def check_data_path(data_path: Path, flag: str = '--data_path') -> None:
+    """Raise a UserError if the folder of data sets is none."""
     if not data_path.is_dir():
         problem = 'is not a folder' if data_path.exists() else 'does not exist'
-        raise UserError(f'--data_path {data_path} {problem}; name the folder that holds your data sets, or '
+        raise UserError(f'{flag} {data_path} {problem}; name the folder that holds your data sets, or '
                         'make a small one: python data_utils.py --data_path data --data_name glyph')
 
 

@@ -16,7 +16,8 @@ from common.errors import UserError
 from common.files import lock
 from common.images import load_image
 from imagedata.folders import split_classes
-from imagedata.raw_sets import RAW_SETS, RawImage, find_root, read_cub
+from imagedata.loading import open_data
+from imagedata.raw_sets import RAW_SETS, RawImage, find_root, images_of, read_cub
 from utils import run_script
 
 
@@ -151,6 +152,40 @@ def test_glyph_is_drawn_and_converted(run, tmp_path):
     printed = run('--data_name', 'glyph', '--glyph_classes', 6, '--glyph_images', 2, '--seed', 3)
     assert 'glyph: train 4 classes 8 images, test 2 classes 4 images; 12 decoded now' in printed
     assert json.loads((tmp_path / 'glyph/glyph.json').read_text())['seed'] == 3
+
+
+@pytest.mark.parametrize('make', [make_own, make_cub])
+def test_a_data_set_that_is_only_read_is_converted_elsewhere(call_script, tmp_path, make):
+    (tmp_path / 'raw').mkdir()
+    raw = make(tmp_path / 'raw')
+    before = sorted(path for path in tmp_path.glob('raw/**/*'))
+    words = ('--raw_path', raw.parent, '--data_path', tmp_path / 'new', '--data_name', raw.name, '--cache_size', 16)
+    assert f'{raw.name}: train 3 classes' in call_script(data_utils, *words)
+    assert sorted(path for path in tmp_path.glob('raw/**/*')) == before
+    data = open_data(tmp_path / 'new', raw.name, cache_size=16)
+    assert len(images_of(data.split)) == len(data.cache.entries) == len([path for path in before if path.is_file()
+                                                                       and path.suffix == '.jpg'])
+    assert all((tmp_path / 'new' / raw.name / path).is_file() for path in images_of(data.split))
+    assert ' 0 decoded now' in call_script(data_utils, *words)
+
+
+def test_a_data_set_that_cannot_be_written_to_names_the_flag(run_own, tmp_path, monkeypatch):
+    make_own(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr('tempfile.TemporaryFile', refuse)
+    with pytest.raises(UserError, match=r'--data_path .*mine cannot be written to \(Read-only file system\); choose '
+                       'another folder, and name that of the raw images with --raw_path'):
+        run_own()
+
+
+def test_raw_path_is_a_folder_and_not_for_glyph(call_script, tmp_path):
+    with pytest.raises(UserError, match='--raw_path .*missing does not exist'):
+        call_script(data_utils, '--raw_path', tmp_path / 'missing', '--data_path', tmp_path)
+    with pytest.raises(UserError, match='--raw_path x has no effect: glyph is drawn'):
+        call_script(data_utils, '--raw_path', 'x', '--data_path', tmp_path, '--data_name', 'glyph')
 
 
 # ---------------------------------------------------- converting again ---------------------------------------------
