@@ -197,7 +197,9 @@ def convert_image(root: Path, image: RawImage, stem: str, raw_root: Path) -> tup
     if image.box:
         cropped = root / 'cropped' / f'{stem}.jpg'
         cropped.unlink(missing_ok=True)
-        stored.crop(image.box).save(cropped, **JPEG)
+        pixels = stored.crop(image.box)
+        pixels.thumbnail((LONGEST_JPEG, LONGEST_JPEG))  # smaller ones stay as they are
+        pixels.save(cropped, **JPEG)
     return target.name, target.stat().st_size
 
 
@@ -257,6 +259,9 @@ def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, 
             return convert_image(root, image, entry.stem, raw_root)
         except (BrokenImage, MemoryError, ValueError) as error:
             return error
+        except OSError as error:  # a full disk says nothing about the image
+            raise UserError(f'{root / image.source} cannot be converted to {root} ({error.strerror or error}); free '
+                            'some space there, or check the disk, and call this again') from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(try_one, to_decode), total=len(to_decode), desc=root.name, unit='img')

@@ -49,7 +49,7 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe is gone
         sys.exit(1)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or 'a disk, or /dev/shm,'
             sys.exit(fail(f'{script}: error: {where} has no space left; free some, or write elsewhere', 2))
         if error.filename is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError, reason_of, suggestion
-from common.files import compose, is_inside, read_json, readable, stamp_of
+from common.files import UNFIT_FOR_NAMES, compose, is_inside, read_json, readable, stamp_of
 from common.images import IMAGE_SUFFIXES
 from imagedata.raw_sets import SUBSETS, RawImage
 
@@ -31,7 +31,6 @@ SPECIAL_FILES = 'special files such as pipes, sockets and devices'
 DEFAULT_RATIO = 0.5  # of the classes become test classes
 MAX_NAMED = 3  # paths in a message
 LONGEST_STEM = 200  # bytes; file systems allow names of 255
-UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, undecodable bytes
 MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
 MADE_BY = 'data_utils.py'  # its field `made_by`
 

@@ -1,4 +1,5 @@
 """data_utils.py: what a conversion writes, keeps, removes and refuses."""
+import errno
 import importlib.util
 import json
 import shutil
@@ -86,6 +87,34 @@ def test_a_box_that_leaves_the_image_is_cut_to_it(tmp_path):
     convert(tmp_path, images, {})
     assert load_image(tmp_path / 'cropped/train.jpg').size == (9, 11)
     assert load_image(tmp_path / 'cropped/test.jpg').size == (1, 1)
+
+
+def test_a_box_longer_than_a_jpeg_file_can_be_is_reduced(tmp_path):
+    images = []
+    for subset in ('train', 'test'):
+        Image.new('RGBA', (30, 66_000), (200, 10, 10, 128)).save(tmp_path / f'{subset}.png')
+        images.append(RawImage(f'{subset}.png', subset, subset, subset, (0, 0, 30, 66_000)))
+    convert(tmp_path, images, {})
+    assert load_image(tmp_path / 'cropped/train.jpg').size == (30, 65_500)
+    assert load_image(tmp_path / 'uncropped/train.png').size == (30, 66_000)
+
+
+def test_a_full_disk_is_one_line(run_own, tmp_path, monkeypatch):
+    root = make_own(tmp_path)
+    Image.new('L', (30, 30)).save(root / 'a/grey.png')
+
+    def fill_up(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Image.Image, 'save', fill_up)
+    with pytest.raises(UserError, match=r'a/grey.png cannot be converted to .*mine \(No space left on device\); free'):
+        run_own()
+
+
+def test_a_data_set_may_be_named_with_a_narrow_space(call_script, tmp_path):
+    name = 'birds 3\u202fPM\u00a0'
+    make_own(tmp_path, folder=name)
+    assert 'train 3 classes 6 images' in call_script(data_utils, '--data_path', tmp_path, '--data_name', name)
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
