@@ -129,20 +129,19 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 def has_all_scans(data: bytes) -> bool:
     """Tell whether a JPEG file's scans, of which the last may be truncated, hold each coefficient to its last bit."""
-    missing = {}  # {component: coefficients}
-    position = 2
+    num_components, complete, position = 0, set(), 2  # complete: (component, coefficient)
     while marker := re.compile(rb'\xff[^\x00\x01\xd0-\xd9\xff]').search(data, position):  # one with a length
         start = marker.start() + 4
         position = start - 2 + int.from_bytes(data[start - 2:start])
         segment = data[start:position]
         kind = data[marker.start() + 1]
         if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc):  # frame header
-            missing = {component: set(range(64)) for component in segment[6::3]}
+            num_components = len(segment[6::3])
         elif kind == 0xda:  # scan header
             first, last, precision = segment[-3:]
-            for component in segment[1:-3:2]:
-                missing[component] -= set(range(first, last + 1)) if precision % 16 == 0 else set()
-    return bool(missing) and not any(missing.values())
+            if precision % 16 == 0:
+                complete |= {(component, number) for component in segment[1:-3:2] for number in range(first, last + 1)}
+    return len(complete) == 64 * num_components
 
 
 def load_unended_jpeg(data: bytes) -> Image.Image | None:
