@@ -185,8 +185,11 @@ def load_pixels(image: Image.Image, file: Path) -> Image.Image:
         return mended
 
 
-def prepare_size(image: Image.Image) -> int:
+def prepare_size(image: Image.Image, side: int | None = None) -> int:
     """Let a large JPEG file be decoded at a fraction of its size; other images of ordinary sizes stay as they are.
+
+    Args:
+        side: let any JPEG file be decoded at a fraction of its size, but to no shorter sides.
 
     Returns:
         by how much its sides are to be shrunk: 1, 2 or 4.
@@ -203,13 +206,15 @@ def prepare_size(image: Image.Image) -> int:
     shrink = 1
     while num_pixels > shrink**2 * DECODED_PIXELS:
         shrink *= 2
-    if shrink > 1 and is_jpeg:
+    if side is not None:
+        image.draft(None, (min(side, image.width), min(side, image.height)))
+    elif shrink > 1 and is_jpeg:
         image.draft(None, (image.width // shrink, image.height // shrink))
     return shrink
 
 
-def open_stored(path: Path) -> StoredImage:
-    """Read an image as RGB in the orientation in which it is stored.
+def open_stored(path: Path, side: int | None = None) -> StoredImage:
+    """Read an image as RGB in the orientation in which it is stored, with a `side` as `prepare_size` does.
 
     Raises:
         BrokenImage: if the file cannot be read, for whatever reason.
@@ -218,7 +223,7 @@ def open_stored(path: Path) -> StoredImage:
         if isinstance(path, (str, Path)) and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError('not a regular file')  # to open a named pipe would wait for ever
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            shrink = prepare_size(image)
+            shrink = prepare_size(image, side)
             pixels = load_pixels(image, path)
             is_large = shrink > 1 and not isinstance(image, JpegImagePlugin.JpegImageFile)
             rgb = to_rgb(pixels.reduce(shrink) if is_large else pixels)
@@ -268,7 +273,7 @@ def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
     A file that cannot be read becomes a grey tile with its name.
     """
     try:
-        image = load_image(path)
+        image = open_stored(path, 2 * side).upright()
         longest = side * min(image.size)  # what is thinner than a pixel of the tile is cut off at both ends
         if max(image.size) > longest:
             image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))

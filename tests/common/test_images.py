@@ -244,6 +244,18 @@ def test_a_jpeg_of_a_thousand_scans_is_broken(tmp_path, num_scans, is_read):
             assert load_image(file).size == (70, 45)
 
 
+def test_a_tile_decodes_no_more_of_a_photograph_than_it_shows(tmp_path, monkeypatch):
+    noise(400, 600).save(tmp_path / 'x.jpg')
+    sizes, pad = [], images.ImageOps.pad
+    monkeypatch.setattr(images.ImageOps, 'pad', lambda image, *rest, **more: sizes.append(image.size) or pad(
+        image, *rest, **more))
+    tile, is_read = load_tile(tmp_path / 'x.jpg', 48)
+    assert is_read
+    assert sizes == [(150, 100)]
+    whole = pad(load_image(tmp_path / 'x.jpg'), (48, 48), color='white')
+    assert np.abs(np.asarray(tile).astype(int) - np.asarray(whole)).mean() < 2
+
+
 def test_floating_point_images_have_no_known_range(tmp_path):
     Image.fromarray(np.zeros((5, 7), np.float32)).save(tmp_path / 'x.tif')
     with pytest.raises(BrokenImage, match='floating-point'):
