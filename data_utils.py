@@ -260,8 +260,8 @@ def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, 
         except (BrokenImage, MemoryError, ValueError) as error:
             return error
         except OSError as error:  # a full disk says nothing about the image
-            raise UserError(f'{root / image.source} cannot be converted to {root} ({error.strerror or error}); free '
-                            'some space there, or check the disk, and call this again') from None
+            raise UserError(f'{raw_root / image.source} cannot be converted to {root} ({error.strerror or error}); '
+                            'free some space there, or check the disk, and call this again') from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(try_one, to_decode), total=len(to_decode), desc=root.name, unit='img')

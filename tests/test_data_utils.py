@@ -100,15 +100,14 @@ def test_a_box_longer_than_a_jpeg_file_can_be_is_reduced(tmp_path):
 
 
 def test_a_full_disk_is_one_line(run_own, tmp_path, monkeypatch):
-    root = make_own(tmp_path)
-    Image.new('L', (30, 30)).save(root / 'a/grey.png')
+    Image.new('L', (30, 30)).save(make_own(tmp_path / 'raw') / 'a/grey.png')
 
     def fill_up(*_, **__):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(Image.Image, 'save', fill_up)
-    with pytest.raises(UserError, match=r'a/grey.png cannot be converted to .*mine \(No space left on device\); free'):
-        run_own()
+    with pytest.raises(UserError, match=r'/raw/mine/a/grey.png cannot be converted to .*/mine \(No space left on '):
+        run_own('--raw_path', tmp_path / 'raw')
 
 
 def test_a_data_set_may_be_named_with_a_narrow_space(call_script, tmp_path):
