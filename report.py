@@ -45,6 +45,7 @@ THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64, so that the file stays be
 SAMPLED_THUMBNAILS = 100  # from which the size of all is estimated
 CURVE_RATES = tuple(index / 200 for index in range(41))  # of the open-set curve: 0 to 20 %
 UMAP_NEIGHBOURS = 15  # of each image, UMAP's default
+UMAP_SEARCHES_FROM = 4096  # images; of fewer, UMAP compares all pairs
 QUERIES_AT_ONCE = 128  # in the search for neighbours
 FEWEST_FOR_UMAP = 20  # images; fewer have no neighbourhoods to speak of
 TEMPLATES = Path(__file__).parent / 'templates'
@@ -190,7 +191,7 @@ def principal_components(features: torch.Tensor) -> np.ndarray:
 def neighbours_of_all(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return the nearest rows (N, k) of each row, itself among them, and their distances, 1 - cosine.
 
-    UMAP's own search of 4,096 rows or more compiles itself first, for longer than all the rest takes.
+    UMAP's own search of many rows compiles itself first, for longer than all the rest takes.
     """
     nearest = Nearest(features)
     answers = [answer for part in features.split(QUERIES_AT_ONCE) for answer in nearest.search(part, UMAP_NEIGHBOURS)]
@@ -210,9 +211,10 @@ def map_embeddings(features: torch.Tensor) -> dict[str, np.ndarray]:
         except ImportError:
             pass
         else:
+            neighbours = neighbours_of_all(features) if len(features) >= UMAP_SEARCHES_FROM else (None, None, None)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # that other points cannot be mapped later
-                umap = UMAP(metric='cosine', random_state=0, n_jobs=1, precomputed_knn=neighbours_of_all(features))
+                umap = UMAP(metric='cosine', random_state=0, n_jobs=1, precomputed_knn=neighbours)
                 maps['UMAP'] = umap.fit_transform(features.numpy())
     for name, points in maps.items():
         extent = np.ptp(points, axis=0)
