@@ -5,6 +5,7 @@
     python data_utils.py --data_path data --data_name glyph         # drawn here, no download
     python data_utils.py --data_path /home/me --data_name flowers   # flowers/train/CLASS/*.jpg, flowers/test/CLASS/...
     python data_utils.py --data_path /home/me --data_name flowers --test_ratio 0.3         # flowers/CLASS/*.jpg
+    python data_utils.py --raw_path /mnt/sets --data_path /home/me --data_name cub         # /mnt/sets is only read
 
 Writes to {data_path}/{data_name}:
 
@@ -175,7 +176,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
+def convert_image(root: Path, image: RawImage, stem: str, raw_root: Path) -> tuple[str, int]:
     """Decode an image, put it into `uncropped/` and, if it has a box, into `cropped/`.
 
     Returns:
@@ -184,7 +185,7 @@ def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
     Raises:
         BrokenImage: if it cannot be decoded.
     """
-    source = root / image.source
+    source = raw_root / image.source
     stored = open_stored(source)
     new_suffix = '.jpg' if max(stored.pixels.size) <= LONGEST_JPEG else '.png'
     target = root / 'uncropped' / f'{stem}{source.suffix if stored.is_rgb else new_suffix}'
@@ -196,7 +197,9 @@ def convert_image(root: Path, image: RawImage, stem: str) -> tuple[str, int]:
     if image.box:
         cropped = root / 'cropped' / f'{stem}.jpg'
         cropped.unlink(missing_ok=True)
-        stored.crop(image.box).save(cropped, **JPEG)
+        pixels = stored.crop(image.box)
+        pixels.thumbnail((LONGEST_JPEG, LONGEST_JPEG))  # smaller ones stay as they are
+        pixels.save(cropped, **JPEG)
     return target.name, target.stat().st_size
 
 
@@ -215,7 +218,8 @@ def unique_stems(images: list[RawImage]) -> list[str]:
 
 
 def find_changes(root: Path, images: list[RawImage], class_names: dict[str, str], earlier: dict[str, Entry],
-                 folders: list[str]) -> tuple[dict[str, Entry], dict[str, str], list[tuple[RawImage, Entry]]]:
+                 folders: list[str], raw_root: Path
+                 ) -> tuple[dict[str, Entry], dict[str, str], list[tuple[RawImage, Entry]]]:
     """Compare the raw images with an earlier conversion.
 
     Returns:
@@ -229,7 +233,7 @@ def find_changes(root: Path, images: list[RawImage], class_names: dict[str, str]
     done, failures, to_decode = {}, {}, []
     for image, stem in zip(images, unique_stems(images), strict=True):
         try:
-            status = os.stat(f'{root}/{image.source}')  # pathlib takes seconds for 100,000 images
+            status = os.stat(f'{raw_root}/{image.source}')  # pathlib takes seconds for 100,000 images
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             failures[image.source] = getattr(error, 'strerror', None) or str(error)
             continue
@@ -247,14 +251,17 @@ def find_changes(root: Path, images: list[RawImage], class_names: dict[str, str]
 
 
 def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, Entry],
-           failures: dict[str, str]) -> None:
+           failures: dict[str, str], raw_root: Path) -> None:
     """Convert images in parallel, and add each to `done` or `failures`."""
     def try_one(job: tuple[RawImage, Entry]):
         image, entry = job
         try:
-            return convert_image(root, image, entry.stem)
+            return convert_image(root, image, entry.stem, raw_root)
         except (BrokenImage, MemoryError, ValueError) as error:
             return error
+        except OSError as error:  # a full disk says nothing about the image
+            raise UserError(f'{raw_root / image.source} cannot be converted to {root} ({error.strerror or error}); '
+                            'free some space there, or check the disk, and call this again') from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = progress(pool.map(try_one, to_decode), total=len(to_decode), desc=root.name, unit='img')
@@ -267,20 +274,23 @@ def decode(root: Path, to_decode: list[tuple[RawImage, Entry]], done: dict[str, 
 
 
 def convert(root: Path, images: list[RawImage], class_names: dict[str, str], skip_bad: bool = False,
-            class_split: dict | None = None) -> Conversion:
+            class_split: dict | None = None, raw_root: Path | None = None) -> Conversion:
     """Decode all images that are new or have changed, and write the split files.
 
     Args:
+        root: the folder that is written to.
         images: of a `read_*` function of raw_sets.py, or of `read_folder`.
         class_names: {label: name}.
         skip_bad: leave broken and missing images out instead of failing.
         class_split: of `read_folder`, to be remembered.
+        raw_root: the folder that holds the raw images; None: `root`.
 
     Raises:
         UserError: if images are broken or missing (all are counted, the first twenty named), an image is listed
             twice, or a subset is empty.
     """
-    check_duplicates(root, images)
+    raw_root = raw_root or root
+    check_duplicates(raw_root, images)
     folders = ['uncropped', 'cropped'] if any(image.box for image in images) else ['uncropped']
     earlier = open_manifest(root, folders)
     new = Manifest(splits=earlier.splits, class_split=class_split or {})
@@ -289,8 +299,8 @@ def convert(root: Path, images: list[RawImage], class_names: dict[str, str], ski
         new.save(root)
     for folder in folders:
         make_folder('the folder', root / folder)
-    new.files, failures, to_decode = find_changes(root, images, class_names, earlier.files, folders)
-    decode(root, to_decode, new.files, failures)
+    new.files, failures, to_decode = find_changes(root, images, class_names, earlier.files, folders, raw_root)
+    decode(root, to_decode, new.files, failures, raw_root)
     remove_orphans(root, folders, new.files, earlier.files)
     if failures and not skip_bad:  # the split files stay those of the earlier class split
         new.class_split = earlier.class_split
@@ -300,7 +310,7 @@ def convert(root: Path, images: list[RawImage], class_names: dict[str, str], ski
     if has_changed:
         new.save(root)
     if failures and not skip_bad:
-        raise UserError(describe_failures(root, failures, len(images)))
+        raise UserError(describe_failures(raw_root, failures, len(images)))
 
     splits = write_splits(root, [image.source for image in images], new, folders, has_changed)
     num_decoded = sum(image.source in new.files for image, _ in to_decode)
@@ -422,9 +432,9 @@ def drop_identical(root: Path, folder: OwnFolder, skip: bool) -> OwnFolder:
     return folder._replace(images=[image for image in folder.images if image.source not in skipped])
 
 
-def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bool,
+def read_own(root: Path, raw_root: Path, test_ratio: float | None, seed: int | None, resplit: bool,
              exclude: Sequence[str] = ()) -> OwnFolder:
-    """Read a folder of your own photographs, with the class split of an earlier conversion unless `resplit`.
+    """Read a folder of your own photographs, with the class split of an earlier conversion to `root` unless `resplit`.
 
     Reports what was left out, and which classes changed sides.
     """
@@ -438,9 +448,9 @@ def read_own(root: Path, test_ratio: float | None, seed: int | None, resplit: bo
             earlier.pop('ratio', None)
         if seed is not None:
             earlier.pop('seed', None)
-    folder = read_folder(root, test_ratio, seed, earlier, known, exclude)
+    folder = read_folder(raw_root, test_ratio, seed, earlier, known, exclude)
     if resplit and not folder.class_split:
-        raise UserError(f'--resplit has no effect: {root} is split into train and test already; leave it out')
+        raise UserError(f'--resplit has no effect: {raw_root} is split into train and test already; leave it out')
     if resplit:
         report_resplit(root.name, manifest.class_split.get('sides', {}), folder.class_split['sides'])
     report_folder(root.name, folder)
@@ -509,6 +519,9 @@ def get_args(argv: list[str] | None = None):
     parser = Parser(description=__doc__)
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data sets '
                         '[%(default)s]')
+    parser.add_argument('--raw_path', type=user_path, help='folder that holds the raw data sets, if --data_path is not '
+                        'to be written into them, for instance because they are read-only: images are then copied to '
+                        '--data_path [that of --data_path]')
     parser.add_argument('--data_name', nargs='+', default=[], metavar='NAME',
                         help='car, cub, sop, isc, glyph, or a folder of your own [every known raw data set]')
     parser.add_argument('--cache_size', type=int, help='also pack all images, their short side reduced to this many '
@@ -534,6 +547,8 @@ def get_args(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     args.data_name = [canonical_data_name(name) for name in args.data_name]
 
+    if args.raw_path and args.data_name == ['glyph']:
+        raise UserError(f'--raw_path {args.raw_path} has no effect: glyph is drawn in --data_path; leave it out')
     no_glyph = '' if 'glyph' in args.data_name else ' without --data_name glyph'
     refuse_without_effect(args, {'glyph_classes': no_glyph, 'glyph_images': no_glyph})
     if all(name in RAW_SETS or name == 'glyph' for name in args.data_name):
@@ -561,6 +576,20 @@ def find_data_set(data_path: Path, data_name: str) -> Path:
     return root
 
 
+def find_folders(data_path: Path, raw_path: Path, data_name: str) -> tuple[Path, Path]:
+    """Return the folder of a converted data set, which is created, and that of its raw images.
+
+    Raises:
+        UserError: if there are no raw images, or the first one cannot be written to.
+    """
+    raw_root = find_data_set(data_path if data_name == 'glyph' else raw_path, data_name)
+    root = raw_root if raw_root.parent == data_path else find_root(data_path, data_name) or data_path / data_name
+    try:
+        return make_folder('--data_path', root), raw_root
+    except UserError as error:
+        raise UserError(f'{error}, and name that of the raw images with --raw_path') from None
+
+
 def find_known_sets(data_path: Path) -> list[str]:
     """Return the names of the known data sets in a folder, and print which ones are missing."""
     data_names = []
@@ -577,19 +606,19 @@ def find_known_sets(data_path: Path) -> list[str]:
     return data_names
 
 
-def process(root: Path, data_name: str, args) -> None:
-    """Convert one data set and print what it holds."""
+def process(root: Path, raw_root: Path, data_name: str, args) -> None:
+    """Convert one data set, `raw_root`, into `root`, and print what it holds."""
     class_split, seed = {}, args.seed
     if data_name == 'glyph':
         make_glyph(root, args.glyph_classes or GLYPH_CLASSES, args.glyph_images or GLYPH_IMAGES, seed or 0)
         seed = None  # it drew the images; their classes are split already
     if data_name in RAW_SETS:
-        images, class_names = read_known(root, data_name)
+        images, class_names = read_known(raw_root, data_name)
     else:
-        folder = read_own(root, args.test_ratio, seed, args.resplit, args.exclude or ())
-        folder = drop_identical(root, folder, args.skip_duplicates)
+        folder = read_own(root, raw_root, args.test_ratio, seed, args.resplit, args.exclude or ())
+        folder = drop_identical(raw_root, folder, args.skip_duplicates)
         images, class_names, class_split = folder.images, folder.class_names, folder.class_split
-    conversion = convert(root, images, class_names, args.skip_bad, class_split)
+    conversion = convert(root, images, class_names, args.skip_bad, class_split, raw_root)
     report_conversion(data_name, conversion)
     if args.cache_size is None:
         return
@@ -604,13 +633,13 @@ def process(root: Path, data_name: str, args) -> None:
 def main() -> None:
     """Convert the data sets that the command line names, or all known ones."""
     args = get_args()
-    data_path = Path(args.data_path)
+    data_path, raw_path = Path(args.data_path), Path(args.raw_path or args.data_path)
     if args.data_name != ['glyph']:
-        check_data_path(data_path)
-    for data_name in args.data_name or find_known_sets(data_path):
-        root = make_folder('--data_path', find_data_set(data_path, data_name))
+        check_data_path(raw_path, '--raw_path' if args.raw_path else '--data_path')
+    for data_name in args.data_name or find_known_sets(raw_path):
+        root, raw_root = find_folders(data_path, raw_path, data_name)
         with lock(root / '.conversion.lock', f'another process is converting {root}; wait for it'):
-            process(root, data_name, args)
+            process(root, raw_root, data_name, args)
 
 
 if __name__ == '__main__':

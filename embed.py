@@ -6,8 +6,9 @@
     python embed.py --data_base museum.pth --update                    # embeds changed files, removes deleted ones
     python embed.py --data_base museum.pth --refit                     # whitens and embeds all images again
     python embed.py --data_base museum.pth --remove 'loans/*'
+    python embed.py --data_base museum.pth --move /photos/museum /backup/museum   # the folder has another name now
     python embed.py --data_base museum.pth --list 'birds/*'
-    python embed.py --data_base museum.pth --duplicates 0.98           # similar pairs, as a CSV file and a figure
+    python embed.py --data_base museum.pth --duplicates 0.98           # groups of similar images, as CSV and figure
     python embed.py --data_base museum.pth --csv museum.csv --npy museum.npy --parquet museum.parquet
     python embed.py --qdrant http://localhost:6333 --collection museum --model results/RUN_model.pth --images FOLDER
 
@@ -29,7 +30,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, reason_of
 from common.files import (LARGEST_FEATURE_DIM, LARGEST_SIDE, check_replaceable, make_folder, remove_torn, save,
                           stamp_of, write_atomically)
 from recipes import POOLINGS, canonical_backbone
@@ -43,7 +44,7 @@ MAX_GROUPS, MAX_IN_GROUP = 60, 10  # of duplicates, in the figure
 DUPLICATE_COLUMNS = ['group', 'similarity', 'image', 'duplicate']
 TABLE_FLAGS = ('csv', 'npy', 'parquet')
 BACKBONE_FLAGS = ('backbone_type', 'weights', 'image_size', 'pooling', 'feature_dim')
-ACTION_FLAGS = ('update', 'refit', 'remove', 'list', 'duplicates', *TABLE_FLAGS)
+ACTION_FLAGS = ('update', 'refit', 'remove', 'move', 'list', 'duplicates', *TABLE_FLAGS)
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
@@ -79,11 +80,15 @@ def get_args(argv: list[str] | None = None):
                        'data base has now, and embed them all again')
     group.add_argument('--remove', nargs='+', metavar='PATTERN', help='remove these images or folders; * and ? are '
                        'wildcards')
+    group.add_argument('--move', nargs=2, type=user_path, metavar=('OLD', 'NEW'), help='the images in the folder OLD '
+                       'are in NEW now; nothing is embedded again')
     group.add_argument('--confirm', action='store_true', help='let --update remove more than half of the images of a '
-                       'folder, and --remove all images')
+                       'folder, or look into one that holds your home folder, --remove all images, and --move go on '
+                       'where files are missing or have changed')
     group.add_argument('--list', nargs='?', const='*', metavar='PATTERN', help='print the images')
-    group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write all pairs of images with at least '
-                       'this cosine to DATA_BASE_duplicates.csv, and their groups to DATA_BASE_duplicates.png')
+    group.add_argument('--duplicates', type=float, metavar='SIMILARITY', help='write the groups of images that pairs '
+                       'of at least this cosine connect to DATA_BASE_duplicates.csv, and draw them in '
+                       'DATA_BASE_duplicates.png')
     group.add_argument('--csv', type=user_path, metavar='FILE', help='write a row per image: file, class, features')
     group.add_argument('--npy', type=user_path, metavar='FILE', help='write the features (N, D) in the order of --list')
     group.add_argument('--parquet', type=user_path, metavar='FILE', help='like --csv, with all features in one '
@@ -113,6 +118,8 @@ def check_combinations(args) -> None:
         refuse_without_effect(args, dict.fromkeys(('duplicates', *BACKBONE_FLAGS, *TABLE_FLAGS), ' with --qdrant'))
         if args.refit:
             raise UserError('--refit has no effect with --qdrant; leave it out')
+        if args.move:
+            raise UserError('--move has no effect with --qdrant; embed the new folder, and --remove the old one')
         if args.model is None and (is_set('images') or args.update):
             raise UserError('--qdrant stores no model: name it with --model')
     elif not args.data_base.endswith('.pth'):
@@ -125,11 +132,13 @@ def check_combinations(args) -> None:
                                      'model': '' if updates_qdrant else ' without --images'})
     if args.model is not None:
         refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, ' with --model'))
-    if args.refit and any(map(is_set, ('images', 'update', 'remove', 'dtype', *BACKBONE_FLAGS))):
+    if args.refit and any(map(is_set, ('images', 'update', 'remove', 'move', 'dtype', *BACKBONE_FLAGS))):
         raise UserError('--refit embeds the images of the data base as they are; call it by itself, without --images, '
-                        '--update, --remove, --dtype and flags of the backbone')
-    if args.confirm and not (args.update or args.remove):
-        raise UserError('--confirm has no effect without --update or --remove; leave it out')
+                        '--update, --remove, --move, --dtype and flags of the backbone')
+    if args.confirm and not (args.update or args.remove or args.move):
+        raise UserError('--confirm has no effect without --update, --remove or --move; leave it out')
+    if args.move and not all(folder.strip() for folder in args.move):
+        raise UserError('--move: an empty name names no folder; is a variable of the shell unset?')
     if args.remove and not all(pattern.strip() for pattern in args.remove):
         raise UserError('--remove: an empty pattern names no image; is a variable of the shell unset?')
     if args.overwrite and not any(map(is_set, TABLE_FLAGS)):
@@ -149,10 +158,10 @@ from imagedata.folders import read_labels, resolve_image_folder, scan_images
 from model import EmbeddingNet
 from retrieval.collection import DTYPES, CollectionItem, FileCollection, filter_items
 from retrieval.database import ORIGIN, load_data_base
+from retrieval.duplicates import group_similar, similarities_to_first
 from retrieval.embedding import WithoutHead
 from retrieval.image_files import Embedded, embed_files, join
 from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
-from retrieval.nearest import pairs_above
 from retrieval.pretrained import DEFAULT_DIM, build_pretrained, fit_whitening, pretrained_settings, without_whitening
 from retrieval.qdrant import open_qdrant
 from training.statistics import provenance
@@ -362,10 +371,24 @@ def check_interrupted(args, model_file: Path) -> None:
 
 
 def keep_model(model_file: str, data_base: Path) -> None:
-    """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already."""
+    """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already.
+
+    Raises:
+        UserError: if it cannot embed an image.
+    """
     copy = RunFiles.beside(data_base).model
-    if not copy.exists():
-        save(load_model_file(model_file), copy)
+    if copy.exists():
+        return
+    model, contents = load_model(model_file)
+    side = model.config.image_size
+    try:
+        with torch.no_grad():
+            embedding = model(torch.full((1, 3, side, side), 127, dtype=torch.uint8))
+    except Exception as error:  # a network of other sizes than it says raises what its layers raise
+        raise UserError(f'--model {model_file} cannot embed an image of {side} px ({reason_of(error)})') from None
+    if not embedding.isfinite().all():
+        raise UserError(f'--model {model_file}: its embeddings are not finite; the model is broken')
+    save(contents, copy)
 
 
 def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> EmbeddingNet:
@@ -415,10 +438,14 @@ def update(collection, confirmed: bool) -> list[CollectionItem]:
     """Remove images whose files were deleted; return those that have changed, and broken files to try again.
 
     Raises:
-        UserError: if a whole folder or most of its images are missing, for instance because a disk is not mounted;
-            the latter is allowed if it is `confirmed`.
+        UserError: if a whole folder or most of its images are missing, for instance because a disk is not mounted, or
+            a folder holds the home folder; but for the first, it is allowed if it is `confirmed`.
     """
+    print(f'--update looks into {", ".join(collection.folders())}')
     for folder in collection.folders():
+        if Path.home().is_relative_to(folder) and not confirmed:  # as a stranger's data base may ask
+            raise UserError(f'--update: the data base names {folder}, which holds all your files; if you have embedded '
+                            'it yourself, add --confirm')
         if not Path(folder).is_dir():
             raise UserError(f'--update: the folder {folder} is missing; if it is gone for good, use --remove '
                             f'{shlex.quote(folder)}')
@@ -472,10 +499,61 @@ def remove(patterns: list[str], collection, confirmed: bool) -> None:
     print(f'{len(removed):,} images removed' + (f', {len(forgotten):,} broken files forgotten' if forgotten else ''))
 
 
+def resolve_move(old: str, new: str, folders: list[str]) -> dict[str, str]:
+    """Return {folder: where it is now} of the folders of a collection that --move names.
+
+    Raises:
+        UserError: if OLD is none of the folders and holds none, NEW is no folder, or it overlaps one that stays.
+    """
+    moved = {}
+    for spelling in (os.path.abspath(old), os.path.realpath(old)):
+        moved = moved or {folder: str(Path(new).resolve() / Path(folder).relative_to(spelling))
+                          for folder in folders if Path(folder).is_relative_to(spelling)}
+    if not moved:
+        raise UserError(f'--move {old} is no folder of the collection (there are: {", ".join(folders)})')
+    for folder in moved.values():
+        if not Path(folder).is_dir():
+            raise UserError(f'--move: {folder} is not a folder; name the one that holds the images now')
+    for folder in moved.values():
+        for other in (name for name in folders if name not in moved):
+            if Path(folder).is_relative_to(other) or Path(other).is_relative_to(folder):
+                raise UserError(f'--move: {folder} overlaps {other}, which is in the collection already; --remove one '
+                                'of the two')
+    return moved
+
+
+def move(old: str, new: str, collection: FileCollection, confirmed: bool) -> None:
+    """Give the images of a folder that was moved their new paths, and the times that copied files have now.
+
+    A file of the same size is taken for the same.
+
+    Raises:
+        UserError: as `resolve_move`, or if files are missing or differ and that is not `confirmed`; those that do keep
+            their stamps, so that --update finds them.
+    """
+    folders = resolve_move(old, new, collection.folders())
+    by_file, differing = {}, []
+    for item in (*collection.items(), *collection.broken.values()):
+        moved = item._replace(folder=folders.get(item.folder, item.folder))
+        stamp = stamp_of(moved.file) if item.folder in folders else item.stamp
+        if stamp is not None and stamp[0] == item.size:
+            moved = moved.with_stamp(stamp)
+        else:
+            differing.append(moved.file)
+        by_file[item.file] = moved
+    if differing and not confirmed:
+        raise UserError(f'--move: {len(differing):,} files are missing in {new} or have other sizes, the first: '
+                        f'{differing[0]}; to move the others all the same, add --confirm, and then call --update')
+    collection.move(by_file)
+    print(f'{sum(item.folder in folders.values() for item in collection.items()):,} images are in {new} now')
+
+
 def change(args, collection, model: EmbeddingNet | None, device: torch.device) -> None:
     """Update, remove and add images as the command line says."""
     to_embed = {}  # file -> item: --update and --images may find the same ones
     lost = []
+    if args.move:
+        move(*args.move, collection, args.confirm)
     if args.update:
         to_embed |= {item.file: item for item in update(collection, args.confirm)}
     if args.remove:
@@ -509,7 +587,9 @@ def change(args, collection, model: EmbeddingNet | None, device: torch.device) -
 
 # ---------------------------------------------------- duplicates ---------------------------------------------------
 def find_duplicates(threshold: float, collection: FileCollection) -> None:
-    """Write all pairs of images of at least this cosine to a CSV file, and draw their groups.
+    """Write the groups of images that pairs of at least this cosine connect to a CSV file, and draw them.
+
+    A row is an image and its cosine to the first image of its group.
 
     Raises:
         UserError: if a file of another program would be replaced.
@@ -519,34 +599,18 @@ def find_duplicates(threshold: float, collection: FileCollection) -> None:
     if table.exists() and not table.read_bytes().startswith(','.join(DUPLICATE_COLUMNS).encode()):
         raise UserError(f'{table} exists, was not written by this script and is not replaced; move it away')
     check_replaceable(figure, '--duplicates')
-    items, features = list(collection.items()), collection.data_base.test.features
-    pairs = pairs_above(features.float(), threshold)
-    groups = group_pairs(pairs, len(items))
-    number_of = {index: number for number, group in enumerate(groups, start=1) for index in group}
+    items, features = list(collection.items()), collection.data_base.test.features.float()
+    groups = group_similar(features, threshold)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(DUPLICATE_COLUMNS)
-    for one, other, similarity in pairs:
-        writer.writerow([number_of[one], f'{similarity:.6f}', items[one].file, items[other].file])
+    for number, group in enumerate(groups, start=1):
+        for index, similarity in zip(group[1:], similarities_to_first(features, group), strict=True):
+            writer.writerow([number, f'{similarity:.6f}', items[group[0]].file, items[index].file])
     write_atomically(table, lambda file: file.write(text.getvalue().encode()))
-    print(f'{len(pairs):,} pairs of at least {threshold:g} in {len(groups):,} groups: {table}')
+    print(f'{sum(map(len, groups)):,} images in {len(groups):,} groups of at least {threshold:g}: {table}')
     if groups:
         print(draw_groups(groups[:MAX_GROUPS], items, features, figure))
-
-
-def group_pairs(pairs: list[tuple[int, int, float]], count: int) -> list[list[int]]:
-    """Return the groups of the indices below `count` that pairs (index, index, similarity) connect, in order."""
-    import numpy as np
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    rows, columns = [one for one, _, _ in pairs], [other for _, other, _ in pairs]
-    graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(count, count))
-    component_of = connected_components(graph, directed=False)[1]
-    groups = {}
-    for index in sorted({*rows, *columns}):
-        groups.setdefault(component_of[index], []).append(index)
-    return list(groups.values())
 
 
 def draw_groups(groups: list[list[int]], items: list[CollectionItem], features: torch.Tensor, target: Path) -> Path:
@@ -555,11 +619,12 @@ def draw_groups(groups: list[list[int]], items: list[CollectionItem], features: 
 
     rows = []
     for number, (first, *others) in enumerate(groups, start=1):
-        similarities = (features[others].double() @ features[first].double()).tolist()
+        others = others[:MAX_IN_GROUP]
+        similarities = similarities_to_first(features, [first, *others])
         retrieved = [{'file': Path(items[index].file), 'class': items[index].label, 'similarity': similarity,
                       'correct': None} for index, similarity in zip(others, similarities, strict=True)]
         rows.append({'query': Path(items[first].file), 'class': items[first].label, 'note': f'group {number}',
-                     'retrieved': retrieved[:MAX_IN_GROUP]})
+                     'retrieved': retrieved})
     return draw_rows(rows, target)
 
 

@@ -11,7 +11,9 @@ box that shows the nearest neighbours of any image, in the order of test.py.
 import base64
 import io
 import tempfile
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from retrieval.database import DataBase, OpenDataBase, check_seen, open_data_bas
 from retrieval.embedding import measure
 from retrieval.figures import COLOURS, GREY, plot_style
 from retrieval.metrics import NUMBERS_OF_QUERIES, OPEN_SET_RATES, measure_open_set
-from retrieval.search import choose_queries, nearest_images, rank_queries
+from retrieval.nearest import Nearest
+from retrieval.search import choose_queries, rank_queries
 from training.curves import draw_curves
 from training.statistics import read_statistics
 from utils import Parser, add_data_base_flags, check_between, run_script, user_path
@@ -41,6 +44,9 @@ THUMBNAIL_QUALITY = 60  # of WebP
 THUMBNAIL_BYTES = 11e6  # of all thumbnails in base64, so that the file stays below 15 MB
 SAMPLED_THUMBNAILS = 100  # from which the size of all is estimated
 CURVE_RATES = tuple(index / 200 for index in range(41))  # of the open-set curve: 0 to 20 %
+UMAP_NEIGHBOURS = 15  # of each image, UMAP's default
+UMAP_SEARCHES_FROM = 4096  # images; of fewer, UMAP compares all pairs
+QUERIES_AT_ONCE = 128  # in the search for neighbours
 FEWEST_FOR_UMAP = 20  # images; fewer have no neighbourhoods to speak of
 TEMPLATES = Path(__file__).parent / 'templates'
 
@@ -70,17 +76,29 @@ def choose_images(first: list[int], images: ImageList, data_base: DataBase, most
         {query: [(image, similarity), ...]}, as indices into `images`.
     """
     others = np.random.default_rng(seed).permutation(images.num_queries).tolist()
+    queries = list(dict.fromkeys([*first, *others]))
     neighbours, shown = {}, set()
-    bar = progress(dict.fromkeys([*first, *others]), desc='neighbours')
-    for query in bar:
-        hits = nearest_images(images.features[query], data_base, ('test', query), NUM_NEIGHBOURS, binary)
-        hits = [(images.first_searched + index, similarity) for index, similarity in hits]
+    bar = progress(find_neighbours(queries, images, data_base, binary), desc='neighbours', total=len(queries))
+    for query, hits in bar:
         extended = shown | {query, *(image for image, _ in hits)}
         if len(extended) > most:
             break
         neighbours[query], shown = hits, extended
     bar.close()
     return dict(sorted(neighbours.items()))
+
+
+def find_neighbours(queries: list[int], images: ImageList, data_base: DataBase, binary: bool) -> Iterator[tuple]:
+    """Yield each query with its neighbours [(image, similarity), ...] in the order of test.py."""
+    nearest = Nearest(data_base.subsets[data_base.searched].features)
+    is_searched = data_base.gallery is None  # then a query finds itself
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        part = queries[start:start + QUERIES_AT_ONCE]
+        answers = nearest.search(images.features[part], NUM_NEIGHBOURS + is_searched, binary)
+        for query, answer in zip(part, answers, strict=True):
+            hits = [(images.first_searched + index, similarity) for index, similarity in answer
+                    if not (is_searched and index == query)]
+            yield query, hits[:NUM_NEIGHBOURS]
 
 
 # ---------------------------------------------------- measurements --------------------------------------------------
@@ -170,6 +188,17 @@ def principal_components(features: torch.Tensor) -> np.ndarray:
     return np.pad(points, ((0, 0), (0, 2 - points.shape[1])))
 
 
+def neighbours_of_all(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest rows (N, k) of each row, itself among them, and their distances, 1 - cosine.
+
+    UMAP's own search of many rows compiles itself first, for longer than all the rest takes.
+    """
+    nearest = Nearest(features)
+    answers = [answer for part in features.split(QUERIES_AT_ONCE) for answer in nearest.search(part, UMAP_NEIGHBOURS)]
+    pairs = np.array(answers)
+    return pairs[..., 0].astype(np.int64), (1 - pairs[..., 1]).clip(0).astype(np.float32)
+
+
 def map_embeddings(features: torch.Tensor) -> dict[str, np.ndarray]:
     """Map features (N, D) to the plane: {'PCA': (N, 2), 'UMAP': (N, 2) where umap-learn is installed}, in [0, 1].
 
@@ -182,7 +211,11 @@ def map_embeddings(features: torch.Tensor) -> dict[str, np.ndarray]:
         except ImportError:
             pass
         else:
-            maps['UMAP'] = UMAP(metric='cosine', random_state=0, n_jobs=1).fit_transform(features.numpy())
+            neighbours = neighbours_of_all(features) if len(features) >= UMAP_SEARCHES_FROM else (None, None, None)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # that other points cannot be mapped later
+                umap = UMAP(metric='cosine', random_state=0, n_jobs=1, precomputed_knn=neighbours)
+                maps['UMAP'] = umap.fit_transform(features.numpy())
     for name, points in maps.items():
         extent = np.ptp(points, axis=0)
         maps[name] = (points - points.min(0)) / np.where(extent > 0, extent, 1)

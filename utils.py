@@ -1,6 +1,7 @@
 """What the scripts' command lines share: how a script ends, parsers of values, common flags and checks."""
 import argparse
 import ast
+import errno
 import os
 import re
 import signal
@@ -14,6 +15,11 @@ from common.errors import UserError, reason_of, suggestion
 # ---------------------------------------------------- how a script ends --------------------------------------------
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which a scheduler sends before it kills a job."""
+
+
+WITH_BATCH_SIZE = ('train.py', 'evaluate.py', 'embed.py', 'toy.py')
+OUT_OF_MEMORY = re.compile('out of memory|MemoryError|DefaultCPUAllocator|not enough memory|ALLOC_FAILED|bad_alloc')
+SHARED_MEMORY = re.compile(r'shared memory|</?torch_\d')
 
 
 def catch_signals() -> None:
@@ -43,10 +49,15 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe is gone
         sys.exit(1)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or 'a disk, or /dev/shm,'
+            sys.exit(fail(f'{script}: error: {where} has no space left; free some, or write elsewhere', 2))
         if error.filename is None:
             raise
         sys.exit(fail(f'{script}: error: cannot use {error.filename}: {error.strerror}; fix it or name another', 2))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if shortage := describe_shortage(error, script):
+            sys.exit(fail(f'{script}: error: {shortage}', 2))
         if 'DataLoader worker' in str(error):
             sys.exit(fail(f'{script}: error: a process that reads images has died ({reason_of(error)}); if memory ran '
                           'out, lower --num_workers', 2))
@@ -64,6 +75,21 @@ def run_script(main):
         stop_processes()
         for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to clean up
             signal.signal(number, signal.SIG_DFL)
+
+
+def describe_shortage(error: Exception, script: str) -> str | None:
+    """Say which memory ran out, and what helps; None if the error is another one."""
+    lines = str(error).splitlines() or [type(error).__name__]  # a DataLoader's worker sends its traceback along
+    for line in reversed(lines):
+        if SHARED_MEMORY.search(line):
+            return (f'shared memory, /dev/shm, does not suffice for the batches of the processes that read images '
+                    f'({line[:120]}); enlarge it (docker run --shm-size 8g), lower --batch_size, or set --num_workers '
+                    '0')
+    for line in reversed(lines):
+        if OUT_OF_MEMORY.search(line):
+            remedy = 'lower --batch_size' if script in WITH_BATCH_SIZE else 'end other programs, or use --device cpu'
+            return f'out of memory ({line[:120]}); {remedy}'
+    return None
 
 
 def fail(line: str, code: int) -> int:

@@ -4,6 +4,7 @@ import errno
 import glob
 import json
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -17,6 +18,7 @@ from common.errors import UserError, reason_of
 # The largest values that train.py accepts, and that a file may claim.
 LARGEST_SIDE = 8192  # px, of an image
 LARGEST_FEATURE_DIM = 65536
+UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, undecodable bytes
 
 
 def write_atomically(path: Path, write) -> None:
@@ -186,8 +188,9 @@ def compose(text: str) -> str:
 
 
 def is_folder_name(name) -> bool:
-    """Tell whether a text can name a data set's folder: no path, not hidden, printable."""
-    return isinstance(name, str) and not name.startswith('.') and Path(name).name == name and name.isprintable()
+    """Tell whether a text can name a data set's folder: no path, not hidden, no control characters."""
+    return (isinstance(name, str) and not name.startswith('.') and Path(name).name == name
+            and not UNFIT_FOR_NAMES.search(name))
 
 
 def is_inside(path: str) -> bool:
@@ -223,7 +226,8 @@ def stamp_of(file: Path) -> list[int] | None:
         if error.errno == errno.ELOOP:  # a link to itself
             return None
         raise UserError(f'{file} cannot be reached ({error.strerror}); try again when it can') from None
-    return [status.st_size, status.st_mtime_ns]
+    # Data bases hold times as int64, which ends in the year 2262.
+    return [status.st_size, max(-2**63, min(status.st_mtime_ns, 2**63 - 1))]
 
 
 MADE_HERE = 'proxies for image retrieval'  # mark in files that the scripts write, and may replace

@@ -6,6 +6,7 @@ import re
 import stat
 import textwrap
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, Jpe
 # Pillow goes by a file's contents, not by its name, and would start Ghostscript for PostScript in a .jpg.
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2',
-                  '.j2k'}
+                  '.j2k', '.jpf', '.jpx', '.j2c', '.mpo', '.apng', '.pgm', '.pbm', '.pnm'}
 if features.check('avif'):  # since Pillow 11.3
     IMAGE_FORMATS.append('AVIF')
     IMAGE_SUFFIXES.add('.avif')
@@ -24,7 +25,7 @@ with contextlib.suppress(ImportError):  # the format of many phones, if pillow-h
 
     register_heif_opener()
     IMAGE_FORMATS.append('HEIF')
-    IMAGE_SUFFIXES |= {'.heic', '.heif'}
+    IMAGE_SUFFIXES |= {'.heic', '.heif', '.hif'}
 
 DECODED_PIXELS = 2**30 // 4 // 3  # the most that are decoded at full size: 89 megapixels, Pillow's own limit
 MAX_PIXELS = 300_000_000  # of baseline JPEG and HEIF, the formats of phones, which take 108 to 200 megapixels
@@ -94,9 +95,11 @@ def grey_to_rgb(image: Image.Image) -> Image.Image:
             yield top, np.asarray(image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height))))
 
     divisor = 257 if max(part.max() for _, part in parts()) > 255 else 1
+    transparent = image.info.get('transparency', -1)  # a grey level of some PNG files
     rgb = Image.new('RGB', image.size)
     for top, part in parts():
         grey = (part.clip(0, 65535) // divisor).astype(np.uint8)
+        grey[part == transparent] = 255
         rgb.paste(Image.fromarray(grey).convert('RGB'), (0, top))
     return rgb
 
@@ -127,22 +130,28 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield marker and contents of each segment of a JPEG file, up to its end marker: phones append videos."""
+    position = 2
+    while marker := re.compile(rb'\xff[^\x00\x01\xd0-\xd8\xff]').search(data, position):
+        kind, start = data[marker.end() - 1], marker.end() + 2
+        if kind == 0xd9:
+            return
+        position = start - 2 + int.from_bytes(data[start - 2:start])
+        yield kind, data[start:position]
+
+
 def has_all_scans(data: bytes) -> bool:
     """Tell whether a JPEG file's scans, of which the last may be truncated, hold each coefficient to its last bit."""
-    missing = {}  # {component: coefficients}
-    position = 2
-    while marker := re.compile(rb'\xff[^\x00\x01\xd0-\xd9\xff]').search(data, position):  # one with a length
-        start = marker.start() + 4
-        position = start - 2 + int.from_bytes(data[start - 2:start])
-        segment = data[start:position]
-        kind = data[marker.start() + 1]
+    num_components, complete = 0, set()  # complete: (component, coefficient)
+    for kind, segment in jpeg_segments(data):
         if 0xc0 <= kind <= 0xcf and kind not in (0xc4, 0xc8, 0xcc):  # frame header
-            missing = {component: set(range(64)) for component in segment[6::3]}
+            num_components = len(segment[6::3])
         elif kind == 0xda:  # scan header
             first, last, precision = segment[-3:]
-            for component in segment[1:-3:2]:
-                missing[component] -= set(range(first, last + 1)) if precision % 16 == 0 else set()
-    return bool(missing) and not any(missing.values())
+            if precision % 16 == 0:
+                complete |= {(component, number) for component in segment[1:-3:2] for number in range(first, last + 1)}
+    return len(complete) == 64 * num_components
 
 
 def load_unended_jpeg(data: bytes) -> Image.Image | None:
@@ -170,7 +179,8 @@ def load_pixels(image: Image.Image, file: Path) -> Image.Image:
     def read_file() -> bytes:
         return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
 
-    if image.info.get('progressive') and read_file().count(b'\xff\xda') > MAX_SCANS:
+    if (image.info.get('progressive')
+            and sum(kind == 0xda for kind, _ in jpeg_segments(read_file())) > MAX_SCANS):
         raise OSError(f'a progressive JPEG file of more than {MAX_SCANS} scans')
     try:
         image.load()
@@ -186,8 +196,11 @@ def load_pixels(image: Image.Image, file: Path) -> Image.Image:
         return mended
 
 
-def prepare_size(image: Image.Image) -> int:
+def prepare_size(image: Image.Image, side: int | None = None) -> int:
     """Let a large JPEG file be decoded at a fraction of its size; other images of ordinary sizes stay as they are.
+
+    Args:
+        side: let any JPEG file be decoded at a fraction of its size, but to no shorter sides.
 
     Returns:
         by how much its sides are to be shrunk: 1, 2 or 4.
@@ -204,13 +217,15 @@ def prepare_size(image: Image.Image) -> int:
     shrink = 1
     while num_pixels > shrink**2 * DECODED_PIXELS:
         shrink *= 2
-    if shrink > 1 and is_jpeg:
+    if side is not None:
+        image.draft(None, (min(side, image.width), min(side, image.height)))
+    elif shrink > 1 and is_jpeg:
         image.draft(None, (image.width // shrink, image.height // shrink))
     return shrink
 
 
-def open_stored(path: Path) -> StoredImage:
-    """Read an image as RGB in the orientation in which it is stored.
+def open_stored(path: Path, side: int | None = None) -> StoredImage:
+    """Read an image as RGB in the orientation in which it is stored, with a `side` as `prepare_size` does.
 
     Raises:
         BrokenImage: if the file cannot be read, for whatever reason.
@@ -219,7 +234,7 @@ def open_stored(path: Path) -> StoredImage:
         if isinstance(path, (str, Path)) and not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError('not a regular file')  # to open a named pipe would wait for ever
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            shrink = prepare_size(image)
+            shrink = prepare_size(image, side)
             pixels = load_pixels(image, path)
             is_large = shrink > 1 and not isinstance(image, JpegImagePlugin.JpegImageFile)
             rgb = to_rgb(pixels.reduce(shrink) if is_large else pixels)
@@ -269,7 +284,7 @@ def load_tile(path: Path, side: int) -> tuple[Image.Image, bool]:
     A file that cannot be read becomes a grey tile with its name.
     """
     try:
-        image = load_image(path)
+        image = open_stored(path, 2 * side).upright()
         longest = side * min(image.size)  # what is thinner than a pixel of the tile is cut off at both ends
         if max(image.size) > longest:
             image = ImageOps.fit(image, (min(image.width, longest), min(image.height, longest)))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError, reason_of, suggestion
-from common.files import compose, is_inside, read_json, readable, stamp_of
+from common.files import UNFIT_FOR_NAMES, compose, is_inside, read_json, readable, stamp_of
 from common.images import IMAGE_SUFFIXES
 from imagedata.raw_sets import SUBSETS, RawImage
 
@@ -31,7 +31,6 @@ SPECIAL_FILES = 'special files such as pipes, sockets and devices'
 DEFAULT_RATIO = 0.5  # of the classes become test classes
 MAX_NAMED = 3  # paths in a message
 LONGEST_STEM = 200  # bytes; file systems allow names of 255
-UNFIT_FOR_NAMES = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]')  # control characters, undecodable bytes
 MANIFEST = 'conversion.json'  # where data_utils.py remembers its last conversion of a folder
 MADE_BY = 'data_utils.py'  # its field `made_by`
 
@@ -40,12 +39,14 @@ SYSTEM_FOLDERS = {
     'folders of thumbnails': ('@eaDir', '.@__thumb', '.thumbnails', '.thumbs', '.wd_tv', '.wdmc', '@Transcode',
                               '*.lrdata', 'appdata_*/preview', 'iPod Photo Cache', '.picasaoriginals',
                               '*.photoslibrary/resources', '*.photoslibrary/Thumbnails', '*.photoslibrary/Previews',
+                              '*.photolibrary/Thumbnails', '*.photolibrary/Previews',
                               '*.aplibrary/Thumbnails', '*.aplibrary/Previews'),
     'recycle bins': ('#recycle', '@Recycle', '$RECYCLE.BIN', '.Trash', '.Trash-*', '.Trashes', '.recycle', '.recycler',
-                     '.recycle_bin', 'Network Trash Folder', '.dropbox.cache'),
+                     'files_trashbin', '#trash', '.recycle_bin', 'Network Trash Folder', '.dropbox.cache'),
     'folders of snapshots': ('#snapshot', '@Recently-Snapshot', '@GMT-*', '~snapshot', '.snapshot', '.snapshots',
-                             '@snapshots', '.zfs', '@sharesnap'),
-    'folders of the system': ('System Volume Information', 'lost+found', '__MACOSX', '.AppleDouble', '.AppleDB',
+                             '@snapshots', '.zfs', '@sharesnap', 'files_versions'),
+    'folders of the system': ('System Volume Information', 'lost+found', 'FOUND.[0-9][0-9][0-9]', '__MACOSX',
+                              '.AppleDouble', '.AppleDB',
                               '.AppleDesktop', 'Temporary Items', '.TemporaryItems', '.fseventsd',
                               '.Spotlight-V100', '.DocumentRevisions-V100', '@tmp', '#tmp', '.@upload_cache'),
 }

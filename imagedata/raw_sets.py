@@ -3,6 +3,7 @@
 To add one, write a `read_*` function that returns a list of RawImage and the names of the classes, and add an entry to
 RAW_SETS. Nothing here reads pixels, so that importing the names of the data sets is instant.
 """
+import contextlib
 import math
 import multiprocessing
 import os
@@ -70,16 +71,22 @@ def check_path(path: str, line: str) -> str:
     return path
 
 
+def limit_memory(num_bytes: int) -> None:
+    """Limit the memory of this process; Windows has no such limits, and macOS refuses this one."""
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def read_annotations(file: str) -> tuple[list, list[str]]:
     """Return [[path, class, x1, y1, x2, y2], ...] and the class names, from class 1 on, of cars_annos.mat."""
-    import resource
-
     import numpy as np
     from scipy.io import loadmat
 
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = READER_MEMORY if hard == resource.RLIM_INFINITY else min(READER_MEMORY, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    limit_memory(READER_MEMORY)
     contents = loadmat(file)
     rows = [[str(row['relative_im_path'].item()), int(row['class'].item()),
              *(int(row[f'bbox_{edge}'].item()) for edge in ('x1', 'y1', 'x2', 'y2'))]
@@ -215,11 +222,11 @@ def find_root(data_path: str | Path, data_name: str) -> Path | None:
     return min(candidates, key=preference, default=None)
 
 
-def check_data_path(data_path: Path) -> None:
-    """Raise a UserError if --data_path is not a folder."""
+def check_data_path(data_path: Path, flag: str = '--data_path') -> None:
+    """Raise a UserError if the folder of data sets is none."""
     if not data_path.is_dir():
         problem = 'is not a folder' if data_path.exists() else 'does not exist'
-        raise UserError(f'--data_path {data_path} {problem}; name the folder that holds your data sets, or '
+        raise UserError(f'{flag} {data_path} {problem}; name the folder that holds your data sets, or '
                         'make a small one: python data_utils.py --data_path data --data_name glyph')
 
 

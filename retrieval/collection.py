@@ -250,6 +250,12 @@ class FileCollection(SearchableImages):
         self.write([item._replace(label=labels.get(item.file, item.label)) for item in self.items()],
                    self.data_base.test.features)
 
+    def move(self, by_file: dict[str, CollectionItem]) -> None:
+        """Replace each image and each broken file by the item {file: item}, and save."""
+        self.merge_parts()
+        self.broken = {by_file[file].file: by_file[file] for file in self.broken}
+        self.write([by_file[item.file] for item in self.items()], self.data_base.test.features)
+
     def finish(self) -> None:
         """Merge what was added, convert the features to the dtype asked for, and save which files are broken."""
         self.merge_parts()

@@ -24,6 +24,10 @@ def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[Em
     contents = load_model_file(path)
     try:
         model = EmbeddingNet(NetConfig(**contents['config']), 'none')
+        expected = model.state_dict()
+        for name, value in contents['state_dict'].items():
+            if name in expected and value.is_floating_point() != expected[name].is_floating_point():
+                raise TypeError(f'{name} is of {value.dtype}')
         model.load_state_dict(contents['state_dict'])
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f'{path} does not fit its own description ({reason_of(error)}); it was damaged or made by '
@@ -41,7 +45,17 @@ def load_model_file(path: str | Path) -> dict:
     check_fields(contents['args'], SAVED_SETTINGS, path, 'model')
     check_fields(contents['config'], {'feature_dim': is_whole(0, LARGEST_FEATURE_DIM),
                                       'image_size': is_whole(1, LARGEST_SIDE)}, path, 'model')
+    if not all(is_plain_tensor(value) for value in contents['state_dict'].values()):
+        raise UserError(f'{path} is not a valid model: its state_dict holds other things than plain tensors; do not '
+                        'trust this file')
     return contents
+
+
+def is_plain_tensor(value) -> bool:
+    """Tell whether a value of an untrusted file is a dense tensor, real and not larger in memory than in the file."""
+    return (torch.is_tensor(value) and value.layout == torch.strided and value.device.type == 'cpu'
+            and not value.is_quantized and not value.is_complex() and not value.is_neg()
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes())
 
 
 def load_exported_folder(folder: Path) -> dict:

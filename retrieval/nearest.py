@@ -1,4 +1,4 @@
-"""The nearest rows of a matrix of features, and all pairs of rows above a similarity: exact, from a fast pass.
+"""The nearest rows of a matrix of features: exact, from a fast pass.
 
 One pass over the features in float32 (or in bfloat16 over a copy, if the processor has instructions for it) finds all
 rows that can be among the nearest, since its error has a bound; only these are computed again in float64.
@@ -125,26 +125,3 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
             similarity = compare.pairs(row + rows.start, column + columns.start, torch.float64)
             negative[rows].scatter_reduce_(0, row, similarity, 'amax')
     return positive, negative
-
-
-def pairs_above(features: torch.Tensor, threshold: float) -> list[tuple[int, int, float]]:
-    """Find all pairs of rows of features (N, D), unit rows, whose cosine is at least the threshold.
-
-    Returns:
-        [(row, later row, cosine in float64), ...], the most similar first, ties in the order of the rows.
-    """
-    compare = Cosine(features, features)
-    side, found = TILE_SIDE['cpu'], []
-    lowest = torch.full((len(features),), threshold - compare.error, dtype=torch.float64).to(compare.dtype)
-    lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))  # so that it is not rounded up
-    starts = range(0, len(features), side)
-    tiles = [(slice(row, row + side), slice(column, column + side)) for row in starts for column in starts
-             if row <= column]
-    for rows, columns in progress(tiles, desc='pairs', unit='tile', delay=2):
-        for row, column, _ in entries_above(compare.tile(rows, columns), lowest[rows], False):
-            row, column = row + rows.start, column + columns.start
-            row, column = row[row < column], column[row < column]
-            similarity = compare.pairs(row, column, torch.float64)
-            near = similarity >= threshold
-            found += zip(row[near].tolist(), column[near].tolist(), similarity[near].tolist(), strict=True)
-    return sorted(found, key=lambda pair: (-pair[2], pair[:2]))

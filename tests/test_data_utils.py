@@ -1,4 +1,5 @@
 """data_utils.py: what a conversion writes, keeps, removes and refuses."""
+import errno
 import importlib.util
 import json
 import shutil
@@ -16,7 +17,8 @@ from common.errors import UserError
 from common.files import lock
 from common.images import load_image
 from imagedata.folders import split_classes
-from imagedata.raw_sets import RAW_SETS, RawImage, find_root, read_cub
+from imagedata.loading import open_data
+from imagedata.raw_sets import RAW_SETS, RawImage, find_root, images_of, read_cub
 from utils import run_script
 
 
@@ -87,6 +89,33 @@ def test_a_box_that_leaves_the_image_is_cut_to_it(tmp_path):
     assert load_image(tmp_path / 'cropped/test.jpg').size == (1, 1)
 
 
+def test_a_box_longer_than_a_jpeg_file_can_be_is_reduced(tmp_path):
+    images = []
+    for subset in ('train', 'test'):
+        Image.new('RGBA', (30, 66_000), (200, 10, 10, 128)).save(tmp_path / f'{subset}.png')
+        images.append(RawImage(f'{subset}.png', subset, subset, subset, (0, 0, 30, 66_000)))
+    convert(tmp_path, images, {})
+    assert load_image(tmp_path / 'cropped/train.jpg').size == (30, 65_500)
+    assert load_image(tmp_path / 'uncropped/train.png').size == (30, 66_000)
+
+
+def test_a_full_disk_is_one_line(run_own, tmp_path, monkeypatch):
+    Image.new('L', (30, 30)).save(make_own(tmp_path / 'raw') / 'a/grey.png')
+
+    def fill_up(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(Image.Image, 'save', fill_up)
+    with pytest.raises(UserError, match=r'/raw/mine/a/grey.png cannot be converted to .*/mine \(No space left on '):
+        run_own('--raw_path', tmp_path / 'raw')
+
+
+def test_a_data_set_may_be_named_with_a_narrow_space(call_script, tmp_path):
+    name = 'birds 3\u202fPM\u00a0'
+    make_own(tmp_path, folder=name)
+    assert 'train 3 classes 6 images' in call_script(data_utils, '--data_path', tmp_path, '--data_name', name)
+
+
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_a_box_holds_for_the_pixels_before_the_rotation(tmp_path, orientation):
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -151,6 +180,40 @@ def test_glyph_is_drawn_and_converted(run, tmp_path):
     printed = run('--data_name', 'glyph', '--glyph_classes', 6, '--glyph_images', 2, '--seed', 3)
     assert 'glyph: train 4 classes 8 images, test 2 classes 4 images; 12 decoded now' in printed
     assert json.loads((tmp_path / 'glyph/glyph.json').read_text())['seed'] == 3
+
+
+@pytest.mark.parametrize('make', [make_own, make_cub])
+def test_a_data_set_that_is_only_read_is_converted_elsewhere(call_script, tmp_path, make):
+    (tmp_path / 'raw').mkdir()
+    raw = make(tmp_path / 'raw')
+    before = sorted(path for path in tmp_path.glob('raw/**/*'))
+    words = ('--raw_path', raw.parent, '--data_path', tmp_path / 'new', '--data_name', raw.name, '--cache_size', 16)
+    assert f'{raw.name}: train 3 classes' in call_script(data_utils, *words)
+    assert sorted(path for path in tmp_path.glob('raw/**/*')) == before
+    data = open_data(tmp_path / 'new', raw.name, cache_size=16)
+    assert len(images_of(data.split)) == len(data.cache.entries) == len([path for path in before if path.is_file()
+                                                                       and path.suffix == '.jpg'])
+    assert all((tmp_path / 'new' / raw.name / path).is_file() for path in images_of(data.split))
+    assert ' 0 decoded now' in call_script(data_utils, *words)
+
+
+def test_a_data_set_that_cannot_be_written_to_names_the_flag(run_own, tmp_path, monkeypatch):
+    make_own(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(30, 'Read-only file system')
+
+    monkeypatch.setattr('tempfile.TemporaryFile', refuse)
+    with pytest.raises(UserError, match=r'--data_path .*mine cannot be written to \(Read-only file system\); choose '
+                       'another folder, and name that of the raw images with --raw_path'):
+        run_own()
+
+
+def test_raw_path_is_a_folder_and_not_for_glyph(call_script, tmp_path):
+    with pytest.raises(UserError, match='--raw_path .*missing does not exist'):
+        call_script(data_utils, '--raw_path', tmp_path / 'missing', '--data_path', tmp_path)
+    with pytest.raises(UserError, match='--raw_path x has no effect: glyph is drawn'):
+        call_script(data_utils, '--raw_path', 'x', '--data_path', tmp_path, '--data_name', 'glyph')
 
 
 # ---------------------------------------------------- converting again ---------------------------------------------

@@ -248,7 +248,7 @@ def test_images_are_removed_by_path_folder_or_pattern(call, embedded):
     (('--remove', ''), '--remove: an empty pattern names no image'),
     (('--remove', 'ara', ' '), '--remove: an empty pattern names no image'),
     (('--remove', '/'), '--remove / matches all 11 images; to remove them all, add --confirm'),
-    (('--list', '--confirm'), '--confirm has no effect without --update or --remove')])
+    (('--list', '--confirm'), '--confirm has no effect without --update, --remove or --move')])
 def test_no_slip_removes_all_images(call, embedded, words, message):
     with pytest.raises(UserError, match=message):
         call(*words)
@@ -286,6 +286,16 @@ def test_update_keeps_a_collection_whose_folder_is_an_empty_mount_point(call, em
     with pytest.raises(UserError, match='7 of the 11 images'):
         call('--update')
     assert '7 deleted images are removed' in call('--update', '--confirm')
+
+
+def test_update_asks_before_it_looks_into_the_home_folder_and_above(call, embedded, museum, capsys):
+    contents = load(embedded)
+    paths = [f'{str(museum)[1:]}/{path}' for path in contents['test_images']]
+    save({**contents, 'folders': ['/'], 'test_images': paths, 'broken': {}}, embedded)
+    with pytest.raises(UserError, match='the data base names /, which holds all your files'):
+        call('--update')
+    assert '--update looks into /\n' in capsys.readouterr().out
+    assert '0 deleted images are removed' in call('--update', '--confirm')
 
 
 @pytest.mark.parametrize('flag', ['--images', '--update'])
@@ -360,6 +370,60 @@ def test_what_update_finds_is_embedded_once_and_not_if_it_is_removed(call, embed
     assert paths.count('zebra/0.jpg') == 1
 
 
+# ---------------------------------------------------- moved folders -----------------------------------------------
+def test_a_collection_whose_folder_moved_keeps_its_rows_and_embeds_nothing(call, embedded, museum, tmp_path):
+    before = load(embedded)
+    shutil.copytree(museum, tmp_path / 'disk/new', copy_function=shutil.copyfile, symlinks=True)  # with other times
+    shutil.rmtree(museum)
+    assert '11 images are in' in call('--move', f'{museum}/', tmp_path / 'disk/new')
+    after = load(embedded)
+    assert after['folders'] == [str(tmp_path / 'disk/new')]
+    assert list(after['broken']) == [f'{tmp_path}/disk/new/broken.png']
+    assert differences({**before, 'folders': 0, 'broken': 0, 'test_times': 0},
+                       {**after, 'folders': 0, 'broken': 0, 'test_times': 0}) == []
+    assert '12 images, 0 to embed' in call('--images', tmp_path / 'disk/new')
+    assert '0 deleted images are removed; 1 changed or broken' in call('--update')
+
+
+def test_all_folders_below_the_one_that_moved_are_moved(call, embedded, museum, tmp_path):
+    (tmp_path / 'away').mkdir()
+    write_image(tmp_path / 'disk/a/0.jpg', 1, 1)
+    write_image(tmp_path / 'disk/b/0.jpg', 2, 1)
+    call('--images', tmp_path / 'disk/a')
+    call('--images', tmp_path / 'disk/b')
+    shutil.move(tmp_path / 'disk', tmp_path / 'away/disk')
+    call('--move', tmp_path / 'disk', tmp_path / 'away/disk')
+    folders = load_data_base(embedded).sources.folders
+    assert folders == [str(museum), f'{tmp_path}/away/disk/a', f'{tmp_path}/away/disk/b']
+
+
+def test_a_move_that_cannot_be_meant_is_refused(call, embedded, museum, tmp_path):
+    before = load(embedded)
+    write_image(tmp_path / 'other/0.jpg', 1, 1)
+    for words, message in (((tmp_path / 'nowhere', museum), r'nowhere is no folder of the collection .*museum'),
+                           ((museum / 'ara', tmp_path), 'ara is no folder of the collection'),
+                           ((museum, tmp_path / 'missing'), 'missing is not a folder'),
+                           ((museum, ''), 'an empty name names no folder'),
+                           ((museum, tmp_path / 'other'), '12 files are missing in .*other or have other sizes')):
+        with pytest.raises(UserError, match=message):
+            call('--move', *words)
+    assert differences(before, load(embedded)) == []
+    call('--images', tmp_path / 'other')
+    with pytest.raises(UserError, match='museum overlaps .*museum, which is in the collection already'):
+        call('--move', tmp_path / 'other', museum)
+
+
+def test_a_confirmed_move_leaves_changed_files_to_update(call, embedded, museum, tmp_path):
+    shutil.move(museum, tmp_path / 'new')
+    (tmp_path / 'new/ara/0.jpg').unlink()
+    (tmp_path / 'new/ara/1.jpg').write_bytes((tmp_path / 'new/ara/1.jpg').read_bytes() + b'more')
+    with pytest.raises(UserError, match='2 files are missing in .*new or have other sizes, the first: .*new/ara/0.jpg'):
+        call('--move', museum, tmp_path / 'new')
+    printed = call('--move', museum, tmp_path / 'new', '--confirm', '--update')
+    assert '1 deleted images are removed; 2 changed or broken ones are embedded' in printed
+    assert classes_of(embedded)['ara/1.jpg'] == 'ara'
+
+
 # ---------------------------------------------------- classes ------------------------------------------------------
 def test_labels_are_relative_to_the_folder_that_is_named(call, embedded, museum, tmp_path):
     call('--images', museum / 'loans', '--labels', 'folder')
@@ -401,6 +465,22 @@ def test_another_model_is_refused(call, embedded, museum, tmp_path):
     (tmp_path / 'museum_model.pth').unlink()
     with pytest.raises(UserError, match='museum_model.pth, is missing; name it with --model'):
         call('--images', museum)
+
+
+@pytest.mark.parametrize('fault', ['nan', 'shape', 'number', 'size'])
+def test_a_refused_model_does_not_stay_beside_the_data_base(call, model, museum, tmp_path, fault):
+    contents = load(model)
+    weight = contents['state_dict']['head.weight']
+    if fault == 'size':
+        contents['config']['image_size'] = 1
+        contents['config']['backbone_type'] = 'inception'
+    else:
+        contents['state_dict']['head.weight'] = {'nan': weight * torch.nan, 'shape': weight[:, :3], 'number': 3}[fault]
+    save(contents, tmp_path / 'bad_model.pth')
+    with pytest.raises(UserError, match='bad_model.pth'):
+        call('--model', tmp_path / 'bad_model.pth', '--images', museum)
+    assert not (tmp_path / 'museum_model.pth').exists()
+    assert '11 images of 1 folders' in call('--model', model, '--images', museum)
 
 
 def test_the_data_base_of_a_run_is_not_added_to(call, embedded, museum, tmp_path):
@@ -474,17 +554,18 @@ def drawn(monkeypatch) -> list:
     return kept
 
 
-def test_duplicates_are_pairs_and_groups(call, model, museum, tmp_path, drawn):
+def test_duplicates_are_groups(call, model, museum, tmp_path, drawn):
     for name in ('copy.jpg', 'loans/copy.jpg'):
         shutil.copy(museum / 'zebra/2.jpg', museum / name)
     shutil.copy(museum / 'ara/0.jpg', museum / 'other.jpg')
     call('--model', model, '--images', museum)
-    assert '4 pairs of at least 0.999999 in 2 groups' in call('--duplicates', '0.999999')
+    assert '5 images in 2 groups of at least 0.999999' in call('--duplicates', '0.999999')
     with open(tmp_path / 'museum_duplicates.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     groups = {number: {Path(row[column]).relative_to(museum).as_posix() for row in rows if row['group'] == number
                        for column in ('image', 'duplicate')} for number in ('1', '2')}
     assert groups == {'1': {'ara/0.jpg', 'other.jpg'}, '2': {'copy.jpg', 'loans/copy.jpg', 'zebra/2.jpg'}}
+    assert [Path(row['image']).name for row in rows] == ['0.jpg', 'copy.jpg', 'copy.jpg']
     assert {row['similarity'] for row in rows} == {'1.000000'}
     assert [(row['note'], row['query'], [other['file'] for other in row['retrieved']]) for row in drawn] == [
         ('group 1', museum / 'ara/0.jpg', [museum / 'other.jpg']),
@@ -502,16 +583,11 @@ def test_duplicates_are_drawn(call, model, museum, tmp_path):
 
 
 def test_duplicates_of_similarity_zero_can_be_asked_for_and_replace_no_foreign_file(call, embedded, tmp_path, drawn):
-    assert 'pairs of at least 0 in ' in call('--duplicates', '0')
-    assert '0 pairs of at least 1 in 0 groups' in call('--duplicates', '1')
+    assert 'groups of at least 0: ' in call('--duplicates', '0')
+    assert '0 images in 0 groups of at least 1: ' in call('--duplicates', '1')
     (tmp_path / 'museum_duplicates.csv').write_text('mine')
     with pytest.raises(UserError, match='museum_duplicates.csv exists, was not written'):
         call('--duplicates', '0.99')
-
-
-def test_pairs_that_share_images_are_one_group():
-    assert embed.group_pairs([(3, 5, 0.9), (0, 2, 0.9), (5, 7, 0.8), (1, 2, 0.8)], 9) == [[0, 1, 2], [3, 5, 7]]
-    assert embed.group_pairs([], 3) == []
 
 
 # ---------------------------------------------------- mistakes -----------------------------------------------------

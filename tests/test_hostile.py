@@ -31,7 +31,7 @@ from imagedata.loading import open_data
 from imagedata.raw_sets import RAW_SETS, images_of, read_car
 from model import EmbeddingNet, NetConfig
 from retrieval.database import load_data_base
-from retrieval.model_file import load_model
+from retrieval.model_file import load_model, load_model_file
 from training.checkpoint import load_checkpoint_file
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
@@ -229,6 +229,24 @@ def test_a_model_that_asks_for_all_memory_is_refused(trained_run, tmp_path):
     save({**contents, 'config': {**contents['config'], 'feature_dim': 20_000_000}}, tmp_path / 'm.pth')
     with pytest.raises(UserError, match='m.pth is not a valid model: feature_dim cannot be used'):
         load_model(tmp_path / 'm.pth', torch.device('cpu'))
+
+
+@pytest.mark.parametrize('value', [5, 'x', torch.ones(16).to_sparse(), torch.ones(2, device='meta'),
+                                   torch.ones(1).expand(8 * 2**30), torch.ones(2, dtype=torch.complex64)])
+def test_a_model_of_other_things_than_plain_tensors_is_refused(trained_run, tmp_path, value):
+    contents = load(trained_run / f'{NAME}_model.pth', 'model')
+    torch.save({**contents, 'state_dict': {**contents['state_dict'], 'mean': value}}, tmp_path / 'm.pth')
+    assert (tmp_path / 'm.pth').stat().st_size < 10**7
+    with pytest.raises(UserError, match='m.pth is not a valid model: its state_dict holds other things than plain'):
+        load_model_file(tmp_path / 'm.pth')
+
+
+def test_a_model_of_whole_numbers_is_refused(trained_run, tmp_path):
+    contents = load(trained_run / f'{NAME}_model.pth', 'model')
+    save({**contents, 'state_dict': {name: value.long() for name, value in contents['state_dict'].items()}},
+         tmp_path / 'm.pth')
+    with pytest.raises(UserError, match='m.pth does not fit its own description .* is of torch.int64'):
+        load_model(tmp_path / 'm.pth')
 
 
 @pytest.mark.parametrize('features', [torch.ones(1, 1).expand(12, 10**9), torch.zeros(12, 0),

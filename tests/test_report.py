@@ -237,6 +237,14 @@ def test_features_of_one_dimension_are_mapped_to_a_line():
     assert len(set(points[:, 0])) == 2
 
 
+def test_the_neighbours_of_all_are_the_nearest():
+    features = torch.nn.functional.normalize(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    indices, distances = report.neighbours_of_all(features)
+    expected = (1 - features.double() @ features.double().T).clamp(0).sort(1)
+    assert indices.tolist() == expected.indices[:, :15].tolist()
+    np.testing.assert_allclose(distances, expected.values[:, :15], atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_umap_keeps_clusters_apart():
     pytest.importorskip('umap', reason='umap-learn is not installed')

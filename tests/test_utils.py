@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ENVIRONMENT, REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,23 @@ def test_a_mistake_ends_a_script_with_exit_code_2_and_one_line():
     (UserError('Caught in a worker: common.errors.UserError: a.jpg is broken'), 2, 'error: a.jpg is broken'),
     (FileNotFoundError(2, 'No such file or directory', 'x.csv'), 2, 'error: cannot use x.csv: No such file'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed'), 2, 'a process that reads images has died'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has'), 2,
+     'error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has); lower --batch_size'),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                  'tried to allocate 400000000000 bytes. Error code 12 (Cannot allocate memory)'), 2,
+     'lower --batch_size'),
+    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), 2, 'out of memory'),
+    (MemoryError(), 2, 'error: out of memory (MemoryError); lower --batch_size'),
+    (MemoryError('Caught MemoryError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nMemoryError\n'), 2,
+     'out of memory (MemoryError); lower --batch_size'),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  'are out of shared memory. Please try to raise your shared memory limit.'), 2,
+     'shared memory, /dev/shm, does not suffice'),
+    (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback:\nRuntimeError: unable to '
+                  'write to file </torch_9_1_0>: No space left on device (28)'), 2,
+     'shared memory, /dev/shm, does not suffice for the batches of the processes that read images (RuntimeError: '
+     'unable to write to file </torch_9_1_0>: No space left on device (28)); enlarge it'),
+    (OSError(28, 'No space left on device'), 2, 'a disk, or /dev/shm, has no space left'),
     (KeyboardInterrupt(), 130, 'stopped by Ctrl-C'), (KeyboardInterrupt('epoch 3 is saved'), 130, ': epoch 3 is'),
     (Terminated(), 143, 'stopped by SIGTERM')])
 def test_what_ends_a_script_is_one_line_with_its_exit_code(monkeypatch, capsys, error, code, line):
@@ -111,6 +129,18 @@ def test_what_ends_a_script_is_one_line_with_its_exit_code(monkeypatch, capsys, 
     assert printed.startswith('train.py: ')
     assert line in printed
     assert printed.count('\n') == 1
+
+
+def test_a_script_without_batches_suggests_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['report.py'])
+
+    def main():
+        torch.empty(2**50)
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert 'report.py: error: out of memory' in (printed := capsys.readouterr().err)
+    assert 'batch_size' not in printed
 
 
 @pytest.mark.parametrize('error', [ZeroDivisionError('a bug'), RuntimeError('a bug'), OSError('without a file')])

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,8 +195,15 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 
 
 def test_a_folder_name_is_no_path_not_hidden_and_printable():
-    assert all(map(is_folder_name, ('car', 'my photos', 'ähren', 'a.b')))
-    assert not any(map(is_folder_name, ('a/b', '..', '.hidden', 'a\nb', '/a', 'a/', 3, None)))
+    assert all(map(is_folder_name, ('car', 'my photos', 'ähren', 'a.b', 'a\u00a0b', '3\u202fPM', 'a\u3000', 'a\u200d')))
+    assert not any(map(is_folder_name, ('a/b', '..', '.hidden', 'a\nb', 'a\x7f', 'a\udcff', '/a', 'a/', 3, None)))
+
+
+@pytest.mark.parametrize('time', [2**63 + 10**18, -2**63 - 10**18])
+def test_a_time_beyond_2262_is_a_stamp(tmp_path, monkeypatch, time):
+    (tmp_path / 'x.jpg').write_bytes(b'x')
+    monkeypatch.setattr('os.stat', lambda _: SimpleNamespace(st_size=1, st_mtime_ns=time))
+    assert torch.tensor(stamp_of(tmp_path / 'x.jpg'))[1].sign() == (1 if time > 0 else -1)
 
 
 def test_a_stamp_changes_with_size_or_time_and_is_none_without_a_file(tmp_path):

@@ -244,6 +244,98 @@ def test_a_jpeg_of_a_thousand_scans_is_broken(tmp_path, num_scans, is_read):
             assert load_image(file).size == (70, 45)
 
 
+def test_a_tile_decodes_no_more_of_a_photograph_than_it_shows(tmp_path, monkeypatch):
+    noise(400, 600).save(tmp_path / 'x.jpg')
+    sizes, pad = [], images.ImageOps.pad
+    monkeypatch.setattr(images.ImageOps, 'pad', lambda image, *rest, **more: sizes.append(image.size) or pad(
+        image, *rest, **more))
+    tile, is_read = load_tile(tmp_path / 'x.jpg', 48)
+    assert is_read
+    assert sizes == [(150, 100)]
+    whole = pad(load_image(tmp_path / 'x.jpg'), (48, 48), color='white')
+    assert np.abs(np.asarray(tile).astype(int) - np.asarray(whole)).mean() < 2
+
+
+def test_what_phones_append_to_a_photograph_is_not_taken_for_scans(tmp_path):
+    noise().save(tmp_path / 'x.jpg', progressive=True)
+    whole = load_image(tmp_path / 'x.jpg')
+    with open(tmp_path / 'x.jpg', 'ab') as file:
+        file.write(200 * b'video\xff\xda')
+    assert np.array_equal(load_image(tmp_path / 'x.jpg'), whole)
+
+
+@pytest.mark.parametrize(('name', 'kind'), [('x.gif', 'GIF'), ('x.webp', 'WEBP'), ('x.apng', 'PNG'), ('x.tif', 'TIFF'),
+                                            ('x.mpo', 'MPO')])
+def test_of_several_images_the_first_is_read(tmp_path, name, kind):
+    Image.new('RGB', (9, 7), 'red').save(tmp_path / name, kind, save_all=True,
+                                         append_images=[Image.new('RGB', (9, 7), 'blue')])
+    image = load_image(tmp_path / name)
+    assert image.size == (9, 7)
+    np.testing.assert_allclose(image.getpixel((4, 4)), (255, 0, 0), atol=2)
+
+
+@pytest.mark.parametrize(('name', 'mode', 'options', 'tolerance'), [
+    ('x.jpg', 'CMYK', {}, 3), ('x.tif', 'CMYK', {}, 1), ('x.tif', 'YCbCr', {}, 3), ('x.png', 'P', {}, 3),
+    ('x.tif', 'P', {'compression': 'tiff_lzw'}, 3), ('x.png', '1', {}, 3), ('x.tif', '1', {'compression': 'group4'}, 3),
+    ('x.jpg', 'L', {}, 3), ('x.jp2', 'RGBA', {}, 3), ('x.png', 'RGB', {'icc_profile': b'no profile'}, 1)])
+def test_a_photograph_looks_the_same_in_any_mode(tmp_path, name, mode, options, tolerance):
+    noise().convert('L' if mode == '1' else 'RGB').convert(mode).save(tmp_path / name, **options)
+    means = np.asarray(load_image(tmp_path / name)).mean((0, 1))
+    np.testing.assert_allclose(means, np.asarray(noise()).mean((0, 1)), atol=tolerance)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'gif', 'webp', 'bmp', 'tif', 'jp2', 'ppm'])
+@pytest.mark.parametrize('size', [0, 1, 40, 0.5])
+def test_a_truncated_file_is_broken(tmp_path, suffix, size):
+    noise().save(tmp_path / f'x.{suffix}')
+    data = (tmp_path / f'x.{suffix}').read_bytes()
+    (tmp_path / f'x.{suffix}').write_bytes(data[:size if size >= 1 else int(size * len(data))])
+    with pytest.raises(BrokenImage):
+        load_image(tmp_path / f'x.{suffix}')
+
+
+def test_a_png_without_its_end_is_read(tmp_path):
+    noise().save(tmp_path / 'x.png')
+    data = (tmp_path / 'x.png').read_bytes()
+    (tmp_path / 'x.png').write_bytes(data[:-12])
+    assert np.array_equal(load_image(tmp_path / 'x.png'), noise())
+
+
+@pytest.mark.parametrize('sound', [False, True])
+def test_a_file_of_gigabytes_of_zeros_is_not_read_into_memory(tmp_path, sound):
+    if sound:
+        noise().save(tmp_path / 'x.jpg')
+    with open(tmp_path / 'x.jpg', 'ab') as file:
+        file.truncate(2**36)  # sparse
+    with contextlib.nullcontext() if sound else pytest.raises(BrokenImage, match='cannot identify'):
+        assert load_image(tmp_path / 'x.jpg').size == (70, 45)
+
+
+@pytest.mark.parametrize('data', [b'<svg xmlns="http://www.w3.org/2000/svg"/>', b'<!doctype html><html>404', b'GIF89a',
+                                  b'\0\5\x16\7\0\2\0\0Mac OS X        ', b'version https://git-lfs.github.com/spec/v1'])
+def test_what_is_no_image_whatever_its_name_is_broken(tmp_path, data):
+    (tmp_path / 'x.jpg').write_bytes(data)
+    with pytest.raises(BrokenImage):
+        load_image(tmp_path / 'x.jpg')
+
+
+def test_a_transparent_grey_level_of_16_bits_is_shown_on_white(tmp_path):
+    pixels = np.array([[0, 51400, 257]], np.uint16)
+    Image.fromarray(pixels).save(tmp_path / 'x.png', transparency=0)
+    with Image.open(tmp_path / 'x.png') as image:
+        assert (image.mode, image.info['transparency']) == ('I;16', 0)
+    assert np.asarray(load_image(tmp_path / 'x.png'))[0, :, 0].tolist() == [255, 200, 1]
+
+
+@pytest.mark.parametrize('options', [{'tiffinfo': {274: 6}}, {'tiffinfo': {274: 6}, 'compression': 'tiff_lzw'}])
+def test_a_tiff_is_turned_upright_once(tmp_path, options):
+    image = Image.new('RGB', (40, 20), 'red')
+    image.paste('blue', (0, 0, 20, 20))
+    image.save(tmp_path / 'x.tif', **options)
+    upright = load_image(tmp_path / 'x.tif')
+    assert (upright.size, upright.getpixel((5, 2)), upright.getpixel((5, 37))) == ((20, 40), (0, 0, 255), (255, 0, 0))
+
+
 def test_floating_point_images_have_no_known_range(tmp_path):
     Image.fromarray(np.zeros((5, 7), np.float32)).save(tmp_path / 'x.tif')
     with pytest.raises(BrokenImage, match='floating-point'):

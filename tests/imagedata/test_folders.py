@@ -196,7 +196,8 @@ def test_links_to_images_are_followed(tmp_path):
 
 SYSTEM_NAMES = ('@eaDir', '#recycle', '@Recycle', '$RECYCLE.BIN', 'System Volume Information', 'lost+found',
                 '.thumbnails', '__MACOSX', '@Recently-Snapshot', '#snapshot', '@EADIR', '.@__thumb', '~snapshot',
-                '.Trash-1000', 'Catalog Previews.lrdata', '@snapshots', '@Transcode')
+                '.Trash-1000', 'Catalog Previews.lrdata', '@snapshots', '@Transcode', 'FOUND.000', 'files_trashbin',
+                'files_versions', '#trash')
 
 
 @pytest.mark.parametrize('name', SYSTEM_NAMES)
@@ -211,6 +212,38 @@ def test_the_folders_of_a_nas_or_a_system_are_skipped_and_counted(tmp_path, name
     images, left_out = scan_images(root)
     assert list(images) == ['a/0.jpg', 'b/0.jpg']
     assert left_out == folder.left_out
+
+
+@pytest.mark.parametrize('name', ['._0.jpg', '.DS_Store', '.trashed-1700000000-0.jpg', '0.jpg@SynoEAStream',
+                                  '0.jpg:Zone.Identifier', 'Thumbs.db', 'desktop.ini', '0.jpg.part', '0.jpg~',
+                                  '0.jpg.'])
+def test_what_systems_leave_beside_photographs_is_no_image(tmp_path, name):
+    root = make_own(tmp_path, 'ab', images=1)
+    (root / 'a' / name).write_bytes((root / 'a/0.jpg').read_bytes())
+    assert [image.source for image in read_folder(root).images] == ['a/0.jpg', 'b/0.jpg']
+    assert list(scan_images(root)[0]) == ['a/0.jpg', 'b/0.jpg']
+
+
+@pytest.mark.parametrize('name', ['CON.jpg', 'photo .jpg', 'photo. .jpg', 'IMG_1 (Conflicted copy).JPG', '-rf.jpg',
+                                  '%2e.jpg', '[1].jpg', 'a,b";.jpg', f'{"x" * 251}.jpg', '0.JPG',
+                                  'face.pgm', 'x.mpo', 'x.apng'])
+def test_photographs_of_unusual_names_are_images(tmp_path, name):
+    root = make_own(tmp_path, 'ab', images=1)
+    (root / 'a' / name).write_bytes((root / 'a/0.jpg').read_bytes())
+    sources = ['a/0.jpg', f'a/{name}', 'b/0.jpg']
+    folder = read_folder(root)
+    assert sorted(image.source for image in folder.images) == sorted(sources)
+    assert len({image.stem for image in folder.images}) == 3 - (name == '0.JPG')  # data_utils.py numbers equal ones
+    assert sorted(scan_images(root)[0]) == sorted(sources)
+
+
+def test_class_folders_that_differ_in_case_are_two_classes(tmp_path):
+    root = make_own(tmp_path, 'ab')
+    (root / 'A').mkdir()
+    if (root / 'A').samefile(root / 'a'):
+        pytest.skip('this file system does not tell upper from lower case')
+    write_image(root / 'A/0.jpg', 1, 1)
+    assert sorted({image.label for image in read_folder(root).images}) == ['A', 'a', 'b']
 
 
 def test_a_system_folder_that_cannot_be_read_is_skipped_like_others(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 """The known raw data sets in their true formats, what is wrong with damaged ones, and the names of their folders."""
+import sys
+
 import numpy as np
 import pytest
 from raw_trees import make_car, make_cub, make_isc, make_own, make_sop
@@ -11,6 +13,7 @@ from imagedata.raw_sets import (
     count_images,
     find_root,
     images_of,
+    read_annotations,
     read_car,
     read_cub,
     read_isc,
@@ -96,6 +99,20 @@ def test_annotations_of_cars_that_are_not_matlab_are_refused(tmp_path):
     (tmp_path / 'cars_annos.mat').write_bytes(b'not MATLAB')
     with pytest.raises(UserError, match='cars_annos.mat is not the annotation file of CARS196 .*; download it again'):
         read_car(tmp_path)
+
+
+@pytest.mark.parametrize('system', ['Windows', 'macOS'])
+def test_annotations_of_cars_are_read_where_memory_cannot_be_limited(tmp_path, monkeypatch, system):
+    file = make_car(tmp_path) / 'cars_annos.mat'
+
+    def refuse(*_):
+        raise ValueError('current limit exceeds maximum limit')
+
+    if system == 'Windows':
+        monkeypatch.setitem(sys.modules, 'resource', None)
+    else:
+        monkeypatch.setattr('resource.setrlimit', refuse)
+    assert len(read_annotations(str(file))[0]) == 24
 
 
 @pytest.mark.slow

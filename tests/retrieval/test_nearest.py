@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from retrieval import counting, nearest
 from retrieval.metrics import similarity_of
-from retrieval.nearest import Nearest, best_similarities, pairs_above
+from retrieval.nearest import Nearest, best_similarities
 
 
 def order_of(similarity: torch.Tensor) -> list[int]:
@@ -61,19 +61,6 @@ def test_rows_and_queries_that_are_not_finite_are_not_retrieved():
     answers = Nearest(features).search(queries, 20)
     assert sorted(row for row, _ in answers[0]) == [0, 1, 3, 4, 5, 6, 7, 8]
     assert answers[1] == []
-
-
-def test_pairs_above_a_similarity_are_all_of_them(first_pass, monkeypatch):
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 64)
-    features = make_features(150, 3, 0)
-    features[140] = features[2]
-    similarity = similarity_of(features, features)
-    for threshold in (0.9, similarity[3, 7].item(), -0.5):
-        expected = {(one, other): similarity[one, other].item() for one in range(150) for other in range(one + 1, 150)
-                    if similarity[one, other] >= threshold}
-        pairs = pairs_above(features, threshold)
-        assert {pair[:2]: pair[2] for pair in pairs} == expected
-        assert [pair[2] for pair in pairs] == sorted(expected.values(), reverse=True)
 
 
 @pytest.mark.parametrize('gallery', [False, True])
