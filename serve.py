@@ -18,10 +18,8 @@ import hashlib
 import html
 import io
 import json
-import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -39,10 +37,6 @@ THUMBNAIL_SIDE = 320  # px
 THUMBNAIL_QUALITY = 80  # of JPEG
 CACHED_THUMBNAILS = 4096
 TEMPLATE = Path(__file__).parent / 'templates' / 'serve.html'
-SECURITY_HEADERS = {
-    'Content-Security-Policy': "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src "
-    "'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'}
 
 
 # ---------------------------------------------------- command line --------------------------------------------------
@@ -252,36 +246,14 @@ def make_app(api: Api, hosts: list[str], token: str | None = None):
         token: required of every request; None: of none.
     """
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from serving.access import Guard
 
     app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    add_guard(app, token)
+    app.add_middleware(Guard, hosts=hosts, token=token)
     add_error_handlers(app)
     add_routes(app, api)
     return app
-
-
-def add_guard(app, token: str | None) -> None:
-    """Require the token, if there is one, and send security headers with every response."""
-    from fastapi import Request
-    from fastapi.responses import JSONResponse, RedirectResponse, Response
-
-    @app.middleware('http')
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        sent = (request.query_params.get('token') or request.cookies.get('token')
-                or request.headers.get('authorization', '').removeprefix('Bearer '))
-        if token is not None and request.url.path != '/health' and not secrets.compare_digest(
-                sent.encode(), token.encode()):
-            return JSONResponse({'error': 'a token is required: open /?token=WORD'}, 401)
-        if token is not None and request.url.path == '/' and request.query_params.get('token'):
-            response = RedirectResponse('/', 303)  # the token does not stay in the address bar
-            response.set_cookie('token', token, httponly=True, samesite='strict', max_age=10**7)
-            return response
-        response = await call_next(request)
-        for name, value in SECURITY_HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
 
 
 def add_error_handlers(app) -> None:

@@ -48,12 +48,12 @@ def make_items(count: int) -> tuple[list[CollectionItem], torch.Tensor]:
 class Server:
     """A server in a thread of this process."""
 
-    def __init__(self, searcher, token: str | None = None):
+    def __init__(self, searcher, token: str | None = None, hosts=('127.0.0.1',)):
         import uvicorn
 
         listening = serve.listen('127.0.0.1', 0)
         self.url = f'http://127.0.0.1:{listening.getsockname()[1]}'
-        app = serve.make_app(serve.Api(searcher, 'museum'), ['127.0.0.1'], token)
+        app = serve.make_app(serve.Api(searcher, 'museum'), hosts, token)
         self.server = uvicorn.Server(uvicorn.Config(app, log_level='warning'))
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
