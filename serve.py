@@ -52,6 +52,9 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on; with 0.0.0.0, other machines can '
                         'open the page [%(default)s]')
     parser.add_argument('--port', type=int, default=8000, help='0: any free port [%(default)s]')
+    parser.add_argument('--allowed_host', nargs='+', default=[], metavar='NAME', help='names by which clients may '
+                        'address the server, beside its addresses, localhost and the name of this machine; with a '
+                        'proxy in front, the name of the site; *: any')
     parser.add_argument('--token', metavar='WORD', help='required of every client: open /?token=WORD once in a '
                         'browser, or send the header Authorization: Bearer WORD')
     parser.add_argument('--device', default='auto', help='where uploads are embedded: auto, cpu, mps, cuda, cuda:N '
@@ -242,7 +245,7 @@ def make_app(api: Api, hosts: list[str], token: str | None = None):
     """Build the FastAPI application.
 
     Args:
-        hosts: names by which clients may address the server, `*` for any; against DNS rebinding by other sites.
+        hosts: names by which clients may address the server, beside IP addresses; `*`: any.
         token: required of every request; None: of none.
     """
     from fastapi import FastAPI
@@ -352,7 +355,7 @@ def main(args) -> None:
     address, port = listening.getsockname()[:2]
     name = f'[{args.host}]' if ':' in args.host else args.host
     is_local = address in ('127.0.0.1', '::1')
-    hosts = ['127.0.0.1', 'localhost', '[::1]', name] if is_local else ['*']
+    hosts = ['localhost', args.host, *([] if is_local else [socket.gethostname()]), *args.allowed_host]
     app = make_app(Api(searcher, args.collection or Path(args.data_base).stem), hosts, args.token)
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; press Ctrl-C to stop', flush=True)
     if not is_local and args.token is None:

@@ -1,4 +1,5 @@
 """Who may use serve.py: the server's own name as Host, no request that another site sends, and the token."""
+import ipaddress
 import re
 import secrets
 
@@ -7,18 +8,27 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 
 OPEN_PATHS = {'/health'}  # need no token
-HOST = re.compile(r'(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?', re.IGNORECASE)
+HOST = re.compile(r'(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(?::\d+)?', re.IGNORECASE)  # with a port
 SECURITY_HEADERS = {
     'Content-Security-Policy': "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src "
     "'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    'Cross-Origin-Resource-Policy': 'same-origin',  # no other site shows the images
     'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer'}
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is an IP address."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 class Guard:
     """ASGI middleware that lets requests in or refuses them, and sends security headers with every response.
 
     Args:
-        hosts: names by which clients may address the server; `*`: any.
+        hosts: names by which clients may address the server, beside IP addresses; `*`: any.
         token: required of every request; None: of none.
     """
 
@@ -37,15 +47,33 @@ class Guard:
             await self.app(scope, receive, send)
         else:
             request = Request(scope)
-            answer = self.check_host(request) or self.check_token(request) or self.app
+            answer = self.check_host(request) or self.check_site(request) or self.check_token(request) or self.app
             await answer(scope, receive, send_secured)
 
     def check_host(self, request: Request) -> Response | None:
-        """Refuse a Host that is not a name of this server, against DNS rebinding by other sites; else return None."""
-        host = HOST.fullmatch(request.headers.get('host', ''))
-        if '*' in self.hosts or host and host[1].lower() in self.hosts:
+        """Refuse a Host that is not a name of this server, against DNS rebinding by other sites; else return None.
+
+        An IP address passes: rebinding needs a name.
+        """
+        match = HOST.fullmatch(request.headers.get('host', ''))
+        host = (match['ipv6'] or match['name']).lower() if match else ''
+        if '*' in self.hosts or host in self.hosts or is_address(host):
             return None
-        return JSONResponse({'error': 'this is not a name of the server'}, 400)
+        return JSONResponse({'error': 'the server does not know this name as its own; start it with --allowed_host '
+                             'NAME'}, 400)
+
+    def check_site(self, request: Request) -> Response | None:
+        """Refuse what another site's page sends or embeds; a link to the page passes.
+
+        Browsers send Sec-Fetch-Site to HTTPS and to this machine, and Origin with each POST.
+        """
+        headers = request.headers
+        is_link = request.method == 'GET' and headers.get('sec-fetch-mode') == 'navigate'
+        is_foreign = headers.get('sec-fetch-site', 'none') not in ('none', 'same-origin') and not is_link
+        origin = headers.get('origin')
+        if is_foreign or origin is not None and origin.partition('://')[2] != headers.get('host'):
+            return JSONResponse({'error': 'a page of another site may not use this server'}, 403)
+        return None
 
     def check_token(self, request: Request) -> Response | None:
         """Refuse a request without the token; replace the token in the page's address by a cookie; else return None."""

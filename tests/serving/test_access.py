@@ -38,3 +38,26 @@ def test_no_host_header_passes_the_token(searcher, host, hosts):
         status, answer = send_raw(server, f'GET /find?q=ara HTTP/1.1\nHost: {host}\nConnection: close\n\n')
     assert status == (401 if hosts == ['*'] else 400)
     assert 'results' not in answer
+
+
+def test_a_public_server_answers_to_addresses_and_its_names_alone(searcher):
+    with Server(searcher, hosts=['museum.example']) as server:
+        for host in ('127.0.0.1', '192.168.1.7:8000', '[fe80::1]:80', 'museum.example', 'MUSEUM.example:8000'):
+            assert server.request('/random', Host=host)[0] == 200, host
+        for host in ('evil.example', 'museum.example.evil', '1.evil', 'museum.example/'):
+            status, _, answer = server.request('/random', Host=host)
+            assert (status, b'--allowed_host' in answer) == (400, True), host
+
+
+def test_another_site_can_neither_show_images_nor_send_uploads(searcher):
+    with Server(searcher) as server:
+        own = server.url.removeprefix('http://')
+        for headers in ({'Sec-Fetch-Site': 'cross-site', 'Sec-Fetch-Mode': 'no-cors'}, {'Sec-Fetch-Site': 'same-site'},
+                        {'Origin': 'http://evil.example'}, {'Origin': 'null'}, {'Origin': 'http://127.0.0.1:1'},
+                        {'Origin': 'http://[:'}):
+            assert server.request('/images/0', **headers)[0] == 403, headers
+            assert server.request('/search', b'x', **headers)[0] == 403, headers
+        for headers in ({'Sec-Fetch-Site': 'same-origin'}, {'Sec-Fetch-Site': 'none'}, {'Origin': f'http://{own}'},
+                        {'Sec-Fetch-Site': 'cross-site', 'Sec-Fetch-Mode': 'navigate'}):
+            assert server.request('/random', **headers)[0] == 200, headers
+        assert server.request('/random')[1]['cross-origin-resource-policy'] == 'same-origin'
