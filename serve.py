@@ -18,6 +18,8 @@ import hashlib
 import html
 import io
 import json
+import os
+import re
 import socket
 import sys
 from functools import lru_cache
@@ -56,7 +58,11 @@ def get_args(argv: list[str] | None = None):
                         'address the server, beside its addresses, localhost and the name of this machine; with a '
                         'proxy in front, the name of the site; *: any')
     parser.add_argument('--token', metavar='WORD', help='required of every client: open /?token=WORD once in a '
-                        'browser, or send the header Authorization: Bearer WORD')
+                        'browser, or send the header Authorization: Bearer WORD. The list of processes shows it to '
+                        'other users of this machine, unlike --token_file and the environment variable SERVE_TOKEN')
+    parser.add_argument('--token_file', type=user_path, metavar='FILE', help='file that holds the token')
+    parser.add_argument('--root_path', default='', metavar='/PATH', help='where a proxy in front shows the page, if '
+                        'not at /')
     parser.add_argument('--device', default='auto', help='where uploads are embedded: auto, cpu, mps, cuda, cuda:N '
                         '[%(default)s]')
     args = parser.parse_args(argv)
@@ -64,10 +70,24 @@ def get_args(argv: list[str] | None = None):
     check_collection_flags(args)
     if args.qdrant is None:
         refuse_without_effect(args, {'model': ' with --data_base: the model beside the data base is used'})
-    if args.token is not None and not (len(args.token) >= MIN_TOKEN and args.token.isascii()
-                                       and args.token.isprintable()):
-        raise UserError(f'--token must be {MIN_TOKEN} or more printable ASCII characters')
+    args.token = read_token(args)
+    if args.root_path and not re.fullmatch(r'(/[\w.-]+)+', args.root_path):
+        raise UserError(f'--root_path {args.root_path} must be like /museum: a slash before each part, none at the end')
     return args
+
+
+def read_token(args) -> str | None:
+    """Return the token of --token, --token_file or SERVE_TOKEN; None if none is set."""
+    if args.token is not None and args.token_file is not None:
+        raise UserError('name one of --token WORD and --token_file FILE')
+    source, token = '--token', args.token
+    if args.token_file is not None:
+        source, token = f'--token_file {args.token_file}', Path(args.token_file).read_text(errors='replace').strip()
+    elif token is None and 'SERVE_TOKEN' in os.environ:
+        source, token = 'SERVE_TOKEN', os.environ['SERVE_TOKEN']
+    if token is not None and not (len(token) >= MIN_TOKEN and token.isascii() and token.isprintable()):
+        raise UserError(f'{source}: a token must be {MIN_TOKEN} or more printable ASCII characters')
+    return token
 
 
 if __name__ == '__main__':  # --help and mistakes need not wait for the imports below
@@ -241,18 +261,19 @@ def render_docs(schema: dict) -> str:
 
 
 # ---------------------------------------------------- HTTP --------------------------------------------------------
-def make_app(api: Api, hosts: list[str], token: str | None = None):
+def make_app(api: Api, hosts: list[str], token: str | None = None, root_path: str = ''):
     """Build the FastAPI application.
 
     Args:
         hosts: names by which clients may address the server, beside IP addresses; `*`: any.
         token: required of every request; None: of none.
+        root_path: below which a proxy shows the page.
     """
     from fastapi import FastAPI
 
     from serving.access import Guard
 
-    app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None)
+    app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None, root_path=root_path)
     app.add_middleware(Guard, hosts=hosts, token=token)
     add_error_handlers(app)
     add_routes(app, api)
@@ -356,7 +377,8 @@ def main(args) -> None:
     name = f'[{args.host}]' if ':' in args.host else args.host
     is_local = address in ('127.0.0.1', '::1')
     hosts = ['localhost', args.host, *([] if is_local else [socket.gethostname()]), *args.allowed_host]
-    app = make_app(Api(searcher, args.collection or Path(args.data_base).stem), hosts, args.token)
+    app = make_app(Api(searcher, args.collection or Path(args.data_base).stem), hosts, args.token,
+                   args.root_path)
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; press Ctrl-C to stop', flush=True)
     if not is_local and args.token is None:
         print('Anyone who can reach this machine over the network can search and see the images; --token WORD '

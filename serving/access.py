@@ -2,6 +2,8 @@
 import ipaddress
 import re
 import secrets
+import sys
+import time
 
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import MutableHeaders
@@ -9,6 +11,8 @@ from starlette.requests import Request
 
 OPEN_PATHS = {'/health'}  # need no token
 HOST = re.compile(r'(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[\w.-]+))(?::\d+)?', re.IGNORECASE)  # with a port
+MAX_TRIES, TRY_SECONDS = 10, 60  # wrong tokens of a client in so many seconds; then it has to wait
+MAX_CLIENTS = 10_000  # whose wrong tokens are remembered
 SECURITY_HEADERS = {
     'Content-Security-Policy': "default-src 'none'; img-src 'self' blob: data:; connect-src 'self'; style-src "
     "'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -24,6 +28,27 @@ def is_address(host: str) -> bool:
         return False
 
 
+class FailedTries:
+    """The wrong tokens that each client has sent lately."""
+
+    def __init__(self):
+        self.times = {}  # {client: seconds of time.monotonic}
+
+    def is_blocked(self, client: str) -> bool:
+        """Return whether a client has to wait before its next try."""
+        recent = [moment for moment in self.times.pop(client, ()) if moment > time.monotonic() - TRY_SECONDS]
+        if recent:
+            self.times[client] = recent
+        return len(recent) >= MAX_TRIES
+
+    def add(self, client: str) -> None:
+        """Note a wrong token, and tell the operator."""
+        print(f'{client} sent a wrong token', file=sys.stderr, flush=True)
+        self.times.setdefault(client, []).append(time.monotonic())
+        if len(self.times) > MAX_CLIENTS:
+            del self.times[next(iter(self.times))]  # the one that has not tried for longest
+
+
 class Guard:
     """ASGI middleware that lets requests in or refuses them, and sends security headers with every response.
 
@@ -34,6 +59,7 @@ class Guard:
 
     def __init__(self, app, hosts: list[str], token: str | None = None):
         self.app, self.hosts, self.token = app, {host.lower() for host in hosts}, token
+        self.failed_tries = FailedTries()
 
     async def __call__(self, scope, receive, send) -> None:
         async def send_secured(message) -> None:
@@ -78,16 +104,24 @@ class Guard:
     def check_token(self, request: Request) -> Response | None:
         """Refuse a request without the token; replace the token in the page's address by a cookie; else return None."""
         # The path that is routed. That of request.url depends on the Host header, which the client writes.
-        path = request.scope['path']
+        root_path = request.scope.get('root_path', '')
+        path = request.scope['path'].removeprefix(root_path)
         if self.token is None or path in OPEN_PATHS:
             return None
         in_address = request.query_params.get('token')
         sent = (in_address or request.cookies.get('token')
                 or request.headers.get('authorization', '').removeprefix('Bearer '))
+        client = request.client.host if request.client else ''
+        if sent and self.failed_tries.is_blocked(client):
+            return JSONResponse({'error': f'too many wrong tokens; wait {TRY_SECONDS} seconds'}, 429,
+                                {'Retry-After': str(TRY_SECONDS)})
         if not secrets.compare_digest(sent.encode(), self.token.encode()):
+            if sent:
+                self.failed_tries.add(client)
             return JSONResponse({'error': 'a token is required: open /?token=WORD'}, 401)
         if path != '/' or not in_address:
             return None
-        response = RedirectResponse('/', 303)  # the token does not stay in the address bar
-        response.set_cookie('token', self.token, httponly=True, samesite='strict', max_age=10**7)
+        response = RedirectResponse(f'{root_path}/', 303)  # the token does not stay in the address bar
+        response.set_cookie('token', self.token, path=f'{root_path}/', httponly=True, samesite='strict',
+                            secure=request.url.scheme == 'https', max_age=10**7)
         return response

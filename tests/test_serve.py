@@ -293,7 +293,7 @@ def hosts_of(museum, monkeypatch):
         hosts = []
         sock = SimpleNamespace(getsockname=lambda: (address, 8000))
         monkeypatch.setattr(serve, 'listen', lambda *_: sock)
-        monkeypatch.setattr(serve, 'make_app', lambda api, names, token: hosts.extend(names))
+        monkeypatch.setattr(serve, 'make_app', lambda api, names, *_: hosts.extend(names))
         monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: None))
         serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host, *words]))
         return hosts
@@ -347,11 +347,25 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 @pytest.mark.parametrize(('words', 'message'), [
-    (['--token', 'short'], '--token must be 8 or more'), (['--port', '70000'], '--port 70000'),
+    (['--token', 'short'], '--token: a token must be 8 or more'),
+    (['--token', 'let-me-in', '--token_file', 'x'], 'name one of --token WORD and --token_file FILE'),
+    (['--root_path', 'museum/'], '--root_path museum/ must be like /museum'), (['--port', '70000'], '--port 70000'),
     (['--model', 'm.pth'], '--model m.pth has no effect with --data_base')])
 def test_a_mistaken_command_line_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         serve.get_args(['--data_base', 'm.pth', *words])
+
+
+def test_the_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    words, file = ['--data_base', 'm.pth'], tmp_path / 'token'
+    file.write_text('let-me-in\n')
+    assert serve.get_args([*words, '--token_file', str(file)]).token == 'let-me-in'
+    monkeypatch.setenv('SERVE_TOKEN', 'from-outside')
+    assert serve.get_args(words).token == 'from-outside'
+    assert serve.get_args([*words, '--token', 'typed-word']).token == 'typed-word'
+    monkeypatch.setenv('SERVE_TOKEN', '')  # an empty token must not open the server
+    with pytest.raises(UserError, match='SERVE_TOKEN: a token must be'):
+        serve.get_args(words)
 
 
 @pytest.mark.parametrize(('words', 'message'), [

@@ -1,12 +1,16 @@
 """Who gets in: requests are written byte by byte, since libraries would not send what an attacker does."""
 import socket
 
+import urllib.error
+import urllib.request
+
 import pytest
 import torch
 from museum import Server, make_items
 
 from retrieval.collection import FileCollection
 from retrieval.searcher import Searcher
+from serving import access
 
 pytest.importorskip('fastapi')
 
@@ -61,3 +65,50 @@ def test_another_site_can_neither_show_images_nor_send_uploads(searcher):
                         {'Sec-Fetch-Site': 'cross-site', 'Sec-Fetch-Mode': 'navigate'}):
             assert server.request('/random', **headers)[0] == 200, headers
         assert server.request('/random')[1]['cross-origin-resource-policy'] == 'same-origin'
+
+
+def cookie_of(url: str, **headers) -> tuple[str, str]:
+    """Return Location and Set-Cookie of a response that redirects."""
+    class Stay(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_):
+            return None
+
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.build_opener(Stay).open(urllib.request.Request(url, None, headers))
+    return error.value.headers['Location'], error.value.headers['Set-Cookie']
+
+
+def test_wrong_tokens_are_reported_and_limited(searcher, monkeypatch, capsys):
+    right, wrong = {'Authorization': 'Bearer let-me-in'}, {'Authorization': 'Bearer let-me-out'}
+    with Server(searcher, 'let-me-in') as server:
+        assert [server.request('/random', **wrong)[0] for _ in range(12)] == [401] * access.MAX_TRIES + [429] * 2
+        assert capsys.readouterr().err == access.MAX_TRIES * '127.0.0.1 sent a wrong token\n'
+        status, headers, _ = server.request('/random', **right)  # else the answer would tell that it is the right one
+        assert (status, headers['retry-after']) == (429, '60')
+        assert server.request('/random')[0] == 401
+        assert server.request('/health')[0] == 200
+        monkeypatch.setattr(access, 'TRY_SECONDS', 0)
+        assert server.request('/random', **right)[0] == 200
+
+
+def test_the_clients_that_are_remembered_are_limited(monkeypatch):
+    monkeypatch.setattr(access, 'MAX_CLIENTS', 3)
+    tries = access.FailedTries()
+    for client in 'abcde':
+        tries.add(client)
+    assert list(tries.times) == ['c', 'd', 'e']
+
+
+def test_the_cookie_is_secure_behind_https_and_stays_below_the_root_path(searcher):
+    with Server(searcher, 'let-me-in') as server:
+        location, cookie = cookie_of(f'{server.url}/?token=let-me-in')
+        assert (location, 'Secure' in cookie) == ('/', False)
+        assert 'HttpOnly' in cookie
+        assert 'Secure' in cookie_of(f'{server.url}/?token=let-me-in', **{'X-Forwarded-Proto': 'https'})[1]
+    with Server(searcher, 'let-me-in', root_path='/museum') as server:
+        for prefix in ('', '/museum'):  # a proxy may strip the path, or not
+            location, cookie = cookie_of(f'{server.url}{prefix}/?token=let-me-in')
+            assert (location, 'Path=/museum/;' in cookie) == ('/museum/', True)
+            assert server.request(f'{prefix}/health')[0] == 200
+            assert server.request(f'{prefix}/random')[0] == 401
+            assert server.request(f'{prefix}/random', Cookie='token=let-me-in')[0] == 200
