@@ -9,11 +9,14 @@ the fingerprint of the model and the settings of its run. The server's API key i
 """
 import contextlib
 import hashlib
+import io
 import json
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 
@@ -51,6 +54,16 @@ def payload_of(item: CollectionItem) -> dict:
 def item_of(point) -> CollectionItem:
     """Return the image of a point."""
     return CollectionItem(*(point.payload[name] for name in CollectionItem._fields))
+
+
+class PointUnpickler(pickle.Unpickler):
+    """Unpickles the points of an embedded collection, which hold texts and numbers, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ('qdrant_client.http.models.models', 'PointStruct'):
+            return super().find_class(module, name)
+        raise UserError(f'--qdrant: the folder holds a pickle of {module}.{name}, which could execute code, and is not '
+                        'opened; embed the images again into another folder')
 
 
 class QdrantCollection:
@@ -104,10 +117,17 @@ class QdrantCollection:
     def connect(self):
         """Return a client of the server, or of the embedded mode."""
         from qdrant_client import QdrantClient
+        from qdrant_client.local import persistence
 
         with self.request():
             if self.is_server:
                 return QdrantClient(url=self.location, api_key=os.environ.get('QDRANT_API_KEY'), timeout=60)
+            # The embedded mode reads points by pickle.loads, which executes what a stranger's folder says.
+            if not hasattr(persistence, 'pickle'):
+                raise UserError('--qdrant: this version of qdrant-client reads folders in a way that cannot be checked; '
+                                'name the URL of a server')
+            persistence.pickle = SimpleNamespace(dumps=pickle.dumps,
+                                                 loads=lambda data: PointUnpickler(io.BytesIO(data)).load())
             return QdrantClient(path=self.location, force_disable_check_same_thread=True)
 
     @contextlib.contextmanager

@@ -1,4 +1,6 @@
 """embed.py and serve.py do with Qdrant what they do with a file; tests/retrieval/test_collection.py has the methods."""
+import pickle
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,6 +113,32 @@ def test_a_collection_of_another_program_is_refused(tmp_path):
     client.close()
     with pytest.raises(UserError, match='foreign in .* was not created by embed.py'):
         QdrantCollection(str(tmp_path), 'foreign')
+
+
+class Attack:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize('payload', [False, True])
+def test_a_folder_that_executes_code_is_refused(tmp_path, payload):
+    items, features = make_items(3)
+    collection = QdrantCollection(str(tmp_path / 'q'), 'museum', {'args': SETTINGS}, 'f', DIM)
+    collection.add(items, features)
+    collection.close()
+    attack = Attack(tmp_path / 'executed')
+    if payload:
+        attack = qdrant_client.models.PointStruct.model_construct(id=1, vector=[1.0] * DIM, payload={'path': attack})
+    with sqlite3.connect(tmp_path / 'q/collection/museum/storage.sqlite') as points:
+        points.execute('UPDATE points SET point = ?', (pickle.dumps(attack),))
+    with pytest.raises(UserError, match='a pickle of .*, which could execute code, and is not opened'):
+        QdrantCollection(str(tmp_path / 'q'), 'museum')
+    assert not (tmp_path / 'executed').exists()
 
 
 def test_more_images_than_fit_in_a_request_are_added_listed_and_removed(tmp_path, monkeypatch):
