@@ -143,7 +143,7 @@ async def parse_search(request) -> SearchRequest:
     if request.headers.get('content-type', '').split(';')[0].strip() == 'application/json':
         try:
             fields = json.loads(await read_body(request, MAX_JSON))
-        except ValueError:
+        except (ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict) or ('path' in fields) == ('image' in fields):
             raise RequestError(422, 'the JSON must be {"path": ...} or {"image": ...}, with k and binary as options')
@@ -163,6 +163,7 @@ def make_thumbnail(item) -> bytes:
     except (BrokenImage, UserError):
         raise RequestError(404, 'the image is missing or broken') from None
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.info.clear()  # else the file's comment would be written, which fails above 64 KB
     buffer = io.BytesIO()
     image.save(buffer, 'JPEG', quality=THUMBNAIL_QUALITY)
     return buffer.getvalue()

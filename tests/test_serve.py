@@ -149,6 +149,17 @@ def test_a_large_image_becomes_a_thumbnail_of_its_proportions(tmp_path):
         assert thumbnail.size == (serve.THUMBNAIL_SIDE, serve.THUMBNAIL_SIDE // 2)
 
 
+@pytest.mark.parametrize('length', [0, 100_000])
+def test_a_thumbnail_holds_pixels_alone(tmp_path, length):
+    exif = Image.Exif()
+    exif[0x010e] = 'a secret description'
+    for name, options in (('a.jpg', {'exif': exif, 'comment': b'a secret'}), ('a.gif', {'comment': bytes(length)})):
+        Image.new('RGB', (40, 30)).save(tmp_path / name, **options)
+        thumbnail = serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path=name))
+        assert b'secret' not in thumbnail
+        assert len(thumbnail) < 2000
+
+
 def test_an_image_that_was_deleted_or_replaced_by_a_link_is_not_served(server, museum):
     index = load_data_base(museum / 'museum.pth').test.images.index('zebra/4.jpg')
     assert server.request(f'/images/{index}')[0] == 404
@@ -198,6 +209,9 @@ def bomb() -> bytes:
         b'IEND', b'')
 
 
+DEEP_JSON = b'[' * 5000
+
+
 @pytest.mark.parametrize(('query_string', 'body', 'status', 'part'), [
     ('', lambda: bytes(serve.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
     ('', lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 415, 'unknown format'),
@@ -206,14 +220,16 @@ def bomb() -> bytes:
     ('?k=1e9', lambda: b'x', 422, 'k must be'), ('?binary=maybe', lambda: b'x', 422, 'binary must be'),
     ('?path=ara/0.jpg', lambda: b'x', 422, 'as JSON'), ('', lambda: {'path': '../outside.jpg'}, 404, 'outside.jpg'),
     ('', lambda: {'path': '/etc/passwd'}, 404, 'passwd'), ('', lambda: [], 422, 'JSON'),
-    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'), ('', lambda: {'image': '99'}, 404, "'99'"),
+    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'),
+    ('', lambda: DEEP_JSON, 422, 'JSON'), ('', lambda: {'image': '99'}, 404, "'99'"),
     ('', lambda: {'image': True}, 404, 'True'), ('', lambda: {'image': 0, 'k': 2.5}, 422, 'k must be'),
     ('', lambda: {'path': 'x' * 10**5}, 413, '10,000 bytes')])
 def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_path, monkeypatch, query_string, body,
                                                              status, part):
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     before = sorted(museum.rglob('*'))
-    answered, _, answer = server.request(f'/search{query_string}', body())
+    headers = {'Content-Type': 'application/json'} if body() == DEEP_JSON else {}
+    answered, _, answer = server.request(f'/search{query_string}', body(), **headers)
     line = json.loads(answer)['error']
     assert answered == status
     assert part in line
