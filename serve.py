@@ -350,8 +350,8 @@ def add_routes(app, api: Api) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; raises UserError if the address is not available."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family)
+        *kind, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(*kind)  # family, type and TCP by name: else asyncio does not set TCP_NODELAY
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(128)  # clients that connect before the data base is loaded wait

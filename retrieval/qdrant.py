@@ -124,7 +124,7 @@ class QdrantCollection:
                 return QdrantClient(url=self.location, api_key=os.environ.get('QDRANT_API_KEY'), timeout=60)
             # The embedded mode reads points by pickle.loads, which executes what a stranger's folder says.
             if not hasattr(persistence, 'pickle'):
-                raise UserError('--qdrant: this version of qdrant-client reads folders in a way that cannot be checked; '
+                raise UserError('--qdrant: this version of qdrant-client reads folders in a way that is not checked; '
                                 'name the URL of a server')
             persistence.pickle = SimpleNamespace(dumps=pickle.dumps,
                                                  loads=lambda data: PointUnpickler(io.BytesIO(data)).load())

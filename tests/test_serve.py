@@ -392,6 +392,12 @@ def test_what_cannot_be_served_is_refused(words, message):
         serve.main(serve.get_args(['--port', '0', *words]))
 
 
+def test_answers_are_sent_without_delay():
+    """asyncio sets TCP_NODELAY on connections whose listening socket names its protocol."""
+    with serve.listen('127.0.0.1', 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+
+
 def test_a_taken_port_is_refused():
     taken = serve.listen('127.0.0.1', 0)
     port = taken.getsockname()[1]
