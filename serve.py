@@ -364,7 +364,8 @@ def main(args) -> None:
     """Serve until a signal ends it."""
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+
+        from serving.connections import make_server
     except ImportError:
         raise UserError('serve.py needs fastapi and uvicorn; install them with: pip install -r requirements-serve.txt'
                         ) from None
@@ -387,9 +388,8 @@ def main(args) -> None:
     elif not is_local:
         print('Anyone who can reach this machine over the network and knows the token can search and see the images.',
               flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', timeout_keep_alive=5))
     try:
-        server.run([listening])
+        make_server(app).run([listening])
     except KeyboardInterrupt:  # uvicorn has answered the requests at hand, and raises the signal again
         print('stopped')
 

@@ -49,12 +49,12 @@ class Server:
     """A server in a thread of this process."""
 
     def __init__(self, searcher, token: str | None = None, hosts=('127.0.0.1',), root_path: str = ''):
-        import uvicorn
+        from serving.connections import make_server
 
         listening = serve.listen('127.0.0.1', 0)
         self.url = f'http://127.0.0.1:{listening.getsockname()[1]}'
         app = serve.make_app(serve.Api(searcher, 'museum'), hosts, token, root_path)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level='warning'))
+        self.server = make_server(app)
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
 

@@ -35,7 +35,7 @@ from retrieval.search import NO_MATCH, nearest_images
 from retrieval.searcher import open_searcher
 
 pytest.importorskip('fastapi')
-uvicorn = pytest.importorskip('uvicorn')
+connections = pytest.importorskip('serving.connections')
 CPU = torch.device('cpu')
 
 
@@ -310,7 +310,7 @@ def hosts_of(museum, monkeypatch):
         sock = SimpleNamespace(getsockname=lambda: (address, 8000))
         monkeypatch.setattr(serve, 'listen', lambda *_: sock)
         monkeypatch.setattr(serve, 'make_app', lambda api, names, *_: hosts.extend(names))
-        monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: None))
+        monkeypatch.setattr(connections, 'make_server', lambda app: SimpleNamespace(run=lambda sockets: None))
         serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host, *words]))
         return hosts
     return call
