@@ -17,22 +17,17 @@ import asyncio
 import hashlib
 import html
 import io
-import json
 import os
 import re
 import socket
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 from common.errors import Unreachable, UserError
 from utils import (Parser, add_collection_flags, check_between, check_collection_flags, refuse_without_effect,
                    run_script, user_path)
 
-MAX_UPLOAD = 20 * 10**6  # bytes
-MAX_JSON = 10**4  # bytes
-DEFAULT_K, MAX_K = 24, 200  # images in an answer
 MAX_FOUND = 60  # images that /find returns
 MIN_TOKEN = 8  # characters
 THUMBNAIL_SIDE = 320  # px
@@ -98,61 +93,7 @@ from common.files import image_file
 from common.images import BrokenImage, load_image
 from retrieval.search import NO_MATCH
 from retrieval.searcher import Query, RequestError, Searcher, open_qdrant_searcher, open_searcher
-
-
-# ---------------------------------------------------- requests ----------------------------------------------------
-class SearchRequest(NamedTuple):
-    """What a request to /search asks for; image and path are None if the picture is uploaded."""
-
-    image: str | None  # index of an image of the collection
-    path: str | None  # relative or absolute path of one
-    k: int  # number of neighbours
-    binary: bool  # by Hamming distance
-
-
-async def read_body(request, limit: int) -> bytes:
-    """Read the body of a request; raises RequestError as soon as it is too large."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise RequestError(413, f'more than {limit:,} bytes; send a smaller picture')
-    return bytes(body)
-
-
-def parse_k(value) -> int:
-    """Return the number of neighbours that a request asks for; raises RequestError if it is not valid."""
-    try:
-        k = DEFAULT_K if value is None else int(value)
-    except (ValueError, TypeError, OverflowError):
-        k = 0
-    if isinstance(value, (bool, float)) or not 1 <= k <= MAX_K:
-        raise RequestError(422, f'k must be a whole number from 1 to {MAX_K}')
-    return k
-
-
-def parse_binary(value) -> bool:
-    """Return whether a request asks for binary codes; raises RequestError if it is not valid."""
-    if value not in (None, False, True, '0', '1', 'true', 'false'):
-        raise RequestError(422, 'binary must be true or false')
-    return value in (True, '1', 'true')
-
-
-async def parse_search(request) -> SearchRequest:
-    """Parse a request to /search: JSON, or an upload with k and binary in the query string; raises RequestError."""
-    if request.headers.get('content-type', '').split(';')[0].strip() == 'application/json':
-        try:
-            fields = json.loads(await read_body(request, MAX_JSON))
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict) or ('path' in fields) == ('image' in fields):
-            raise RequestError(422, 'the JSON must be {"path": ...} or {"image": ...}, with k and binary as options')
-    else:
-        fields = request.query_params
-        if 'path' in fields or 'image' in fields:
-            raise RequestError(422, 'send path or image as JSON')
-    image, path = (str(fields[name]) if name in fields else None for name in ('image', 'path'))
-    return SearchRequest(image, path, parse_k(fields.get('k')), parse_binary(fields.get('binary')))
+from serving.uploads import MAX_UPLOAD, SearchRequest, Uploads, while_connected
 
 
 # ---------------------------------------------------- answers -----------------------------------------------------
@@ -169,73 +110,104 @@ def make_thumbnail(item) -> bytes:
     return buffer.getvalue()
 
 
+def version_of(item) -> str:
+    """Return a hash of an image's item: in its URL, it lets browsers cache the image for good."""
+    return hashlib.sha256(repr(item).encode()).hexdigest()[:12]
+
+
+def summary_of(collection, index: int) -> dict:
+    """Return what answers say about an image."""
+    item = collection.item(index)
+    return {'image': str(index), 'url': f'images/{index}?v={version_of(item)}', 'path': item.path,
+            'class': item.label or None}
+
+
+def parse_index(collection, text: str) -> int:
+    """Return the index of an image of the collection; raises RequestError if there is none."""
+    try:
+        index = int(text)
+        collection.item(index)
+    except Unreachable:
+        raise
+    except (ValueError, IndexError):
+        raise RequestError(404, f'there is no image {text[:40]!r}') from None
+    return index
+
+
+async def answer_search(searcher: Searcher, asked: SearchRequest) -> dict:
+    """Search for a picture or an image of the collection."""
+    if asked.binary and not searcher.collection.supports_binary:
+        raise RequestError(422, 'this collection ranks by cosine only; leave binary out')
+    if asked.picture is None:
+        index, query = await asyncio.to_thread(query_of_image, searcher.collection, asked)
+    else:
+        index, query = None, await query_of_picture(searcher, asked)
+    neighbours = [pair for pair in await searcher.search(query) if pair[0] != index][:asked.k]
+    # An image of the collection is there, so only uploads are judged.
+    threshold = searcher.threshold if index is None and not asked.binary else None
+    no_close_match = None
+    if threshold is not None and neighbours:
+        no_close_match = neighbours[0][1] < threshold
+
+    def describe() -> dict:
+        return {'query': None if index is None else summary_of(searcher.collection, index), 'threshold': threshold,
+                'no_close_match': no_close_match,
+                'results': [{**summary_of(searcher.collection, other), 'similarity': similarity}
+                            for other, similarity in neighbours]}
+
+    return await asyncio.to_thread(describe)
+
+
+def query_of_image(collection, asked: SearchRequest) -> tuple[int, Query]:
+    """Return the index and the query of an image of the collection; raises RequestError if there is none."""
+    index = collection.index_of(asked.path) if asked.image is None else parse_index(collection, asked.image)
+    if index is None:
+        raise RequestError(404, f'no image, or more than one, has the path {asked.path[:200]!r}')
+    return index, Query(None, collection.feature(index), asked.k + 1, asked.binary)  # it finds itself, too
+
+
+async def query_of_picture(searcher: Searcher, asked: SearchRequest) -> Query:
+    """Return the query of an uploaded picture; raises RequestError if it cannot be searched for."""
+    if searcher.model is None:
+        raise RequestError(409, 'the model is missing: only images of the collection can be searched for')
+    try:
+        return Query(await searcher.decode(asked.picture), None, asked.k, asked.binary)
+    except BrokenImage as error:
+        reason = 'unknown format' if 'cannot identify' in str(error) else str(error)
+        raise RequestError(415, f'the picture cannot be read ({reason})') from None
+
+
 class Api:
     """What the server answers, independent of HTTP."""
 
     def __init__(self, searcher: Searcher, title: str):
-        self.searcher, self.collection, self.title = searcher, searcher.collection, title
-        self.thumbnail = lru_cache(CACHED_THUMBNAILS)(lambda index: make_thumbnail(self.collection.item(index)))
-
-    def summary(self, index: int) -> dict:
-        """Return what answers say about an image."""
-        item = self.collection.item(index)
-        return {'image': str(index), 'url': f'images/{index}?v={self.version(index)}', 'path': item.path,
-                'class': item.label or None}
-
-    def version(self, index: int) -> str:
-        """Return a hash of an image's item: in its URL, it lets browsers cache the image for good."""
-        return hashlib.sha256(repr(self.collection.item(index)).encode()).hexdigest()[:12]
-
-    def parse_index(self, text: str) -> int:
-        """Return the index of an image of the collection; raises RequestError if there is none."""
-        try:
-            index = int(text)
-            self.collection.item(index)
-        except Unreachable:
-            raise
-        except (ValueError, IndexError):
-            raise RequestError(404, f'there is no image {text[:40]!r}') from None
-        return index
+        self.searcher, self.title = searcher, title
+        self.uploads = Uploads()
+        self.thumbnail = lru_cache(CACHED_THUMBNAILS)(make_thumbnail)
 
     async def search(self, request) -> dict:
         """Answer a request to /search."""
-        asked = await parse_search(request)
-        if asked.binary and not self.collection.supports_binary:
-            raise RequestError(422, 'this collection ranks by cosine only; leave binary out')
-        index = None
-        if asked.image is None and asked.path is None:
-            query = await self.embed_upload(await read_body(request, MAX_UPLOAD), asked)
-        else:
-            index = self.collection.index_of(asked.path) if asked.image is None else self.parse_index(asked.image)
-            if index is None:
-                raise RequestError(404, f'no image, or more than one, has the path {asked.path[:200]!r}')
-            query = Query(None, self.collection.feature(index), asked.k + 1, asked.binary)  # it finds itself, too
-        neighbours = [pair for pair in await self.searcher.search(query) if pair[0] != index][:asked.k]
-        # An image of the collection is there, so only uploads are judged.
-        threshold = self.searcher.threshold if index is None and not asked.binary else None
-        no_close_match = None
-        if threshold is not None and neighbours:
-            no_close_match = neighbours[0][1] < threshold
-        return {'query': None if index is None else self.summary(index), 'threshold': threshold,
-                'no_close_match': no_close_match,
-                'results': [{**self.summary(other), 'similarity': similarity} for other, similarity in neighbours]}
+        async with self.uploads.read_search(request) as asked:
+            with self.searcher.admit():
+                return await while_connected(request, answer_search(self.searcher, asked))
 
-    async def embed_upload(self, data: bytes, asked: SearchRequest) -> Query:
-        """Return the query of an uploaded picture; raises RequestError if it cannot be searched for."""
-        if self.searcher.model is None:
-            raise RequestError(409, 'the model is missing: only images of the collection can be searched for')
-        try:
-            return Query(await self.searcher.decode(data), None, asked.k, asked.binary)
-        except BrokenImage as error:
-            reason = 'unknown format' if 'cannot identify' in str(error) else str(error)
-            raise RequestError(415, f'the picture cannot be read ({reason})') from None
+    def image(self, text: str) -> tuple[bytes, str]:
+        """Return the thumbnail of an image, and its version; raises RequestError if there is none."""
+        collection = self.searcher.collection
+        item = collection.item(parse_index(collection, text))
+        return self.thumbnail(item), version_of(item)
+
+    def random_image(self) -> dict:
+        """Return a random image."""
+        collection = self.searcher.collection
+        return summary_of(collection, collection.random_index())
 
     def find(self, words: str) -> dict:
         """Find images by words in their path and class."""
-        count, indices = 0, []
+        collection, count, indices = self.searcher.collection, 0, []
         if words.split():
-            count, indices = self.collection.find(words[:200], MAX_FOUND)
-        return {'count': count, 'results': [self.summary(index) for index in indices]}
+            count, indices = collection.find(words[:200], MAX_FOUND)
+        return {'count': count, 'results': [summary_of(collection, index) for index in indices]}
 
     def page(self) -> str:
         """Return the web page."""
@@ -243,8 +215,8 @@ class Api:
 
         environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True)
         return environment.get_template(TEMPLATE.name).render(
-            title=self.title, count=len(self.collection), note=NO_MATCH, can_embed=self.searcher.model is not None,
-            max_upload=MAX_UPLOAD)
+            title=self.title, count=len(self.searcher.collection), note=NO_MATCH,
+            can_embed=self.searcher.model is not None, max_upload=MAX_UPLOAD)
 
 
 def render_docs(schema: dict) -> str:
@@ -285,15 +257,21 @@ def add_error_handlers(app) -> None:
     """Answer mistakes of the client by 4xx, and an unreachable collection by 503, each with a line of JSON."""
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
+    from starlette.requests import ClientDisconnect
 
     @app.exception_handler(RequestError)
     async def request_error(_request: Request, error: RequestError) -> Response:
-        return JSONResponse({'error': error.message}, error.status)
+        headers = {'Retry-After': '2'} if error.status == 503 else None
+        return JSONResponse({'error': error.message}, error.status, headers)
 
     @app.exception_handler(Unreachable)
     async def unreachable(_request: Request, error: Unreachable) -> Response:
         print(error, file=sys.stderr, flush=True)  # clients are not told the address of the Qdrant server
-        return JSONResponse({'error': 'the collection cannot be reached'}, 503)
+        return JSONResponse({'error': 'the collection cannot be reached'}, 503, {'Retry-After': '10'})
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(_request: Request, _error: ClientDisconnect) -> Response:
+        return Response(status_code=400)  # nobody receives it
 
 
 def add_routes(app, api: Api) -> None:
@@ -301,12 +279,9 @@ def add_routes(app, api: Api) -> None:
     from fastapi import Request
     from fastapi.responses import HTMLResponse, Response
 
-    async def in_thread(function, *args):
-        return await asyncio.get_running_loop().run_in_executor(api.searcher.decoder_threads, function, *args)
-
     @app.get('/', include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(api.page(), headers={'Cache-Control': 'no-cache'})
+        return HTMLResponse(await asyncio.to_thread(api.page), headers={'Cache-Control': 'no-cache'})
 
     @app.post('/search')
     async def search(request: Request) -> dict:
@@ -319,27 +294,24 @@ def add_routes(app, api: Api) -> None:
     @app.get('/find')
     async def find(q: str = '') -> dict:
         """Find images by words in their path or class."""
-        return await in_thread(api.find, q)
+        return await asyncio.to_thread(api.find, q)
 
     @app.get('/random')
     async def random_image() -> dict:
         """Return a random image."""
-        return api.summary(api.collection.random_index())
+        return await asyncio.to_thread(api.random_image)
 
     @app.get('/images/{index}')
     async def image(index: str, v: str = '') -> Response:
         """Return the thumbnail of an image."""
-        number = api.parse_index(index)
-        jpeg = await in_thread(api.thumbnail, number)
-        cache_control = 'no-cache'
-        if v == api.version(number):
-            cache_control = 'private, max-age=31536000, immutable'
+        jpeg, version = await asyncio.to_thread(api.image, index)
+        cache_control = 'private, max-age=31536000, immutable' if v == version else 'no-cache'
         return Response(jpeg, media_type='image/jpeg', headers={'Cache-Control': cache_control})
 
     @app.get('/health')
     async def health() -> dict:
         """Report that the server is up; needs no token."""
-        return {'status': 'ok', 'images': len(api.collection)}
+        return {'status': 'ok', 'images': len(api.searcher.collection)}
 
     @app.get('/docs', include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -1,5 +1,6 @@
 """Search in a collection for many clients at once: requests that arrive together share a batch. Used by serve.py."""
 import asyncio
+import contextlib
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +19,11 @@ from retrieval.embedding import embed_batch
 from retrieval.qdrant import open_qdrant
 
 MAX_BATCH = 16  # requests that are answered together
+MAX_WAITING = 64  # searches that are answered or wait; more are refused
 
 
 class RequestError(Exception):
-    """A mistake of a client: a status 4xx and a one-line message."""
+    """A request that is refused: a status 4xx for a mistake of the client, 503 if the server is busy, and one line."""
 
     def __init__(self, status: int, message: str):
         self.status, self.message = status, message
@@ -58,6 +60,18 @@ class Searcher:
         self.decoder_threads = ThreadPoolExecutor(os.cpu_count() or 1)  # limits the decoded images in memory
         self.queue = None  # asyncio.Queue of (query, future), created in the event loop of the first query
         self.batch_task = None
+        self.waiting = 0  # searches between their arrival and their answer
+
+    @contextlib.contextmanager
+    def admit(self):
+        """Count a search while it is answered; raises RequestError if too many wait."""
+        if self.waiting >= MAX_WAITING:
+            raise RequestError(503, 'the server is busy; try again in some seconds')
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
 
     async def decode(self, data: bytes) -> torch.Tensor:
         """Decode an image file to the pixels that the model expects; raises BrokenImage."""
@@ -79,6 +93,7 @@ class Searcher:
             batch = [await self.queue.get()]
             while len(batch) < MAX_BATCH and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
+            batch = [(query, future) for query, future in batch if not future.done()]  # of clients that have left
             queries = [query for query, _ in batch]
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self.batch_thread, self.answer, queries)
@@ -88,7 +103,7 @@ class Searcher:
                         future.set_exception(as_response_error(error))
                 continue
             for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():  # the client may have disconnected
+                if not future.done():  # the client may have left meanwhile
                     future.set_result(answer)
 
     def answer(self, queries: list[Query]) -> list[list[tuple[int, float]]]:

@@ -53,7 +53,8 @@ class Server:
 
         listening = serve.listen('127.0.0.1', 0)
         self.url = f'http://127.0.0.1:{listening.getsockname()[1]}'
-        app = serve.make_app(serve.Api(searcher, 'museum'), hosts, token, root_path)
+        self.api = serve.Api(searcher, 'museum')
+        app = serve.make_app(self.api, hosts, token, root_path)
         self.server = make_server(app)
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -33,6 +34,7 @@ from retrieval.embedding import embed_images
 from retrieval.model_file import load_model
 from retrieval.search import NO_MATCH, nearest_images
 from retrieval.searcher import open_searcher
+from serving import uploads
 
 pytest.importorskip('fastapi')
 connections = pytest.importorskip('serving.connections')
@@ -83,6 +85,15 @@ def test_an_upload_finds_what_the_library_finds(server, museum):
     assert (by_codes['threshold'], by_codes['no_close_match']) == (None, None)  # the threshold is a cosine
 
 
+@pytest.mark.slow
+def test_curl_sends_a_form_or_raw_bytes(server, museum):
+    expected = server.search((museum / 'outside.jpg').read_bytes(), '?k=3')
+    for options in (['-F', f'image=@{museum}/outside.jpg'], ['--data-binary', f'@{museum}/outside.jpg'],
+                    ['-T', f'{museum}/outside.jpg', '-X', 'POST']):
+        answer = subprocess.run(['curl', '-s', *options, f'{server.url}/search?k=3'], capture_output=True, check=True)
+        assert json.loads(answer.stdout) == expected
+
+
 @pytest.mark.parametrize('binary', [False, True])
 def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
     data_base = load_data_base(museum / 'museum.pth')
@@ -101,10 +112,10 @@ def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
 
 def test_k_has_a_default_and_a_limit_and_may_exceed_the_collection(server, museum):
     upload = (museum / 'outside.jpg').read_bytes()
-    assert len(server.search(upload)['results']) == min(15, serve.DEFAULT_K)
-    assert len(server.search(upload, f'?k={serve.MAX_K}')['results']) == 15
+    assert len(server.search(upload)['results']) == min(15, uploads.DEFAULT_K)
+    assert len(server.search(upload, f'?k={uploads.MAX_K}')['results']) == 15
     assert len(server.search(upload, '?k=2&binary=1')['results']) == 2
-    assert server.request(f'/search?k={serve.MAX_K + 1}', upload)[0] == 422
+    assert server.request(f'/search?k={uploads.MAX_K + 1}', upload)[0] == 422
 
 
 def test_words_find_files_and_classes(server):
@@ -134,11 +145,11 @@ def test_images_are_served_by_index_as_small_jpegs_that_browsers_keep(server):
 
 
 def test_the_url_of_an_image_changes_with_its_file(museum):
-    searcher = open_museum(museum)
-    url = serve.Api(searcher, 'museum').summary(3)['url']
-    item = searcher.collection.item(3)
-    searcher.collection.item = lambda index: item.with_stamp((item.size, item.time + 1))
-    changed = serve.Api(searcher, 'museum').summary(3)['url']
+    collection = open_museum(museum).collection
+    url = serve.summary_of(collection, 3)['url']
+    item = collection.item(3)
+    collection.item = lambda index: item.with_stamp((item.size, item.time + 1))
+    changed = serve.summary_of(collection, 3)['url']
     assert url.split('?')[0] == changed.split('?')[0] == 'images/3'
     assert url != changed
 
@@ -213,7 +224,7 @@ DEEP_JSON = b'[' * 5000
 
 
 @pytest.mark.parametrize(('query_string', 'body', 'status', 'part'), [
-    ('', lambda: bytes(serve.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
+    ('', lambda: bytes(uploads.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
     ('', lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 415, 'unknown format'),
     ('', lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, 'cannot be read'),
     ('', lambda: b'', 415, 'cannot be read'), ('?k=0', lambda: b'x', 422, 'k must be'),
@@ -332,7 +343,8 @@ def test_a_public_server_says_who_can_see_the_images(hosts_of, capsys):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
+@pytest.mark.parametrize('is_stalled', [False, True])
+def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path, is_stalled):
     picture, out, err = (museum / 'outside.jpg').read_bytes(), tmp_path / 'out', tmp_path / 'err'
     process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
     try:
@@ -345,10 +357,11 @@ def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
                                b'Connection: close\r\nContent-Length: %d\r\n\r\n' % len(picture))
             assert connection.recv(100).startswith(b'HTTP/1.1 100')  # it waits for the picture now
             os.kill(process.pid, signal.SIGTERM)
-            connection.sendall(picture)
+            connection.sendall(picture[:3] if is_stalled else picture)
             answer = b''.join(iter(lambda: connection.recv(2**16), b''))
-        assert answer.startswith(b'HTTP/1.1 200')
-        assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
+        assert answer.startswith(b'HTTP/1.1 500' if is_stalled else b'HTTP/1.1 200')
+        if not is_stalled:
+            assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
         process.join(60)
         assert process.exitcode == 0, err.read_text()
     finally:

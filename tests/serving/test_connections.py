@@ -35,11 +35,10 @@ def test_a_request_that_does_not_arrive_is_not_waited_for(searcher, monkeypatch,
 
 def test_drops_of_a_request_do_not_lengthen_its_time(searcher, monkeypatch):  # noqa: F811
     monkeypatch.setattr(connections, 'HEADER_SECONDS', 0.3)
-    with Server(searcher) as server, connect(server) as connection:
-        with contextlib.suppress(OSError):
-            while True:
-                connection.sendall(b'G')
-                time.sleep(0.01)
+    with Server(searcher) as server, connect(server) as connection, contextlib.suppress(OSError):
+        while True:
+            connection.sendall(b'G')
+            time.sleep(0.01)
 
 
 def test_idle_connections_make_room_for_others(searcher, monkeypatch):  # noqa: F811
