@@ -16,7 +16,6 @@ answered the requests at hand.
 import asyncio
 import hashlib
 import html
-import io
 import os
 import re
 import socket
@@ -30,8 +29,6 @@ from utils import (Parser, add_collection_flags, check_between, check_collection
 
 MAX_FOUND = 60  # images that /find returns
 MIN_TOKEN = 8  # characters
-THUMBNAIL_SIDE = 320  # px
-THUMBNAIL_QUALITY = 80  # of JPEG
 CACHED_THUMBNAILS = 4096
 TEMPLATE = Path(__file__).parent / 'templates' / 'serve.html'
 
@@ -89,27 +86,15 @@ if __name__ == '__main__':  # --help and mistakes need not wait for the imports 
     ARGS = run_script(get_args)
 
 from common.distributed import select_device
-from common.files import image_file
-from common.images import BrokenImage, load_image
+from common.images import BrokenImage
+from common.limited import LimitExceeded
 from retrieval.search import NO_MATCH
 from retrieval.searcher import Query, RequestError, Searcher, open_qdrant_searcher, open_searcher
+from serving.thumbnails import make_thumbnail
 from serving.uploads import MAX_UPLOAD, SearchRequest, Uploads, while_connected
 
 
 # ---------------------------------------------------- answers -----------------------------------------------------
-def make_thumbnail(item) -> bytes:
-    """Return an image as a small JPEG; raises RequestError if it is missing, broken, or a link out of its folder."""
-    try:
-        image = load_image(image_file(Path(item.folder), item.path))
-    except (BrokenImage, UserError):
-        raise RequestError(404, 'the image is missing or broken') from None
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    image.info.clear()  # else the file's comment would be written, which fails above 64 KB
-    buffer = io.BytesIO()
-    image.save(buffer, 'JPEG', quality=THUMBNAIL_QUALITY)
-    return buffer.getvalue()
-
-
 def version_of(item) -> str:
     """Return a hash of an image's item: in its URL, it lets browsers cache the image for good."""
     return hashlib.sha256(repr(item).encode()).hexdigest()[:12]
@@ -172,7 +157,7 @@ async def query_of_picture(searcher: Searcher, asked: SearchRequest) -> Query:
         raise RequestError(409, 'the model is missing: only images of the collection can be searched for')
     try:
         return Query(await searcher.decode(asked.picture), None, asked.k, asked.binary)
-    except BrokenImage as error:
+    except (BrokenImage, LimitExceeded) as error:
         reason = 'unknown format' if 'cannot identify' in str(error) else str(error)
         raise RequestError(415, f'the picture cannot be read ({reason})') from None
 
@@ -183,7 +168,7 @@ class Api:
     def __init__(self, searcher: Searcher, title: str):
         self.searcher, self.title = searcher, title
         self.uploads = Uploads()
-        self.thumbnail = lru_cache(CACHED_THUMBNAILS)(make_thumbnail)
+        self.thumbnail = lru_cache(CACHED_THUMBNAILS)(self.make_thumbnail)
 
     async def search(self, request) -> dict:
         """Answer a request to /search."""
@@ -191,11 +176,22 @@ class Api:
             with self.searcher.admit():
                 return await while_connected(request, answer_search(self.searcher, asked))
 
-    def image(self, text: str) -> tuple[bytes, str]:
+    def make_thumbnail(self, item) -> bytes:
+        """Return an image as a small JPEG; raises RequestError if it is missing, broken, or a link elsewhere."""
+        try:
+            return self.searcher.decoders.call(make_thumbnail, item.folder, item.path)
+        except (BrokenImage, LimitExceeded, UserError):
+            raise RequestError(404, 'the image is missing or broken') from None
+
+    async def image(self, text: str) -> tuple[bytes, str]:
         """Return the thumbnail of an image, and its version; raises RequestError if there is none."""
         collection = self.searcher.collection
-        item = collection.item(parse_index(collection, text))
-        return self.thumbnail(item), version_of(item)
+
+        def find_item():
+            return collection.item(parse_index(collection, text))
+
+        item = await asyncio.to_thread(find_item)
+        return await self.searcher.in_decoder_thread(self.thumbnail, item), version_of(item)
 
     def random_image(self) -> dict:
         """Return a random image."""
@@ -304,7 +300,7 @@ def add_routes(app, api: Api) -> None:
     @app.get('/images/{index}')
     async def image(index: str, v: str = '') -> Response:
         """Return the thumbnail of an image."""
-        jpeg, version = await asyncio.to_thread(api.image, index)
+        jpeg, version = await api.image(index)
         cache_control = 'private, max-age=31536000, immutable' if v == version else 'no-cache'
         return Response(jpeg, media_type='image/jpeg', headers={'Cache-Control': cache_control})
 

@@ -6,11 +6,13 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from common.distributed import use_amp
 from common.errors import Unreachable, UserError
 from common.images import load_image
+from common.limited import LimitedProcesses
 from imagedata.loading import make_transform
 from model import EmbeddingNet
 from retrieval.collection import SearchableImages
@@ -19,6 +21,7 @@ from retrieval.embedding import embed_batch
 from retrieval.qdrant import open_qdrant
 
 MAX_BATCH = 16  # requests that are answered together
+DECODE_SECONDS, DECODE_MEGABYTES = 10, 2000  # of one image file
 MAX_WAITING = 64  # searches that are answered or wait; more are refused
 
 
@@ -54,10 +57,11 @@ class Searcher:
         if model is not None:
             settings = collection.origin['args']
             self.amp = use_amp(settings['amp'], device)
-            self.transform = make_transform(False, model.config.image_size, settings['resize_size'],
-                                            model.interpolation)
+            self.transform = (model.config.image_size, settings['resize_size'], model.interpolation)
         self.batch_thread = ThreadPoolExecutor(1)
-        self.decoder_threads = ThreadPoolExecutor(os.cpu_count() or 1)  # limits the decoded images in memory
+        count = os.cpu_count() or 1  # limits the decoded images in memory
+        self.decoders = LimitedProcesses(count, DECODE_SECONDS, DECODE_MEGABYTES)
+        self.decoder_threads = ThreadPoolExecutor(count)  # each waits for a process
         self.queue = None  # asyncio.Queue of (query, future), created in the event loop of the first query
         self.batch_task = None
         self.waiting = 0  # searches between their arrival and their answer
@@ -73,10 +77,14 @@ class Searcher:
         finally:
             self.waiting -= 1
 
+    async def in_decoder_thread(self, function, *args):
+        """Call a function that uses `decoders`."""
+        return await asyncio.get_running_loop().run_in_executor(self.decoder_threads, function, *args)
+
     async def decode(self, data: bytes) -> torch.Tensor:
-        """Decode an image file to the pixels that the model expects; raises BrokenImage."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.decoder_threads, lambda: self.transform(load_image(io.BytesIO(data))))
+        """Decode an image file to the pixels that the model expects; raises BrokenImage or LimitExceeded."""
+        pixels = await self.in_decoder_thread(self.decoders.call, decode_pixels, data, *self.transform)
+        return torch.from_numpy(pixels)
 
     async def search(self, query: Query) -> list[tuple[int, float]]:
         """Return the nearest images [(index, similarity), ...] of a query."""
@@ -127,6 +135,11 @@ class Searcher:
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Embed uint8 images (3, side, side); returns (N, D) float32 on the CPU."""
         return embed_batch(self.model, torch.stack(images), self.device, self.amp).cpu()
+
+
+def decode_pixels(data: bytes, image_size: int, resize_size: int | None, interpolation: str) -> np.ndarray:
+    """Decode an image file to the pixels (3, image_size, image_size) of a test image; raises BrokenImage."""
+    return make_transform(False, image_size, resize_size, interpolation)(load_image(io.BytesIO(data))).numpy()
 
 
 def as_response_error(error: Exception) -> Exception:

@@ -34,7 +34,7 @@ from retrieval.embedding import embed_images
 from retrieval.model_file import load_model
 from retrieval.search import NO_MATCH, nearest_images
 from retrieval.searcher import open_searcher
-from serving import uploads
+from serving import thumbnails, uploads
 
 pytest.importorskip('fastapi')
 connections = pytest.importorskip('serving.connections')
@@ -138,7 +138,7 @@ def test_images_are_served_by_index_as_small_jpegs_that_browsers_keep(server):
     assert headers['x-content-type-options'] == 'nosniff'
     with Image.open(io.BytesIO(body)) as picture:
         assert picture.format == 'JPEG'
-        assert max(picture.size) <= serve.THUMBNAIL_SIDE
+        assert max(picture.size) <= thumbnails.THUMBNAIL_SIDE
     assert server.request('/images/3?v=old')[1]['cache-control'] == 'no-cache'
     for index in ('15', '-1', 'x', '..%2f..%2foutside.jpg', 'ara%2f0.jpg', '1e1', '9' * 5000):
         assert server.request(f'/images/{index}')[0] == 404, index
@@ -156,8 +156,8 @@ def test_the_url_of_an_image_changes_with_its_file(museum):
 
 def test_a_large_image_becomes_a_thumbnail_of_its_proportions(tmp_path):
     Image.new('RGB', (1000, 500)).save(tmp_path / 'a.png')
-    with Image.open(io.BytesIO(serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path='a.png')))) as thumbnail:
-        assert thumbnail.size == (serve.THUMBNAIL_SIDE, serve.THUMBNAIL_SIDE // 2)
+    with Image.open(io.BytesIO(thumbnails.make_thumbnail(str(tmp_path), 'a.png'))) as thumbnail:
+        assert thumbnail.size == (thumbnails.THUMBNAIL_SIDE, thumbnails.THUMBNAIL_SIDE // 2)
 
 
 @pytest.mark.parametrize('length', [0, 100_000])
@@ -166,7 +166,7 @@ def test_a_thumbnail_holds_pixels_alone(tmp_path, length):
     exif[0x010e] = 'a secret description'
     for name, options in (('a.jpg', {'exif': exif, 'comment': b'a secret'}), ('a.gif', {'comment': bytes(length)})):
         Image.new('RGB', (40, 30)).save(tmp_path / name, **options)
-        thumbnail = serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path=name))
+        thumbnail = thumbnails.make_thumbnail(str(tmp_path), name)
         assert b'secret' not in thumbnail
         assert len(thumbnail) < 2000
 
@@ -248,6 +248,32 @@ def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_
     assert '0x' not in line  # no address of an object
     assert sorted(museum.rglob('*')) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def scan_bomb() -> bytes:
+    """Return a progressive JPEG file of one colour whose decoding takes half a minute: 8,000 x 8,000 px, 95 scans."""
+    buffer = io.BytesIO()
+    Image.new('RGB', (8000, 8000)).save(buffer, 'JPEG', progressive=True)
+    data = buffer.getvalue()
+    scans = [match.start() for match in re.finditer(rb'\xff\xda', data)]
+    last = data[scans[-1]:-2]
+    return data[:-2] + (95 - len(scans)) * last + data[-2:]
+
+
+@pytest.mark.slow
+def test_a_picture_that_takes_too_long_is_refused_and_stops_no_other(museum):
+    searcher = open_museum(museum)
+    searcher.decoders.seconds = 1
+    picture, bomb = (museum / 'outside.jpg').read_bytes(), scan_bomb()
+    with Server(searcher) as server, ThreadPoolExecutor(8) as senders:
+        server.search(picture)  # the processes have started
+        bombs = [senders.submit(server.request, '/search', bomb) for _ in range(8)]
+        assert server.request('/find?q=ara')[0] == 200
+        answers = [future.result() for future in bombs]
+        assert {status for status, *_ in answers} == {415}
+        assert {json.loads(body)['error'] for *_, body in answers} == {
+            'the picture cannot be read (it takes more than 1 seconds)'}
+        assert len(server.search(picture)['results']) == 15
 
 
 @pytest.mark.parametrize('count', [8, pytest.param(200, marks=pytest.mark.slow)])
