@@ -16,10 +16,12 @@ answered the requests at hand.
 import asyncio
 import hashlib
 import html
+import multiprocessing
 import os
 import re
 import socket
 import sys
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -338,6 +340,7 @@ def main(args) -> None:
         raise UserError('serve.py needs fastapi and uvicorn; install them with: pip install -r requirements-serve.txt'
                         ) from None
     listening = listen(args.host, args.port)  # a taken port is reported before the data base is loaded
+    multiprocessing.set_forkserver_preload(['retrieval.searcher'])  # imported once for all processes that decode
     device = select_device(args.device)
     if args.qdrant is not None:
         searcher = open_qdrant_searcher(args.qdrant, args.collection, args.model, device)
@@ -356,6 +359,7 @@ def main(args) -> None:
     elif not is_local:
         print('Anyone who can reach this machine over the network and knows the token can search and see the images.',
               flush=True)
+    threading.Thread(target=searcher.decoders.call, args=(abs, 1), daemon=True).start()  # starts them, some seconds
     try:
         make_server(app).run([listening])
     except KeyboardInterrupt:  # uvicorn has answered the requests at hand, and raises the signal again
