@@ -18,7 +18,7 @@ from model import EmbeddingNet
 from retrieval.collection import SearchableImages
 from retrieval.database import load_model_of, open_data_base, open_set_threshold
 from retrieval.embedding import embed_batch
-from retrieval.qdrant import open_qdrant
+from retrieval.qdrant import SERVE_SECONDS, open_qdrant
 
 MAX_BATCH = 16  # requests that are answered together
 DECODE_SECONDS, DECODE_MEGABYTES = 10, 2000  # of one image file
@@ -169,5 +169,5 @@ def open_searcher(data_base: str, results_dir: str, data_path: str, device: torc
 
 def open_qdrant_searcher(location: str, name: str, model_file: str | None, device: torch.device) -> Searcher:
     """Open a Qdrant collection with the model that embedded it, or without a model."""
-    collection, model = open_qdrant(location, name, model_file, device)
+    collection, model = open_qdrant(location, name, model_file, device, timeout=SERVE_SECONDS)
     return Searcher(collection, model, open_set_threshold(collection.origin), device)

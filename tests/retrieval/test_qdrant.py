@@ -1,6 +1,7 @@
 """embed.py and serve.py do with Qdrant what they do with a file; tests/retrieval/test_collection.py has the methods."""
 import pickle
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +71,50 @@ def test_the_answers_of_the_server_are_those_of_a_file(photos, call, call_script
     assert answers[0] == answers[1]
     assert answers[0][0][0][0] == 'ara/1.jpg'
     assert [len(results) for results in answers[0]] == [5, 5]
+
+
+def test_an_answer_takes_few_requests(photos, call, monkeypatch):
+    pytest.importorskip('fastapi')
+    call('--images', photos / 'photos')
+    searcher = open_qdrant_searcher(str(photos / 'qdrant'), 'museum', None, CPU)
+    called = []
+    for name in ('retrieve', 'scroll', 'query_batch_points', 'count', 'query_points'):
+        function = getattr(searcher.collection.client, name)
+
+        def counted(*words, name=name, function=function, **keywords):
+            called.append(name)
+            return function(*words, **keywords)
+
+        monkeypatch.setattr(searcher.collection.client, name, counted)
+    with Server(searcher) as server:
+        assert len(server.search({'path': 'zebra/0.jpg', 'k': 5})['results']) == 5
+        assert called == ['scroll', 'scroll', 'retrieve', 'query_batch_points']  # path, file, its vector, neighbours
+        called.clear()
+        assert server.request('/find?q=zebra')[0] == server.request('/random')[0] == 200
+        assert called == ['count', 'scroll', 'query_points']
+    searcher.collection.close()
+
+
+def test_a_server_that_stalls_stops_no_other_request(photos, call, monkeypatch):
+    pytest.importorskip('fastapi')
+    call('--images', photos / 'photos')
+    searcher = open_qdrant_searcher(str(photos / 'qdrant'), 'museum', None, CPU)
+    may_go_on = threading.Event()
+
+    def stall(*_words, **_keywords):
+        may_go_on.wait(60)
+        raise TimeoutError('no answer')
+
+    for name in ('retrieve', 'scroll', 'query_batch_points', 'count', 'query_points'):
+        monkeypatch.setattr(searcher.collection.client, name, stall)
+    with Server(searcher) as server, ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(server.request, address, body) for address, body in (
+            ('/', None), ('/random', None), ('/find?q=a', None), ('/images/1', None), ('/search', {'image': '1'}),
+            ('/search', {'path': 'a'}))]
+        assert server.request('/docs')[0] == server.request('/health')[0] == 200
+        may_go_on.set()
+        assert [future.result()[0] for future in waiting] == [503] * 6
+    searcher.collection.close()
 
 
 def test_binary_search_is_refused_and_stops_no_other_request(photos, call):
