@@ -57,6 +57,8 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--token_file', type=user_path, metavar='FILE', help='file that holds the token')
     parser.add_argument('--root_path', default='', metavar='/PATH', help='where a proxy in front shows the page, if '
                         'not at /')
+    parser.add_argument('--access_log', action='store_true', help='print a line for each request: time, client, '
+                        'method, path, status, duration')
     parser.add_argument('--device', default='auto', help='where uploads are embedded: auto, cpu, mps, cuda, cuda:N '
                         '[%(default)s]')
     args = parser.parse_args(argv)
@@ -92,6 +94,7 @@ from common.images import BrokenImage
 from common.limited import LimitExceeded
 from retrieval.search import NO_MATCH
 from retrieval.searcher import Query, RequestError, Searcher, open_qdrant_searcher, open_searcher
+from serving.monitoring import Metrics, Monitor
 from serving.thumbnails import make_thumbnail
 from serving.uploads import MAX_UPLOAD, SearchRequest, Uploads, while_connected
 
@@ -169,7 +172,7 @@ class Api:
 
     def __init__(self, searcher: Searcher, title: str):
         self.searcher, self.title = searcher, title
-        self.uploads = Uploads()
+        self.uploads, self.metrics = Uploads(), Metrics()
         self.thumbnail = lru_cache(CACHED_THUMBNAILS)(self.make_thumbnail)
 
     async def search(self, request) -> dict:
@@ -232,13 +235,15 @@ def render_docs(schema: dict) -> str:
 
 
 # ---------------------------------------------------- HTTP --------------------------------------------------------
-def make_app(api: Api, hosts: list[str], token: str | None = None, root_path: str = ''):
+def make_app(api: Api, hosts: list[str], token: str | None = None, root_path: str = '',
+             access_log: bool = False):
     """Build the FastAPI application.
 
     Args:
         hosts: names by which clients may address the server, beside IP addresses; `*`: any.
         token: required of every request; None: of none.
         root_path: below which a proxy shows the page.
+        access_log: print a line for each request.
     """
     from fastapi import FastAPI
 
@@ -246,6 +251,7 @@ def make_app(api: Api, hosts: list[str], token: str | None = None, root_path: st
 
     app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None, root_path=root_path)
     app.add_middleware(Guard, hosts=hosts, token=token)
+    app.add_middleware(Monitor, metrics=api.metrics, access_log=access_log)  # around the guard
     add_error_handlers(app)
     add_routes(app, api)
     return app
@@ -311,6 +317,17 @@ def add_routes(app, api: Api) -> None:
         """Report that the process answers; needs no token."""
         return {'status': 'ok'}
 
+    @app.get('/ready')
+    async def ready() -> dict:
+        """Embed a picture and search for it: the server works."""
+        with api.searcher.admit():
+            return {'status': 'ready', 'images': await api.searcher.check()}
+
+    @app.get('/metrics')
+    async def metrics() -> Response:
+        """Return counts and times for Prometheus."""
+        return Response(api.metrics.text(api.searcher.waiting), media_type='text/plain; version=0.0.4')
+
     @app.get('/docs', include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(render_docs(app.openapi()))
@@ -351,7 +368,7 @@ def main(args) -> None:
     is_local = address in ('127.0.0.1', '::1')
     hosts = ['localhost', args.host, *([] if is_local else [socket.gethostname()]), *args.allowed_host]
     app = make_app(Api(searcher, args.collection or Path(args.data_base).stem), hosts, args.token,
-                   args.root_path)
+                   args.root_path, args.access_log)
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; press Ctrl-C to stop', flush=True)
     if not is_local and args.token is None:
         print('Anyone who can reach this machine over the network can search and see the images; --token WORD '

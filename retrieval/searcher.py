@@ -20,6 +20,7 @@ from retrieval.database import load_model_of, open_data_base, open_set_threshold
 from retrieval.embedding import embed_batch
 from retrieval.qdrant import SERVE_SECONDS, open_qdrant
 
+TEST_PICTURE = b'P6 1 1 255 ' + bytes(3)  # a PPM file of one black pixel
 MAX_BATCH = 16  # requests that are answered together
 DECODE_SECONDS, DECODE_MEGABYTES = 10, 2000  # of one image file
 MAX_WAITING = 64  # searches that are answered or wait; more are refused
@@ -130,6 +131,12 @@ class Searcher:
             for index, row in zip(indices, neighbours, strict=True):
                 answers[index] = row[:queries[index].k]
         return answers
+
+    async def check(self) -> int:
+        """Embed an image and search for it, as for a client; returns the number of images of the collection."""
+        if self.model is not None:
+            await self.search(Query(await self.decode(TEST_PICTURE), None, 1, False))
+        return await asyncio.to_thread(len, self.collection)
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:

@@ -182,13 +182,14 @@ def test_an_image_that_was_deleted_or_replaced_by_a_link_is_not_served(server, m
 
 def test_the_pages_load_nothing_from_elsewhere(server):
     schema = json.loads(server.request('/openapi.json')[2])
-    assert {'/search', '/find', '/random', '/images/{index}', '/health'} == schema['paths'].keys()
+    assert {'/search', '/find', '/random', '/images/{index}', '/health', '/ready', '/metrics'} == schema['paths'].keys()
     docs, page = (server.request(address)[2].decode() for address in ('/docs', '/'))
     assert 'POST /search' in docs
     for text in (docs, page):
         assert not re.search(r'(?:src|href)\s*=\s*"(?:https?:)?//', text)
     assert "default-src 'none'" in server.request('/')[1]['content-security-policy']
     assert json.loads(server.request('/health')[2]) == {'status': 'ok'}
+    assert json.loads(server.request('/ready')[2]) == {'status': 'ready', 'images': 15}
 
 
 def test_a_run_is_searched_in_its_gallery_and_without_a_model(tmp_path):
