@@ -11,7 +11,7 @@
 On the page, drop, paste, choose or take a picture, and click a result to search with it. Only this machine can open the
 page unless --host says otherwise. Uploads stay in memory. Images are served by their index in the data base, never by
 path. Requests that arrive together are embedded and searched as one batch. SIGTERM ends the server after it has
-answered the requests at hand.
+answered the requests at hand; SIGHUP reads the collection again.
 """
 import asyncio
 import hashlib
@@ -19,6 +19,7 @@ import html
 import multiprocessing
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -347,6 +348,23 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def open_collection(args) -> Searcher:
+    """Open the collection that the command line names."""
+    device = select_device(args.device)
+    if args.qdrant is not None:
+        return open_qdrant_searcher(args.qdrant, args.collection, args.model, device)
+    return open_searcher(args.data_base, args.results_dir, args.data_path, device)
+
+
+def reload(api: Api, args) -> None:
+    """Open the collection again; if that fails, the one that is open stays."""
+    try:
+        api.searcher = open_collection(args)
+        print(f'reloaded: {len(api.searcher.collection):,} images', flush=True)
+    except (UserError, OSError) as error:
+        print(f'not reloaded: {error}', file=sys.stderr, flush=True)
+
+
 def main(args) -> None:
     """Serve until a signal ends it."""
     try:
@@ -358,17 +376,15 @@ def main(args) -> None:
                         ) from None
     listening = listen(args.host, args.port)  # a taken port is reported before the data base is loaded
     multiprocessing.set_forkserver_preload(['retrieval.searcher'])  # imported once for all processes that decode
-    device = select_device(args.device)
-    if args.qdrant is not None:
-        searcher = open_qdrant_searcher(args.qdrant, args.collection, args.model, device)
-    else:
-        searcher = open_searcher(args.data_base, args.results_dir, args.data_path, device)
+    searcher = open_collection(args)
     address, port = listening.getsockname()[:2]
     name = f'[{args.host}]' if ':' in args.host else args.host
     is_local = address in ('127.0.0.1', '::1')
     hosts = ['localhost', args.host, *([] if is_local else [socket.gethostname()]), *args.allowed_host]
-    app = make_app(Api(searcher, args.collection or Path(args.data_base).stem), hosts, args.token,
-                   args.root_path, args.access_log)
+    api = Api(searcher, args.collection or Path(args.data_base).stem)
+    app = make_app(api, hosts, args.token, args.root_path, args.access_log)
+    if hasattr(signal, 'SIGHUP'):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=reload, args=(api, args)).start())
     print(f'{len(searcher.collection):,} images at http://{name}:{port}; press Ctrl-C to stop', flush=True)
     if not is_local and args.token is None:
         print('Anyone who can reach this machine over the network can search and see the images; --token WORD '

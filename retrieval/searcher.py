@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import io
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ class Searcher:
         count = os.cpu_count() or 1  # limits the decoded images in memory
         self.decoders = LimitedProcesses(count, DECODE_SECONDS, DECODE_MEGABYTES)
         self.decoder_threads = ThreadPoolExecutor(count)  # each waits for a process
-        self.queue = None  # asyncio.Queue of (query, future), created in the event loop of the first query
-        self.batch_task = None
+        self.queue = deque()  # of (query, future)
+        self.batch_task = None  # that answers the queue, until it is empty
         self.waiting = 0  # searches between their arrival and their answer
 
     @contextlib.contextmanager
@@ -89,20 +90,20 @@ class Searcher:
 
     async def search(self, query: Query) -> list[tuple[int, float]]:
         """Return the nearest images [(index, similarity), ...] of a query."""
-        if self.batch_task is None:
-            self.queue = asyncio.Queue()
-            self.batch_task = asyncio.create_task(self.answer_forever())
         future = asyncio.get_running_loop().create_future()
-        self.queue.put_nowait((query, future))
+        self.queue.append((query, future))
+        if self.batch_task is None or self.batch_task.done():
+            self.batch_task = asyncio.create_task(self.answer_queue())
         return await future
 
-    async def answer_forever(self) -> None:
+    async def answer_queue(self) -> None:
         """Answer the queue, one batch at a time."""
-        while True:
-            batch = [await self.queue.get()]
-            while len(batch) < MAX_BATCH and not self.queue.empty():
-                batch.append(self.queue.get_nowait())
-            batch = [(query, future) for query, future in batch if not future.done()]  # of clients that have left
+        while self.queue:
+            batch = []
+            while self.queue and len(batch) < MAX_BATCH:
+                query, future = self.queue.popleft()
+                if not future.done():  # else the client has left
+                    batch.append((query, future))
             queries = [query for query, _ in batch]
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self.batch_thread, self.answer, queries)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -389,6 +390,40 @@ def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path, is_
         assert answer.startswith(b'HTTP/1.1 500' if is_stalled else b'HTTP/1.1 200')
         if not is_stalled:
             assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
+        process.join(60)
+        assert process.exitcode == 0, err.read_text()
+    finally:
+        process.kill()
+
+
+def test_a_changed_collection_is_reloaded_and_a_broken_one_is_not(museum, tmp_path, capsys):
+    for name in ('museum.pth', 'museum_model.pth'):
+        shutil.copy(museum / name, tmp_path / name)
+    args = serve.get_args(['--data_base', str(tmp_path / 'museum.pth'), '--device', 'cpu'])
+    with Server(serve.open_collection(args)) as server:
+        assert len(server.search({'image': '0'})['results']) == 14
+        call_main(embed, '--data_base', tmp_path / 'museum.pth', '--remove', 'ara')
+        assert len(server.search({'image': '0'})['results']) == 14
+        serve.reload(server.api, args)
+        assert len(server.search({'image': '0'})['results']) == 9
+        (tmp_path / 'museum.pth').write_bytes(b'broken')
+        serve.reload(server.api, args)
+        assert len(server.search((museum / 'outside.jpg').read_bytes())['results']) == 10
+    printed = capsys.readouterr()
+    assert 'reloaded: 10 images' in printed.out
+    assert printed.err.startswith('not reloaded: ')
+
+
+@pytest.mark.slow
+def test_sighup_reloads_and_ends_nothing(museum, tmp_path):
+    out, err = tmp_path / 'out', tmp_path / 'err'
+    process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
+    try:
+        for line in ('press Ctrl-C to stop\n', 'reloaded: 15 images\n'):
+            while not (out.exists() and out.read_text().endswith(line)):
+                assert process.is_alive(), err.read_text()
+                process.join(0.1)
+            os.kill(process.pid, signal.SIGHUP if 'Ctrl-C' in line else signal.SIGTERM)
         process.join(60)
         assert process.exitcode == 0, err.read_text()
     finally:
