@@ -39,21 +39,20 @@ class LimitedProcesses:
 
     def call(self, function, *args):
         """Call a function that a process can import; waits for a process that is free."""
-        worker = self.idle.get()
+        worker, is_sound = self.idle.get(), False
         try:
             worker = worker or self.start()
-            pipe = worker.pipe
-            pipe.send((function, args))
-            if not pipe.poll(self.seconds):
+            worker.pipe.send((function, args))
+            if not worker.pipe.poll(self.seconds):
                 raise LimitExceeded(f'it takes more than {self.seconds} seconds')
-            result = pipe.recv()
-        except (LimitExceeded, OSError, EOFError) as error:
-            if worker is not None:
-                worker.process.kill()
-                worker = None
-            raise error if isinstance(error, LimitExceeded) else LimitExceeded('it takes too much memory') from None
+            result = worker.pipe.recv()
+            is_sound = True
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            raise LimitExceeded('its process has died, as when memory runs out') from None
         finally:
-            self.idle.put(worker)
+            if not is_sound and worker is not None:
+                worker.process.kill()
+            self.idle.put(worker if is_sound else None)
         if isinstance(result, Exception):
             raise result
         return result

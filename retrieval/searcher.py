@@ -13,7 +13,7 @@ import torch
 from common.distributed import use_amp
 from common.errors import Unreachable, UserError
 from common.images import load_image
-from common.limited import LimitedProcesses
+from common.limited import LimitedProcesses, LimitExceeded
 from imagedata.loading import make_transform
 from model import EmbeddingNet
 from retrieval.collection import SearchableImages
@@ -134,9 +134,17 @@ class Searcher:
         return answers
 
     async def check(self) -> int:
-        """Embed an image and search for it, as for a client; returns the number of images of the collection."""
+        """Embed a picture and search for it, as for a client; returns the number of images of the collection.
+
+        Raises:
+            RequestError: if it cannot be decoded.
+        """
         if self.model is not None:
-            await self.search(Query(await self.decode(TEST_PICTURE), None, 1, False))
+            try:
+                pixels = await self.decode(TEST_PICTURE)
+            except LimitExceeded as error:
+                raise RequestError(503, f'a picture cannot be decoded ({error})') from None
+            await self.search(Query(pixels, None, 1, False))
         return await asyncio.to_thread(len, self.collection)
 
     @torch.inference_mode()

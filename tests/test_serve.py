@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, start_command
+from conftest import REPOSITORY, assert_one_line_error, call_main, start_command
 from faults import damaged
 from museum import Server, make_model, write_photos
 from PIL import Image
@@ -428,6 +428,22 @@ def test_sighup_reloads_and_ends_nothing(museum, tmp_path):
         assert process.exitcode == 0, err.read_text()
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+def test_the_dockerfile_copies_all_that_the_server_imports(museum, tmp_path):
+    for line in (REPOSITORY / 'Dockerfile').read_text().splitlines():
+        if line.startswith('COPY'):
+            *sources, target = line.split()[1:]
+            for source in map(REPOSITORY.joinpath, sources):
+                if source.is_dir():
+                    shutil.copytree(source, tmp_path / target)
+                else:
+                    shutil.copy(source, tmp_path / target)
+    done = subprocess.run([sys.executable, 'serve.py', '--data_base', museum / 'museum.pth', '--host', '0.0.0.0',
+                           '--port', '0', '--device', 'none'], cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line_error(done, "--device 'none'")  # read after all imports
+    assert {file.name for file in tmp_path.iterdir()} >= {'serve.py', 'serving', 'templates'}
 
 
 # ---------------------------------------------------- mistakes -----------------------------------------------------
