@@ -19,6 +19,7 @@ from model import EmbeddingNet
 from retrieval.collection import SearchableImages
 from retrieval.database import load_model_of, open_data_base, open_set_threshold
 from retrieval.embedding import embed_batch
+from retrieval.folding import fold_batch_norm
 from retrieval.qdrant import SERVE_SECONDS, open_qdrant
 
 TEST_PICTURE = b'P6 1 1 255 ' + bytes(3)  # a PPM file of one black pixel
@@ -59,6 +60,8 @@ class Searcher:
         if model is not None:
             settings = collection.origin['args']
             self.amp = use_amp(settings['amp'], device)
+            if device.type == 'cpu' and not self.amp:
+                self.model = fold_batch_norm(model)
             self.transform = (model.config.image_size, settings['resize_size'], model.interpolation)
         self.batch_thread = ThreadPoolExecutor(1)
         count = os.cpu_count() or 1  # limits the decoded images in memory
