@@ -41,7 +41,7 @@ class LimitedProcesses:
         """Call a function that a process can import; waits for a process that is free."""
         worker, is_sound = self.idle.get(), False
         try:
-            worker = worker or self.start()
+            worker = worker or self.start(function)
             worker.pipe.send((function, args))
             if not worker.pipe.poll(self.seconds):
                 raise LimitExceeded(f'it takes more than {self.seconds} seconds')
@@ -57,23 +57,25 @@ class LimitedProcesses:
             raise result
         return result
 
-    def start(self) -> Worker:
-        """Start a process."""
+    def start(self, function) -> Worker:
+        """Start a process that has imported a function, which may take longer than a call."""
         # Forked from a process without threads, which has imported what the script imports.
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context('forkserver' if 'forkserver' in methods else 'spawn')
         ours, theirs = context.Pipe()
-        process = context.Process(target=answer_calls, args=(theirs, self.megabytes), daemon=True)
+        process = context.Process(target=answer_calls, args=(theirs, self.megabytes, function), daemon=True)
         process.start()
         theirs.close()
+        ours.recv()  # it is ready
         return Worker(process, ours)
 
 
-def answer_calls(pipe, megabytes: int) -> None:
+def answer_calls(pipe, megabytes: int, _imported) -> None:
     """Call what is sent through a pipe, until its other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     limit_memory(megabytes)
     with contextlib.suppress(EOFError, OSError):
+        pipe.send('ready')
         while True:
             function, args = pipe.recv()
             try:

@@ -46,6 +46,26 @@ def test_a_process_that_dies_or_takes_too_long_is_replaced(processes):
     assert len({first, second, processes.call(os.getpid)}) == 3
 
 
+class SlowToImport:
+    """Takes a second when a process unpickles it."""
+
+    def __reduce__(self):
+        return import_slowly, ()
+
+
+def import_slowly():
+    time.sleep(1)
+    return abs
+
+
+def test_the_start_of_a_process_does_not_count():
+    worker = LimitedProcesses(1, 60, 400).start(SlowToImport())
+    worker.pipe.send((abs, (-1,)))
+    assert worker.pipe.poll(60)
+    assert worker.pipe.recv() == 1
+    worker.process.kill()
+
+
 def test_more_threads_than_processes_wait(processes):
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda number: processes.call(abs, number), range(-9, 0))) == list(range(9, 0, -1))
