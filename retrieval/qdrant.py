@@ -123,7 +123,7 @@ class QdrantCollection:
         with self.request():
             if self.is_server:
                 return QdrantClient(url=self.location, api_key=os.environ.get('QDRANT_API_KEY'), timeout=self.timeout)
-            # The embedded mode reads points by pickle.loads, which executes what a stranger's folder says.
+            # The embedded mode unpickles points, which would execute what a stranger's folder says.
             if not hasattr(persistence, 'pickle'):
                 raise UserError('--qdrant: this version of qdrant-client reads folders in a way that is not checked; '
                                 'name the URL of a server')
