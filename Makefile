@@ -5,7 +5,7 @@
 # make results    the runs of docs/results.md and docs/ablation.md, on the data sets in DATA, JOBS at a time
 # make sweep      R@1 over the momentum of moving proxies, 21 small runs
 # make gpu        results/gpu.md: what only a GPU can show; exits with 2 on a machine without one
-# make lowest     the tests with the lowest versions that requirements.txt allows
+# make lowest     the tests with the lowest versions that requirements.txt and requirements-serve.txt allow
 # What is finished is kept, and interrupted runs continue.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -53,7 +53,7 @@ test-slow: .venv/test
 
 lowest:
 	$(PYTHON) -m venv .venv-lowest
-	sed 's/>=/==/' requirements.txt | .venv-lowest/bin/pip install -r /dev/stdin -r requirements-export.txt pytest pytest-xdist hypothesis pytorch-metric-learning tensorboard
+	cat requirements.txt requirements-serve.txt | sed '/^-r/d; s/>=/==/' | .venv-lowest/bin/pip install -r /dev/stdin -r requirements-export.txt pytest pytest-xdist hypothesis pytorch-metric-learning tensorboard
 	.venv-lowest/bin/python -m pytest
 
 lint: .venv/test

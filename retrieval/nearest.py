@@ -10,6 +10,7 @@ from retrieval.counting import (TILE_SIDE, Cosine, Search, as_matrix, entries_ab
                                 on_grid)
 
 BLOCK_ROWS = 2**15  # of the features, in the fast pass
+CONVERTED_ROWS = 2**13  # of features that are converted first: what is converted stays in the processor's cache
 BLOCK_ENTRIES = 2**22  # float64 numbers at a time, in the exact one: 32 MiB
 LONGEST_ROW = 1.01  # the norm up to which load_data_base accepts a unit row
 
@@ -68,12 +69,14 @@ class Nearest:
         asked, error = (signs, 0.0) if binary else (queries.float(), self.error(queries.float()))
         source = self.features if binary or self.coarse is None else self.coarse
         asked = asked.to(torch.bfloat16 if source is self.coarse else torch.float32)
-        most = min(BLOCK_ROWS, len(source))
-        buffer = asked.new_empty(most * source.shape[1]) if source.dtype != asked.dtype else None
-        tile = asked.new_empty(len(asked) * most)
+        block, buffer = min(BLOCK_ROWS, len(source)), None
+        if source.dtype != asked.dtype:
+            block = min(CONVERTED_ROWS, len(source))
+            buffer = asked.new_empty(block * source.shape[1])
+        tile = asked.new_empty(len(asked) * block)
         best, found = queries.new_full((len(queries), number), -torch.inf, dtype=torch.float32), []
-        for start in range(0, len(source), BLOCK_ROWS):
-            part = source[start:start + BLOCK_ROWS]
+        for start in range(0, len(source), block):
+            part = source[start:start + block]
             if buffer is not None:  # allocating memory in each turn would cost more than the product
                 part = as_matrix(buffer, *part.shape).copy_(part)
             part = torch.where(part >= 0, 1.0, -1.0) if binary else part

@@ -9,11 +9,13 @@ the fingerprint of the model and the settings of its run. The server's API key i
 """
 import contextlib
 import hashlib
+import io
 import json
 import os
+import pickle
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
+from types import SimpleNamespace
 
 import torch
 
@@ -30,6 +32,7 @@ OVERSAMPLING = 4.0  # candidates by sign per result, which are ranked again by t
 EXACT_UP_TO = 20_000  # images that are compared one by one, as Qdrant does itself below its indexing threshold
 MAX_FOLDERS = 1000
 CACHED_ITEMS = 2**14
+EMBED_SECONDS, SERVE_SECONDS = 60, 5  # that a server has to answer a request
 
 
 def point_id(file: str) -> int:
@@ -53,6 +56,16 @@ def item_of(point) -> CollectionItem:
     return CollectionItem(*(point.payload[name] for name in CollectionItem._fields))
 
 
+class PointUnpickler(pickle.Unpickler):
+    """Unpickles the points of an embedded collection, which hold texts and numbers, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ('qdrant_client.http.models.models', 'PointStruct'):
+            return super().find_class(module, name)
+        raise UserError(f'--qdrant: the folder holds a pickle of {module}.{name}, which could execute code, and is not '
+                        'opened; embed the images again into another folder')
+
+
 class QdrantCollection:
     """A collection in Qdrant, with the methods and attributes of FileCollection; changes take effect at once.
 
@@ -63,6 +76,7 @@ class QdrantCollection:
         fingerprint: of the model; None accepts that of the collection.
         dim: D of a new collection; without `origin` and `dim` the collection must exist.
         dtype: of the vectors; None: that of the collection, float32 for a new one.
+        timeout: seconds that a server has to answer a request.
 
     Attributes:
         broken: {file: item} of the files that could not be read since the collection was opened.
@@ -76,13 +90,13 @@ class QdrantCollection:
     supports_binary = False  # search by Hamming distance
 
     def __init__(self, location: str, name: str, origin: dict | None = None, fingerprint: str | None = None,
-                 dim: int | None = None, dtype: torch.dtype | None = None):
+                 dim: int | None = None, dtype: torch.dtype | None = None, timeout: int = EMBED_SECONDS):
         try:
             from qdrant_client import models
         except ImportError:
             raise UserError('--qdrant needs qdrant-client; install it with: pip install -r requirements-serve.txt'
                             ) from None
-        self.location, self.name, self.models = location, name, models
+        self.location, self.name, self.models, self.timeout = location, name, models, timeout
         self.is_server = '://' in location
         self.lock = threading.RLock()
         self.broken = {}
@@ -98,16 +112,23 @@ class QdrantCollection:
         metadata = config.metadata or {}
         self.check_config(metadata, config.params.vectors, fingerprint, dtype)
         self.origin, self.fingerprint = json.loads(metadata['origin']), metadata['fingerprint']
-        self.item = lru_cache(CACHED_ITEMS)(self.item)  # answers of serve.py name the same images again and again
+        self.items_read = {}  # {index: item} of the latest answers, which serve.py shows next
 
     # ------------------------------------------------ server -------------------------------------------------------
     def connect(self):
         """Return a client of the server, or of the embedded mode."""
         from qdrant_client import QdrantClient
+        from qdrant_client.local import persistence
 
         with self.request():
             if self.is_server:
-                return QdrantClient(url=self.location, api_key=os.environ.get('QDRANT_API_KEY'), timeout=60)
+                return QdrantClient(url=self.location, api_key=os.environ.get('QDRANT_API_KEY'), timeout=self.timeout)
+            # The embedded mode unpickles points, which would execute what a stranger's folder says.
+            if not hasattr(persistence, 'pickle'):
+                raise UserError('--qdrant: this version of qdrant-client reads folders in a way that is not checked; '
+                                'name the URL of a server')
+            persistence.pickle = SimpleNamespace(dumps=pickle.dumps,
+                                                 loads=lambda data: PointUnpickler(io.BytesIO(data)).load())
             return QdrantClient(path=self.location, force_disable_check_same_thread=True)
 
     @contextlib.contextmanager
@@ -170,7 +191,7 @@ class QdrantCollection:
                     ids=[point_id(item.file) for item in part], vectors=vectors.tolist(),
                     payloads=[payload_of(item) for item in part]))
         self.num_added += len(items)
-        self.item.cache_clear()
+        self.items_read.clear()
 
     def remove(self, items: list[CollectionItem]) -> None:
         """Remove images; those that are not in the collection are ignored."""
@@ -178,7 +199,7 @@ class QdrantCollection:
             for part in in_requests(items):
                 self.client.delete(self.name, wait=True, points_selector=self.models.PointIdsList(
                     points=[point_id(item.file) for item in part]))
-        self.item.cache_clear()
+        self.items_read.clear()
 
     def relabel(self, items: list[CollectionItem]) -> None:
         """Give images the classes that these items have."""
@@ -188,7 +209,7 @@ class QdrantCollection:
                 self.client.batch_update_points(self.name, [
                     models.SetPayloadOperation(set_payload=models.SetPayload(
                         payload=payload_of(item), points=[point_id(item.file)])) for item in part])
-        self.item.cache_clear()
+        self.items_read.clear()
 
     def finish(self) -> None:
         """Quantise a large collection: signs in memory, vectors on disk."""
@@ -218,8 +239,11 @@ class QdrantCollection:
             rescored = models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
             params = models.SearchParams(exact=exact, quantization=None if exact else rescored)
         with self.request():
-            answers = self.client.query_batch_points(self.name, requests=[models.QueryRequest(
-                query=query, limit=k, params=params, with_vector=True) for query in features.float().tolist()])
+            answers = self.client.query_batch_points(self.name, requests=[
+                models.QueryRequest(query=query, limit=k, params=params, with_vector=True, with_payload=True)
+                for query in features.float().tolist()])
+        for answer in answers:
+            self.remember(answer.points)
         return [rank_points(query, answer.points) for query, answer in zip(features, answers, strict=True)]
 
     def feature(self, index: int) -> torch.Tensor:
@@ -231,7 +255,7 @@ class QdrantCollection:
         """Return the index of a random image."""
         query = self.models.SampleQuery(sample=self.models.Sample.RANDOM)
         with self.request():
-            return self.client.query_points(self.name, query=query, limit=1).points[0].id
+            return self.remember(self.client.query_points(self.name, query=query, limit=1).points)[0]
 
     def find(self, words: str, limit: int) -> tuple[int, list[int]]:
         """Return the number of images whose path and class contain all words, and the indices of the first ones."""
@@ -240,7 +264,7 @@ class QdrantCollection:
                                         for word in words.lower().split()])
         with self.request():
             count = self.client.count(self.name, count_filter=condition).count
-            return count, [point.id for point in self.client.scroll(self.name, condition, limit=limit)[0]]
+            return count, self.remember(self.client.scroll(self.name, condition, limit=limit)[0])
 
     def index_of(self, path: str) -> int | None:
         """Return the index of the image of a relative or absolute path; None if no image, or several, have it."""
@@ -256,11 +280,22 @@ class QdrantCollection:
 
     def item(self, index: int) -> CollectionItem:
         """Return the image with this index; raises IndexError if there is none."""
-        with self.request():
-            points = self.client.retrieve(self.name, [index]) if 0 <= index < 2**63 else []
-        if not points:
-            raise IndexError(index)
-        return item_of(points[0])
+        item = self.items_read.get(index)
+        if item is None:
+            with self.request():
+                points = self.client.retrieve(self.name, [index]) if 0 <= index < 2**63 else []
+            if not points:
+                raise IndexError(index)
+            self.remember(points)
+            item = item_of(points[0])
+        return item
+
+    def remember(self, points: list) -> list[int]:
+        """Keep the images of points that hold their payload; returns their indices."""
+        if len(self.items_read) > CACHED_ITEMS:
+            self.items_read.clear()
+        self.items_read |= {point.id: item_of(point) for point in points}
+        return [point.id for point in points]
 
     def items(self, folder: str | None = None) -> Iterator[CollectionItem]:
         """Yield all images, or those of a folder."""
@@ -295,21 +330,23 @@ def rank_points(query: torch.Tensor, points: list) -> list[tuple[int, float]]:
 
 
 def open_qdrant(location: str, name: str, model_file: str | None = None, device: torch.device | str = 'cpu',
-                create: bool = False, dtype: torch.dtype | None = None) -> tuple[QdrantCollection, EmbeddingNet | None]:
+                create: bool = False, dtype: torch.dtype | None = None, timeout: int = EMBED_SECONDS
+                ) -> tuple[QdrantCollection, EmbeddingNet | None]:
     """Open a collection together with the model that embeds for it.
 
     Args:
         model_file: None opens the collection without a model.
         create: create the collection if it does not exist; needs a model.
-        dtype: of the vectors, see QdrantCollection.
+        dtype, timeout: see QdrantCollection.
 
     Raises:
         UserError: as QdrantCollection, for instance if another model embedded the collection.
     """
     if model_file is None:
-        return QdrantCollection(location, name, dtype=dtype), None
+        return QdrantCollection(location, name, dtype=dtype, timeout=timeout), None
     model, contents = load_model(model_file, device)
     new = {}
     if create:
         new = {'origin': {key: contents[key] for key in ORIGIN if key in contents}, 'dim': model.feature_dim}
-    return QdrantCollection(location, name, fingerprint=model_fingerprint(contents), dtype=dtype, **new), model
+    return QdrantCollection(location, name, fingerprint=model_fingerprint(contents), dtype=dtype, timeout=timeout,
+                            **new), model

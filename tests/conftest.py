@@ -72,6 +72,9 @@ def call_main(script, *words) -> None:
         finally:
             sys.argv = argv
 
+# Processes that tests start are forked from one that has imported this.
+multiprocessing.set_forkserver_preload(PRELOAD)
+
 
 @pytest.fixture(scope='session')
 def raw_sets(tmp_path_factory) -> Path:

@@ -48,13 +48,15 @@ def make_items(count: int) -> tuple[list[CollectionItem], torch.Tensor]:
 class Server:
     """A server in a thread of this process."""
 
-    def __init__(self, searcher, token: str | None = None):
-        import uvicorn
+    def __init__(self, searcher, token: str | None = None, hosts=('127.0.0.1',), root_path: str = '',
+                 access_log: bool = False):
+        from serving.connections import make_server
 
         listening = serve.listen('127.0.0.1', 0)
         self.url = f'http://127.0.0.1:{listening.getsockname()[1]}'
-        app = serve.make_app(serve.Api(searcher, 'museum'), ['127.0.0.1'], token)
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level='warning'))
+        self.api = serve.Api(searcher, 'museum')
+        app = serve.make_app(self.api, hosts, token, root_path, access_log)
+        self.server = make_server(app)
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()
 

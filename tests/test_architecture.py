@@ -4,12 +4,13 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
-ROOMS = ('common', 'imagedata', 'retrieval', 'training')
+ROOMS = ('common', 'imagedata', 'retrieval', 'serving', 'training')
 MODULES = ('model', 'recipes', 'utils')  # at the root, imported by scripts
 MAY_IMPORT = {  # what is not named here is a script
     'common': set(), 'recipes': {'common'}, 'utils': {'common'}, 'imagedata': {'common'},
     'model': {'common', 'recipes'},
     'retrieval': {'common', 'imagedata', 'model'},
+    'serving': {'common', 'imagedata', 'retrieval'},
     'training': {'common', 'imagedata', 'retrieval', 'model', 'recipes', 'utils'}}
 LONGEST_FUNCTION, LONGEST_LINE = 59, 120
 # One run, read from top to bottom, and command lines, whose flags are one list.

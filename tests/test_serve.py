@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -18,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_main, start_command
+from conftest import REPOSITORY, assert_one_line_error, call_main, start_command
 from faults import damaged
 from museum import Server, make_model, write_photos
 from PIL import Image
@@ -33,9 +35,10 @@ from retrieval.embedding import embed_images
 from retrieval.model_file import load_model
 from retrieval.search import NO_MATCH, nearest_images
 from retrieval.searcher import open_searcher
+from serving import thumbnails, uploads
 
 pytest.importorskip('fastapi')
-uvicorn = pytest.importorskip('uvicorn')
+connections = pytest.importorskip('serving.connections')
 CPU = torch.device('cpu')
 
 
@@ -83,6 +86,15 @@ def test_an_upload_finds_what_the_library_finds(server, museum):
     assert (by_codes['threshold'], by_codes['no_close_match']) == (None, None)  # the threshold is a cosine
 
 
+@pytest.mark.slow
+def test_curl_sends_a_form_or_raw_bytes(server, museum):
+    expected = server.search((museum / 'outside.jpg').read_bytes(), '?k=3')
+    for options in (['-F', f'image=@{museum}/outside.jpg'], ['--data-binary', f'@{museum}/outside.jpg'],
+                    ['-T', f'{museum}/outside.jpg', '-X', 'POST']):
+        answer = subprocess.run(['curl', '-s', *options, f'{server.url}/search?k=3'], capture_output=True, check=True)
+        assert json.loads(answer.stdout) == expected
+
+
 @pytest.mark.parametrize('binary', [False, True])
 def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
     data_base = load_data_base(museum / 'museum.pth')
@@ -101,10 +113,10 @@ def test_an_image_of_the_collection_finds_the_others(server, museum, binary):
 
 def test_k_has_a_default_and_a_limit_and_may_exceed_the_collection(server, museum):
     upload = (museum / 'outside.jpg').read_bytes()
-    assert len(server.search(upload)['results']) == min(15, serve.DEFAULT_K)
-    assert len(server.search(upload, f'?k={serve.MAX_K}')['results']) == 15
+    assert len(server.search(upload)['results']) == min(15, uploads.DEFAULT_K)
+    assert len(server.search(upload, f'?k={uploads.MAX_K}')['results']) == 15
     assert len(server.search(upload, '?k=2&binary=1')['results']) == 2
-    assert server.request(f'/search?k={serve.MAX_K + 1}', upload)[0] == 422
+    assert server.request(f'/search?k={uploads.MAX_K + 1}', upload)[0] == 422
 
 
 def test_words_find_files_and_classes(server):
@@ -127,26 +139,37 @@ def test_images_are_served_by_index_as_small_jpegs_that_browsers_keep(server):
     assert headers['x-content-type-options'] == 'nosniff'
     with Image.open(io.BytesIO(body)) as picture:
         assert picture.format == 'JPEG'
-        assert max(picture.size) <= serve.THUMBNAIL_SIDE
+        assert max(picture.size) <= thumbnails.THUMBNAIL_SIDE
     assert server.request('/images/3?v=old')[1]['cache-control'] == 'no-cache'
     for index in ('15', '-1', 'x', '..%2f..%2foutside.jpg', 'ara%2f0.jpg', '1e1', '9' * 5000):
         assert server.request(f'/images/{index}')[0] == 404, index
 
 
 def test_the_url_of_an_image_changes_with_its_file(museum):
-    searcher = open_museum(museum)
-    url = serve.Api(searcher, 'museum').summary(3)['url']
-    item = searcher.collection.item(3)
-    searcher.collection.item = lambda index: item.with_stamp((item.size, item.time + 1))
-    changed = serve.Api(searcher, 'museum').summary(3)['url']
+    collection = open_museum(museum).collection
+    url = serve.summary_of(collection, 3)['url']
+    item = collection.item(3)
+    collection.item = lambda index: item.with_stamp((item.size, item.time + 1))
+    changed = serve.summary_of(collection, 3)['url']
     assert url.split('?')[0] == changed.split('?')[0] == 'images/3'
     assert url != changed
 
 
 def test_a_large_image_becomes_a_thumbnail_of_its_proportions(tmp_path):
     Image.new('RGB', (1000, 500)).save(tmp_path / 'a.png')
-    with Image.open(io.BytesIO(serve.make_thumbnail(SimpleNamespace(folder=tmp_path, path='a.png')))) as thumbnail:
-        assert thumbnail.size == (serve.THUMBNAIL_SIDE, serve.THUMBNAIL_SIDE // 2)
+    with Image.open(io.BytesIO(thumbnails.make_thumbnail(str(tmp_path), 'a.png'))) as thumbnail:
+        assert thumbnail.size == (thumbnails.THUMBNAIL_SIDE, thumbnails.THUMBNAIL_SIDE // 2)
+
+
+@pytest.mark.parametrize('length', [0, 100_000])
+def test_a_thumbnail_holds_pixels_alone(tmp_path, length):
+    exif = Image.Exif()
+    exif[0x010e] = 'a secret description'
+    for name, options in (('a.jpg', {'exif': exif, 'comment': b'a secret'}), ('a.gif', {'comment': bytes(length)})):
+        Image.new('RGB', (40, 30)).save(tmp_path / name, **options)
+        thumbnail = thumbnails.make_thumbnail(str(tmp_path), name)
+        assert b'secret' not in thumbnail
+        assert len(thumbnail) < 2000
 
 
 def test_an_image_that_was_deleted_or_replaced_by_a_link_is_not_served(server, museum):
@@ -160,13 +183,14 @@ def test_an_image_that_was_deleted_or_replaced_by_a_link_is_not_served(server, m
 
 def test_the_pages_load_nothing_from_elsewhere(server):
     schema = json.loads(server.request('/openapi.json')[2])
-    assert {'/search', '/find', '/random', '/images/{index}', '/health'} == schema['paths'].keys()
+    assert {'/search', '/find', '/random', '/images/{index}', '/health', '/ready', '/metrics'} == schema['paths'].keys()
     docs, page = (server.request(address)[2].decode() for address in ('/docs', '/'))
     assert 'POST /search' in docs
     for text in (docs, page):
         assert not re.search(r'(?:src|href)\s*=\s*"(?:https?:)?//', text)
     assert "default-src 'none'" in server.request('/')[1]['content-security-policy']
-    assert json.loads(server.request('/health')[2]) == {'status': 'ok', 'images': 15}
+    assert json.loads(server.request('/health')[2]) == {'status': 'ok'}
+    assert json.loads(server.request('/ready')[2]) == {'status': 'ready', 'images': 15}
 
 
 def test_a_run_is_searched_in_its_gallery_and_without_a_model(tmp_path):
@@ -198,22 +222,27 @@ def bomb() -> bytes:
         b'IEND', b'')
 
 
+DEEP_JSON = b'[' * 5000
+
+
 @pytest.mark.parametrize(('query_string', 'body', 'status', 'part'), [
-    ('', lambda: bytes(serve.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
+    ('', lambda: bytes(uploads.MAX_UPLOAD + 1), 413, '20,000,000 bytes'), ('', bomb, 415, 'decompression bomb'),
     ('', lambda: b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 415, 'unknown format'),
     ('', lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, 'cannot be read'),
     ('', lambda: b'', 415, 'cannot be read'), ('?k=0', lambda: b'x', 422, 'k must be'),
     ('?k=1e9', lambda: b'x', 422, 'k must be'), ('?binary=maybe', lambda: b'x', 422, 'binary must be'),
     ('?path=ara/0.jpg', lambda: b'x', 422, 'as JSON'), ('', lambda: {'path': '../outside.jpg'}, 404, 'outside.jpg'),
     ('', lambda: {'path': '/etc/passwd'}, 404, 'passwd'), ('', lambda: [], 422, 'JSON'),
-    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'), ('', lambda: {'image': '99'}, 404, "'99'"),
+    ('', lambda: {'path': 'ara/0.jpg', 'image': '0'}, 422, 'JSON'),
+    ('', lambda: DEEP_JSON, 422, 'JSON'), ('', lambda: {'image': '99'}, 404, "'99'"),
     ('', lambda: {'image': True}, 404, 'True'), ('', lambda: {'image': 0, 'k': 2.5}, 422, 'k must be'),
     ('', lambda: {'path': 'x' * 10**5}, 413, '10,000 bytes')])
 def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_path, monkeypatch, query_string, body,
                                                              status, part):
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     before = sorted(museum.rglob('*'))
-    answered, _, answer = server.request(f'/search{query_string}', body())
+    headers = {'Content-Type': 'application/json'} if body() == DEEP_JSON else {}
+    answered, _, answer = server.request(f'/search{query_string}', body(), **headers)
     line = json.loads(answer)['error']
     assert answered == status
     assert part in line
@@ -221,6 +250,32 @@ def test_what_cannot_be_searched_for_is_refused_in_one_line(server, museum, tmp_
     assert '0x' not in line  # no address of an object
     assert sorted(museum.rglob('*')) == before
     assert list(tmp_path.iterdir()) == []
+
+
+def scan_bomb() -> bytes:
+    """Return a progressive JPEG file of one colour whose decoding takes half a minute: 8,000 x 8,000 px, 95 scans."""
+    buffer = io.BytesIO()
+    Image.new('RGB', (8000, 8000)).save(buffer, 'JPEG', progressive=True)
+    data = buffer.getvalue()
+    scans = [match.start() for match in re.finditer(rb'\xff\xda', data)]
+    last = data[scans[-1]:-2]
+    return data[:-2] + (95 - len(scans)) * last + data[-2:]
+
+
+@pytest.mark.slow
+def test_a_picture_that_takes_too_long_is_refused_and_stops_no_other(museum):
+    searcher = open_museum(museum)
+    searcher.decoders.seconds = 1
+    picture, bomb = (museum / 'outside.jpg').read_bytes(), scan_bomb()
+    with Server(searcher) as server, ThreadPoolExecutor(8) as senders:
+        server.search(picture)  # the processes have started
+        bombs = [senders.submit(server.request, '/search', bomb) for _ in range(8)]
+        assert server.request('/find?q=ara')[0] == 200
+        answers = [future.result() for future in bombs]
+        assert {status for status, *_ in answers} == {415}
+        assert {json.loads(body)['error'] for *_, body in answers} == {
+            'the picture cannot be read (it takes more than 1 seconds)'}
+        assert len(server.search(picture)['results']) == 15
 
 
 @pytest.mark.parametrize('count', [8, pytest.param(200, marks=pytest.mark.slow)])
@@ -293,23 +348,21 @@ def hosts_of(museum, monkeypatch):
         hosts = []
         sock = SimpleNamespace(getsockname=lambda: (address, 8000))
         monkeypatch.setattr(serve, 'listen', lambda *_: sock)
-        monkeypatch.setattr(serve, 'make_app', lambda api, names, token: hosts.extend(names))
-        monkeypatch.setattr(uvicorn, 'Server', lambda config: SimpleNamespace(run=lambda sockets: None))
+        monkeypatch.setattr(serve, 'make_app', lambda api, names, *_: hosts.extend(names))
+        monkeypatch.setattr(connections, 'make_server', lambda app: SimpleNamespace(run=lambda sockets: None))
         serve.main(serve.get_args(['--data_base', str(museum / 'museum.pth'), '--host', host, *words]))
         return hosts
     return call
 
 
 def test_a_local_server_answers_to_its_own_name(hosts_of):
-    for host, name in (('127.0.0.1', '127.0.0.1'), ('::1', '[::1]'), ('here.example', 'here.example')):
-        hosts = hosts_of(host, '127.0.0.1')
-        assert name in hosts
-        assert {'localhost', '[::1]'} <= set(hosts)
-        assert '*' not in hosts
+    for host in ('127.0.0.1', '::1', 'here.example'):
+        assert hosts_of(host, '127.0.0.1') == ['localhost', host]
 
 
 def test_a_public_server_says_who_can_see_the_images(hosts_of, capsys):
-    assert hosts_of('0.0.0.0', '0.0.0.0') == ['*']
+    assert hosts_of('0.0.0.0', '0.0.0.0', '--allowed_host', 'a.example', 'b.example') == [
+        'localhost', '0.0.0.0', socket.gethostname(), 'a.example', 'b.example']
     assert 'Anyone who can reach this machine over the network can search' in capsys.readouterr().out
     hosts_of('0.0.0.0', '0.0.0.0', '--token', 'let-me-in')
     assert 'and knows the token can search' in capsys.readouterr().out
@@ -318,7 +371,8 @@ def test_a_public_server_says_who_can_see_the_images(hosts_of, capsys):
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
+@pytest.mark.parametrize('is_stalled', [False, True])
+def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path, is_stalled):
     picture, out, err = (museum / 'outside.jpg').read_bytes(), tmp_path / 'out', tmp_path / 'err'
     process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
     try:
@@ -331,14 +385,65 @@ def test_sigterm_ends_the_server_after_the_request_at_hand(museum, tmp_path):
                                b'Connection: close\r\nContent-Length: %d\r\n\r\n' % len(picture))
             assert connection.recv(100).startswith(b'HTTP/1.1 100')  # it waits for the picture now
             os.kill(process.pid, signal.SIGTERM)
-            connection.sendall(picture)
+            connection.sendall(picture[:3] if is_stalled else picture)
             answer = b''.join(iter(lambda: connection.recv(2**16), b''))
-        assert answer.startswith(b'HTTP/1.1 200')
-        assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
+        assert answer.startswith(b'HTTP/1.1 500' if is_stalled else b'HTTP/1.1 200')
+        if not is_stalled:
+            assert len(json.loads(answer.split(b'\r\n\r\n')[1])['results']) == 2
         process.join(60)
         assert process.exitcode == 0, err.read_text()
     finally:
         process.kill()
+
+
+def test_a_changed_collection_is_reloaded_and_a_broken_one_is_not(museum, tmp_path, capsys):
+    for name in ('museum.pth', 'museum_model.pth'):
+        shutil.copy(museum / name, tmp_path / name)
+    args = serve.get_args(['--data_base', str(tmp_path / 'museum.pth'), '--device', 'cpu'])
+    with Server(serve.open_collection(args)) as server:
+        assert len(server.search({'image': '0'})['results']) == 14
+        call_main(embed, '--data_base', tmp_path / 'museum.pth', '--remove', 'ara')
+        assert len(server.search({'image': '0'})['results']) == 14
+        serve.reload(server.api, args)
+        assert len(server.search({'image': '0'})['results']) == 9
+        (tmp_path / 'museum.pth').write_bytes(b'broken')
+        serve.reload(server.api, args)
+        assert len(server.search((museum / 'outside.jpg').read_bytes())['results']) == 10
+    printed = capsys.readouterr()
+    assert 'reloaded: 10 images' in printed.out
+    assert printed.err.startswith('not reloaded: ')
+
+
+@pytest.mark.slow
+def test_sighup_reloads_and_ends_nothing(museum, tmp_path):
+    out, err = tmp_path / 'out', tmp_path / 'err'
+    process = start_command('serve.py', '--data_base', museum / 'museum.pth', '--port', '0', out=out, err=err)
+    try:
+        for line in ('press Ctrl-C to stop\n', 'reloaded: 15 images\n'):
+            while not (out.exists() and out.read_text().endswith(line)):
+                assert process.is_alive(), err.read_text()
+                process.join(0.1)
+            os.kill(process.pid, signal.SIGHUP if 'Ctrl-C' in line else signal.SIGTERM)
+        process.join(60)
+        assert process.exitcode == 0, err.read_text()
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_the_dockerfile_copies_all_that_the_server_imports(museum, tmp_path):
+    for line in (REPOSITORY / 'Dockerfile').read_text().splitlines():
+        if line.startswith('COPY'):
+            *sources, target = line.split()[1:]
+            for source in map(REPOSITORY.joinpath, sources):
+                if source.is_dir():
+                    shutil.copytree(source, tmp_path / target)
+                else:
+                    shutil.copy(source, tmp_path / target)
+    done = subprocess.run([sys.executable, 'serve.py', '--data_base', museum / 'museum.pth', '--host', '0.0.0.0',
+                           '--port', '0', '--device', 'none'], cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line_error(done, "--device 'none'")  # read after all imports
+    assert {file.name for file in tmp_path.iterdir()} >= {'serve.py', 'serving', 'templates'}
 
 
 # ---------------------------------------------------- mistakes -----------------------------------------------------
@@ -349,11 +454,25 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 @pytest.mark.parametrize(('words', 'message'), [
-    (['--token', 'short'], '--token must be 8 or more'), (['--port', '70000'], '--port 70000'),
+    (['--token', 'short'], '--token: a token must be 8 or more'),
+    (['--token', 'let-me-in', '--token_file', 'x'], 'name one of --token WORD and --token_file FILE'),
+    (['--root_path', 'museum/'], '--root_path museum/ must be like /museum'), (['--port', '70000'], '--port 70000'),
     (['--model', 'm.pth'], '--model m.pth has no effect with --data_base')])
 def test_a_mistaken_command_line_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         serve.get_args(['--data_base', 'm.pth', *words])
+
+
+def test_the_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    words, file = ['--data_base', 'm.pth'], tmp_path / 'token'
+    file.write_text('let-me-in\n')
+    assert serve.get_args([*words, '--token_file', str(file)]).token == 'let-me-in'
+    monkeypatch.setenv('SERVE_TOKEN', 'from-outside')
+    assert serve.get_args(words).token == 'from-outside'
+    assert serve.get_args([*words, '--token', 'typed-word']).token == 'typed-word'
+    monkeypatch.setenv('SERVE_TOKEN', '')  # an empty token must not open the server
+    with pytest.raises(UserError, match='SERVE_TOKEN: a token must be'):
+        serve.get_args(words)
 
 
 @pytest.mark.parametrize(('words', 'message'), [
@@ -362,6 +481,12 @@ def test_a_mistaken_command_line_is_refused(words, message):
 def test_what_cannot_be_served_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         serve.main(serve.get_args(['--port', '0', *words]))
+
+
+def test_answers_are_sent_without_delay():
+    """asyncio sets TCP_NODELAY on connections whose listening socket names its protocol."""
+    with serve.listen('127.0.0.1', 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
 
 
 def test_a_taken_port_is_refused():

@@ -33,6 +33,7 @@ def first_pass(request, monkeypatch):
 def test_neighbours_come_in_the_order_of_the_exact_similarity_and_ties_in_that_of_the_rows(dtype, binary, first_pass,
                                                                                          monkeypatch):
     monkeypatch.setattr(nearest, 'BLOCK_ROWS', 16)
+    monkeypatch.setattr(nearest, 'CONVERTED_ROWS', 7)
     features = make_features(61, 9, 0)
     features[50], features[20] = features[3], features[3]  # equal rows in three blocks
     queries = torch.cat([features[:4], make_features(3, 9, 1)])

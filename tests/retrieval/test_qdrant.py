@@ -1,4 +1,7 @@
 """embed.py and serve.py do with Qdrant what they do with a file; tests/retrieval/test_collection.py has the methods."""
+import pickle
+import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +73,50 @@ def test_the_answers_of_the_server_are_those_of_a_file(photos, call, call_script
     assert [len(results) for results in answers[0]] == [5, 5]
 
 
+def test_an_answer_takes_few_requests(photos, call, monkeypatch):
+    pytest.importorskip('fastapi')
+    call('--images', photos / 'photos')
+    searcher = open_qdrant_searcher(str(photos / 'qdrant'), 'museum', None, CPU)
+    called = []
+    for name in ('retrieve', 'scroll', 'query_batch_points', 'count', 'query_points'):
+        function = getattr(searcher.collection.client, name)
+
+        def counted(*words, name=name, function=function, **keywords):
+            called.append(name)
+            return function(*words, **keywords)
+
+        monkeypatch.setattr(searcher.collection.client, name, counted)
+    with Server(searcher) as server:
+        assert len(server.search({'path': 'zebra/0.jpg', 'k': 5})['results']) == 5
+        assert called == ['scroll', 'scroll', 'retrieve', 'query_batch_points']  # path, file, its vector, neighbours
+        called.clear()
+        assert server.request('/find?q=zebra')[0] == server.request('/random')[0] == 200
+        assert called == ['count', 'scroll', 'query_points']
+    searcher.collection.close()
+
+
+def test_a_server_that_stalls_stops_no_other_request(photos, call, monkeypatch):
+    pytest.importorskip('fastapi')
+    call('--images', photos / 'photos')
+    searcher = open_qdrant_searcher(str(photos / 'qdrant'), 'museum', None, CPU)
+    may_go_on = threading.Event()
+
+    def stall(*_words, **_keywords):
+        may_go_on.wait(60)
+        raise TimeoutError('no answer')
+
+    for name in ('retrieve', 'scroll', 'query_batch_points', 'count', 'query_points'):
+        monkeypatch.setattr(searcher.collection.client, name, stall)
+    with Server(searcher) as server, ThreadPoolExecutor(8) as threads:
+        waiting = [threads.submit(server.request, address, body) for address, body in (
+            ('/', None), ('/random', None), ('/find?q=a', None), ('/images/1', None), ('/search', {'image': '1'}),
+            ('/search', {'path': 'a'}))]
+        assert server.request('/docs')[0] == server.request('/health')[0] == 200
+        may_go_on.set()
+        assert [future.result()[0] for future in waiting] == [503] * 6
+    searcher.collection.close()
+
+
 def test_binary_search_is_refused_and_stops_no_other_request(photos, call):
     pytest.importorskip('fastapi')
     call('--images', photos / 'photos')
@@ -111,6 +158,32 @@ def test_a_collection_of_another_program_is_refused(tmp_path):
     client.close()
     with pytest.raises(UserError, match='foreign in .* was not created by embed.py'):
         QdrantCollection(str(tmp_path), 'foreign')
+
+
+class Attack:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize('payload', [False, True])
+def test_a_folder_that_executes_code_is_refused(tmp_path, payload):
+    items, features = make_items(3)
+    collection = QdrantCollection(str(tmp_path / 'q'), 'museum', {'args': SETTINGS}, 'f', DIM)
+    collection.add(items, features)
+    collection.close()
+    attack = Attack(tmp_path / 'executed')
+    if payload:
+        attack = qdrant_client.models.PointStruct.model_construct(id=1, vector=[1.0] * DIM, payload={'path': attack})
+    with sqlite3.connect(tmp_path / 'q/collection/museum/storage.sqlite') as points:
+        points.execute('UPDATE points SET point = ?', (pickle.dumps(attack),))
+    with pytest.raises(UserError, match='a pickle of .*, which could execute code, and is not opened'):
+        QdrantCollection(str(tmp_path / 'q'), 'museum')
+    assert not (tmp_path / 'executed').exists()
 
 
 def test_more_images_than_fit_in_a_request_are_added_listed_and_removed(tmp_path, monkeypatch):
