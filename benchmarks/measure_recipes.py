@@ -8,12 +8,13 @@ both, by evaluate.py. Its R@1 and MAP@R and R@1 of the binary codes are added to
 there is not measured again: to measure anew, remove the file. At the end the tables are printed in Markdown.
 """
 from pathlib import Path
+from statistics import mean
 
 from bench_common import REPOSITORY, evaluate, read_csv, write_csv  # first: it finds the modules of the repository
 from reproduce import TABLES, list_runs
 from utils import Parser, run_script, user_path
 
-FILE = REPOSITORY / 'results/recipes.csv'
+FILE, PRETRAINED = REPOSITORY / 'results/recipes.csv', REPOSITORY / 'results/pretrained.csv'
 MEASURED = ('car', 'cub', 'grocery', 'car20')
 # At 192 px, cars are squeezed to the square as a whole, the others are cropped: chosen on training classes held out.
 LARGE = {'car': '--image_size 192 --resize_size 0', 'cub': '--image_size 192', 'grocery': '--image_size 192'}
@@ -51,8 +52,8 @@ def format_mean(values: list[float]) -> str:
 
     from training.summary import mean_and_half_interval
 
-    mean, half = mean_and_half_interval(pd.Series(values))
-    return f'{mean:.1f}' if len(values) == 1 else f'{mean:.1f} ± {half:.1f}'
+    average, half = mean_and_half_interval(pd.Series(values))
+    return f'{average:.1f}' if len(values) == 1 else f'{average:.1f} ± {half:.1f}'
 
 
 def format_table(rows: list[dict[str, str]], table: str) -> str:
@@ -74,6 +75,27 @@ def format_table(rows: list[dict[str, str]], table: str) -> str:
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def format_comparison(pretrained: list[dict[str, str]], rows: list[dict[str, str]]) -> str:
+    """Return the Markdown table of docs/search.md: R@1 / MAP@R without training, and of whitened_mirror.
+
+    Args:
+        pretrained: rows of results/pretrained.csv.
+        rows: of results/recipes.csv.
+    """
+    names = ('car', 'cub', 'grocery')
+    values = {(row['features'], row['data_name']): [row] for row in pretrained}
+    for row in rows:
+        if row['recipe'] == 'whitened_mirror' and row['table'] in names:
+            name = 'six epochs of training' + ('' if row['way'] == 'as trained' else f', {row["way"]}')
+            values.setdefault((name, row['table']), []).append(row)
+    lines = ['| features | cars | birds | groceries |', '|---|---|---|---|']
+    for features in dict.fromkeys(features for features, _ in values):
+        cells = [' / '.join(f'{mean(float(row[metric]) for row in values[features, name]):.1f}'
+                            for metric in ('R@1', 'MAP@R')) for name in names]
+        lines.append(f'| {features} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def main() -> None:
     """Measure what is missing, and print the tables."""
     parser = Parser(description=__doc__)
@@ -86,6 +108,7 @@ def main() -> None:
     for table in MEASURED:
         if any(row['table'] == table for row in rows):
             print(f'\n{table}, {TABLES[table].epochs} epochs, R@1 / MAP@R:\n\n{format_table(rows, table)}')
+    print(f'\n{format_comparison(read_csv(PRETRAINED), rows)}')
 
 
 if __name__ == '__main__':
