@@ -29,7 +29,6 @@ from utils import Parser, check_between, run_script, user_path
 
 PACKAGES = {'onnx': ('onnx', 'onnxruntime', 'onnxscript'), 'folder': ('safetensors',)}  # needed by each flag
 CALIBRATION_IMAGES = 256  # training images whose activations set the ranges of --int8
-TOLERANCE = 1e-3  # largest difference in an embedding; that of two float32 engines is about 1e-6
 TIMED_BATCH = 16  # images
 TIMED_TURNS = 7
 FOLDER_FILES = ('model.safetensors', 'config.json', 'README.md')
@@ -105,7 +104,7 @@ from retrieval.database import ORIGIN, DataBase, Subset, check_seen, load_data_b
 from retrieval.embedding import describe_origin, format_results, make_data_base, measure, measure_open_set_of
 from retrieval.metrics import NUMBERS_OF_QUERIES
 from retrieval.model_file import load_model, model_fingerprint
-from retrieval.onnx_file import OnnxNet
+from retrieval.onnx_file import TOLERANCE, OnnxNet, embed_probe
 
 CPU = torch.device('cpu')
 
@@ -132,7 +131,8 @@ def describe_interface(model: EmbeddingNet, run: dict) -> dict[str, str]:
     return {'made_by': MADE_HERE, 'run': str(run['args'].get('run')), 'network': json.dumps(asdict(model.config)),
             'images': f'uint8 RGB (N, 3, {size}, {size}), 0 to 255',
             'resize_size': str(run['args']['resize_size']), 'interpolation': model.interpolation,
-            'fingerprint': model_fingerprint(run), 'origin': json.dumps(origin, default=str)}
+            'fingerprint': model_fingerprint(run), 'origin': json.dumps(origin, default=str),
+            'probe': json.dumps(embed_probe(model, size).tolist())}
 
 
 def to_onnx(model: EmbeddingNet, metadata: dict[str, str]) -> bytes:
@@ -192,6 +192,7 @@ def quantise(contents: bytes, images: torch.Tensor, metadata: dict[str, str], ba
     except Exception as error:  # onnx, onnxruntime and protobuf raise errors of many types
         raise UserError(f'--int8: {backbone_type} cannot be quantised ({reason_of(error)}); leave it out') from None
     fingerprint = hashlib.sha256(exported.SerializeToString()).hexdigest()
+    metadata = {key: value for key, value in metadata.items() if key != 'probe'}
     onnx.helper.set_model_props(exported, {**metadata, 'fingerprint': fingerprint})
     return exported.SerializeToString()
 

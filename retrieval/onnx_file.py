@@ -16,6 +16,7 @@ from model import NetConfig
 
 SCHEMA = {'config': dict, 'args': dict, 'fingerprint': str,
           'interpolation': lambda name: name in ('bilinear', 'bicubic')}
+TOLERANCE = 1e-3  # largest difference in an embedding; that of two float32 engines is about 1e-6
 
 
 class OnnxNet(nn.Module):
@@ -42,6 +43,13 @@ class OnnxNet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (N, D), float32, of uint8 RGB images (N, 3, S, S)."""
         return torch.from_numpy(self.session.run(['embeddings'], {'images': images.numpy()})[0])
+
+
+@torch.no_grad()
+def embed_probe(network: nn.Module, side: int) -> torch.Tensor:
+    """Return the embedding (D,) of an image of side px that tells networks apart."""
+    pixels = torch.arange(3 * side**2) * 37 % 256
+    return network(pixels.to(torch.uint8).view(1, 3, side, side))[0]
 
 
 def load_onnx_file(path: Path) -> dict:
@@ -77,4 +85,20 @@ def load_onnx_file(path: Path) -> dict:
         raise UserError(f'{path} does not fit its own description ({reason_of(error)}); it was damaged or made by '
                         'another version') from None
     check_fields(contents, SCHEMA, path, 'model')
+    check_probe(network, path)
     return contents
+
+
+def check_probe(network: OnnxNet, path: Path) -> None:
+    """Raise a UserError if the file embeds otherwise than its model: ONNX has no checksums, and converters of other
+    programs keep the metadata. Files in 8-bit integers hold no probe, since processors round them differently.
+    """
+    if 'probe' in network.metadata:
+        try:
+            expected = torch.tensor(json.loads(network.metadata['probe']))
+            difference = float((embed_probe(network, network.config.image_size) - expected).abs().max())
+        except Exception as error:  # onnxruntime and torch raise errors of many types
+            raise UserError(f'{path} cannot embed an image ({reason_of(error)})') from None
+        if not difference <= TOLERANCE:  # NaN is not
+            raise UserError(f'{path} does not embed as the model that it names (it differs by {difference:.2g}): it '
+                            'was damaged, or changed by another program; export the model again')

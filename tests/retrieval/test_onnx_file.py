@@ -261,6 +261,18 @@ def test_metadata_that_do_not_fit_are_refused(folder, tmp_path, key, value, part
     assert part in refused(tmp_path / 'm.onnx')
 
 
+def test_weights_that_were_changed_under_the_same_metadata_are_refused(folder, tmp_path):
+    changed = onnx.load(folder / 'model.onnx')
+    (head,) = [tensor for tensor in changed.graph.initializer if tensor.name == 'head.weight']
+    weights = onnx.numpy_helper.to_array(head)
+    head.CopyFrom(onnx.numpy_helper.from_array(weights[::-1].copy(), head.name))
+    onnx.save(changed, tmp_path / 'm.onnx')
+    assert 'does not embed as the model that it names' in refused(tmp_path / 'm.onnx')
+    head.CopyFrom(onnx.numpy_helper.from_array(weights * float('nan'), head.name))
+    onnx.save(changed, tmp_path / 'm.onnx')
+    assert 'differs by nan' in refused(tmp_path / 'm.onnx')
+
+
 def test_scripts_that_need_weights_refuse_an_onnx_file(folder):
     for script, words in ((evaluate, []), (export, ['--folder', folder / 'hub', '--num_images', 0])):
         with pytest.raises(UserError, match='--model .*model.onnx is an ONNX file, which embed.py and serve.py read'):
