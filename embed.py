@@ -52,8 +52,8 @@ def get_args(argv: list[str] | None = None):
     """Parse and check the command line."""
     parser = Parser(description=__doc__)
     add_collection_flags(parser, data_base='data base to create or to change, .pth', model='RUN_model.pth of train.py '
-                         'or of evaluate.py --save, or a folder of export.py [a new data base: a pretrained backbone]; '
-                         'needed with --qdrant for --images and --update')
+                         'or of evaluate.py --save, or a folder or an ONNX file of export.py [a new data base: a '
+                         'pretrained backbone]; needed with --qdrant for --images and --update')
     parser.add_argument('--images', type=user_path, metavar='FOLDER', help='add the images in this folder and its '
                         'subfolders; hidden ones are skipped')
     parser.add_argument('--exclude', nargs='+', metavar='PATTERN', help='leave out these paths below --images; * and ? '
@@ -161,7 +161,8 @@ from retrieval.database import ORIGIN, load_data_base
 from retrieval.duplicates import group_similar, similarities_to_first
 from retrieval.embedding import WithoutHead
 from retrieval.image_files import Embedded, embed_files, join
-from retrieval.model_file import load_model, load_model_file, model_contents, model_fingerprint
+from retrieval.model_file import check_device, load_model, load_model_file, model_contents, model_fingerprint
+from retrieval.onnx_file import OnnxNet
 from retrieval.pretrained import DEFAULT_DIM, build_pretrained, fit_whitening, pretrained_settings, without_whitening
 from retrieval.qdrant import open_qdrant
 from training.statistics import provenance
@@ -280,6 +281,9 @@ def refit(args, collection: FileCollection, device: torch.device) -> None:
     file, settings = collection.file, dict(collection.origin['args'])
     if not settings.get('pretrained'):
         raise UserError(f'--refit: the model of {file} was trained; only a pretrained backbone is whitened')
+    if RunFiles.beside(file).onnx.exists():
+        raise UserError(f'--refit makes another model than {RunFiles.beside(file).onnx}, and needs the PyTorch model; '
+                        'move the ONNX file away, and export it again afterwards')
     if file.is_symlink():
         raise UserError(f'--refit replaces {file}, which is a link; name the file that it leads to')
     model = load_kept_model(file, collection.fingerprint, device)
@@ -339,9 +343,9 @@ def open_collection(args) -> FileCollection:
         refuse_without_effect(args, dict.fromkeys(BACKBONE_FLAGS, f': {file} exists and has its model'))
     elif args.images is None:
         raise UserError(f'there is no data base {file}; create it with --images FOLDER')
-    model_file = args.model
-    if model_file is None and not file.is_file() and RunFiles.beside(file).model.exists():
-        model_file = RunFiles.beside(file).model
+    model_file, kept = args.model, RunFiles.beside(file).model_for(torch.device('cpu'))
+    if model_file is None and not file.is_file() and kept.exists():
+        model_file = kept
         check_interrupted(args, model_file)
     if model_file is None:
         return FileCollection(file, {'args': {}}, dtype=dtype)
@@ -373,10 +377,13 @@ def check_interrupted(args, model_file: Path) -> None:
 def keep_model(model_file: str, data_base: Path) -> None:
     """Copy a model, a file or a folder of export.py, beside the data base, unless there is one already.
 
+    An ONNX file stays one, and may lie beside the model that it was exported from.
+
     Raises:
         UserError: if it cannot embed an image.
     """
-    copy = RunFiles.beside(data_base).model
+    files, is_onnx = RunFiles.beside(data_base), Path(model_file).suffix == '.onnx'
+    copy = files.onnx if is_onnx else files.model
     if copy.exists():
         return
     model, contents = load_model(model_file)
@@ -388,16 +395,19 @@ def keep_model(model_file: str, data_base: Path) -> None:
         raise UserError(f'--model {model_file} cannot embed an image of {side} px ({reason_of(error)})') from None
     if not embedding.isfinite().all():
         raise UserError(f'--model {model_file}: its embeddings are not finite; the model is broken')
-    save(contents, copy)
+    if is_onnx:
+        write_atomically(copy, lambda file: file.write(Path(model_file).read_bytes()))
+    else:
+        save(contents, copy)
 
 
-def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> EmbeddingNet:
+def load_kept_model(data_base: Path, fingerprint: str, device: torch.device) -> EmbeddingNet | OnnxNet:
     """Load the model beside a data base.
 
     Raises:
         UserError: if it is missing, or another one than that of the data base.
     """
-    file = RunFiles.beside(data_base).model
+    file = RunFiles.beside(data_base).model_for(device)
     if not file.exists():
         raise UserError(f'the model of {data_base}, {file}, is missing; name it with --model')
     model, contents = load_model(file, device)
@@ -669,7 +679,8 @@ def write_tables(args, collection: FileCollection) -> None:
         UserError: if a file exists and --overwrite is not set, or pyarrow is missing.
     """
     targets = {flag: Path(getattr(args, flag)) for flag in TABLE_FLAGS if getattr(args, flag)}
-    taken = {path.resolve() for path in (collection.file, RunFiles.beside(collection.file).model)}
+    beside = RunFiles.beside(collection.file)
+    taken = {path.resolve() for path in (collection.file, beside.model, beside.onnx)}
     for flag, target in targets.items():
         if target.resolve() in taken:
             raise UserError(f'--{flag} {target} is the data base, its model, or named twice; name another file')
@@ -720,6 +731,8 @@ def run(args, collection, name: str, model: EmbeddingNet | None, device: torch.d
 def main(args) -> None:
     """Open the data base or Qdrant collection of the command line, and do what it says."""
     device = select_device(args.device)
+    if args.model is not None:
+        check_device(args.model, device)
     if args.qdrant is not None:
         collection, model = open_qdrant(args.qdrant, args.collection, args.model, device,
                                         create=args.images is not None, dtype=DTYPES.get(args.dtype))
@@ -730,7 +743,7 @@ def main(args) -> None:
     make_folder('--data_base', file.parent)
     files = RunFiles.beside(file)
     with files.locked(f'--data_base {file}: another process is changing it; wait until it has finished'):
-        remove_torn(file.parent, [file.name, files.model.name])
+        remove_torn(file.parent, [file.name, files.model.name, files.onnx.name])
         finish_refit(file)
         collection = open_collection(args)
         if args.refit:

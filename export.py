@@ -11,6 +11,7 @@ metadata hold their sizes. The folder holds weights (model.safetensors), setting
 run's data set again, and a table compares R@1, embeddings, speed and size with those of the model.
 """
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -28,7 +29,6 @@ from utils import Parser, check_between, run_script, user_path
 
 PACKAGES = {'onnx': ('onnx', 'onnxruntime', 'onnxscript'), 'folder': ('safetensors',)}  # needed by each flag
 CALIBRATION_IMAGES = 256  # training images whose activations set the ranges of --int8
-TOLERANCE = 1e-3  # largest difference in an embedding; that of two float32 engines is about 1e-6
 TIMED_BATCH = 16  # images
 TIMED_TURNS = 7
 FOLDER_FILES = ('model.safetensors', 'config.json', 'README.md')
@@ -100,34 +100,16 @@ from common.files import make_folder, write_atomically
 from common.results import RunFiles, find_result
 from imagedata.loading import RetrievalDataset, make_test_loaders, make_transform, open_data
 from model import EmbeddingNet
-from retrieval.database import DataBase, Subset, check_seen, load_data_base, seen_classes
+from retrieval.database import ORIGIN, DataBase, Subset, check_seen, load_data_base, seen_classes
 from retrieval.embedding import describe_origin, format_results, make_data_base, measure, measure_open_set_of
 from retrieval.metrics import NUMBERS_OF_QUERIES
-from retrieval.model_file import load_model
+from retrieval.model_file import load_model, model_fingerprint
+from retrieval.onnx_file import TOLERANCE, OnnxNet, embed_probe
 
 CPU = torch.device('cpu')
 
 
 # ---------------------------------------------------- ONNX ---------------------------------------------------------
-class OnnxNetwork(nn.Module):
-    """An ONNX model in onnxruntime, with as many threads as torch, that is called like an EmbeddingNet."""
-
-    def __init__(self, contents: bytes, feature_dim: int):
-        super().__init__()
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # or idle threads slow torch down
-        self.session = onnxruntime.InferenceSession(contents, options, providers=['CPUExecutionProvider'])
-        self.feature_dim = feature_dim
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (N, D), float32, of uint8 RGB images (N, 3, S, S)."""
-        return torch.from_numpy(self.session.run(None, {'images': images.numpy()})[0])
-
-
 @contextlib.contextmanager
 def quiet():
     """Suppress the exporters' warnings and messages."""
@@ -141,11 +123,16 @@ def quiet():
 
 
 def describe_interface(model: EmbeddingNet, run: dict) -> dict[str, str]:
-    """Return the metadata of an ONNX file: what a program that embeds with it needs to know."""
-    size = model.config.image_size
+    """Return the metadata of an ONNX file: what a program that embeds with it needs to know, and retrieval.onnx_file.
+
+    The fingerprint is that of the model: embeddings in float32 differ from its own by rounding.
+    """
+    size, origin = model.config.image_size, {key: run[key] for key in ORIGIN if key in run}
     return {'made_by': MADE_HERE, 'run': str(run['args'].get('run')), 'network': json.dumps(asdict(model.config)),
             'images': f'uint8 RGB (N, 3, {size}, {size}), 0 to 255',
-            'resize_size': str(run['args']['resize_size']), 'interpolation': model.interpolation}
+            'resize_size': str(run['args']['resize_size']), 'interpolation': model.interpolation,
+            'fingerprint': model_fingerprint(run), 'origin': json.dumps(origin, default=str),
+            'probe': json.dumps(embed_probe(model, size).tolist())}
 
 
 def to_onnx(model: EmbeddingNet, metadata: dict[str, str]) -> bytes:
@@ -179,6 +166,7 @@ def quantise(contents: bytes, images: torch.Tensor, metadata: dict[str, str], ba
     """Return an ONNX model in 8-bit integers, calibrated on images (N, 3, S, S) uint8.
 
     Weights are signed, with a scale per channel; activations are unsigned, between their smallest and largest value.
+    Its fingerprint is its own: its embeddings fit those of no other model.
     """
     import onnx
     from onnxruntime import quantization
@@ -203,7 +191,9 @@ def quantise(contents: bytes, images: torch.Tensor, metadata: dict[str, str], ba
             exported = onnx.load(quantised)
     except Exception as error:  # onnx, onnxruntime and protobuf raise errors of many types
         raise UserError(f'--int8: {backbone_type} cannot be quantised ({reason_of(error)}); leave it out') from None
-    onnx.helper.set_model_props(exported, metadata)
+    fingerprint = hashlib.sha256(exported.SerializeToString()).hexdigest()
+    metadata = {key: value for key, value in metadata.items() if key != 'probe'}
+    onnx.helper.set_model_props(exported, {**metadata, 'fingerprint': fingerprint})
     return exported.SerializeToString()
 
 
@@ -396,16 +386,18 @@ def export_onnx(args, model: EmbeddingNet, run: dict, comparison: Comparison) ->
     """Write the ONNX file, once it embeds as the model does, and with --int8 the quantised one."""
     file, metadata = Path(args.onnx), describe_interface(model, run)
     contents = to_onnx(model, metadata)
-    network = OnnxNetwork(contents, model.feature_dim)
+    network = OnnxNet(contents)
     expected = comparison.expected.test.features[:len(comparison.images)]
     check_equal(network, comparison.images, expected, '--onnx')
     write_atomically(file, lambda target: target.write(contents))
     comparison.add(file.name, network, len(contents))
     if args.int8:
+        # No data base of the run is of these settings, so none is searched with this file.
+        metadata = describe_interface(model, {**run, 'args': {**run['args'], 'precision': 'int8'}})
         quantised = quantise(contents, comparison.calibration_images(), metadata, model.config.backbone_type)
         file = int8_file(file)
         write_atomically(file, lambda target: target.write(quantised))
-        comparison.add(file.name, OnnxNetwork(quantised, model.feature_dim), len(quantised))
+        comparison.add(file.name, OnnxNet(quantised), len(quantised))
 
 
 def export_folder(args, model: EmbeddingNet, run: dict, comparison: Comparison) -> None:

@@ -41,7 +41,8 @@ def get_args(argv: list[str] | None = None):
     """Parse and check the command line."""
     parser = Parser(description=__doc__)
     add_collection_flags(parser, data_base='file, or its name in --results_dir', model='with --qdrant: the model that '
-                         'embedded the collection; without it, only images of the collection can be searched for')
+                         'embedded the collection, or its ONNX file; without it, only images of the collection can be '
+                         'searched for')
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data set of a '
                         'run; a collection of embed.py knows its own folders [%(default)s]')
     parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases that are named '

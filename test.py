@@ -105,7 +105,7 @@ def embed_files(paths: list[Path], opened: OpenDataBase, device: torch.device) -
     """Embed image files from outside the data base with its model; returns {path: (D,)}."""
     if not paths:
         return {}
-    if not opened.files.model.is_file():
+    if not opened.files.model_for(device).is_file():
         raise UserError(f'--query_img_name {paths[0]} is not in the data base, and there is no {opened.files.model} to '
                         'embed it with')
     model, settings = load_model_of(opened, device)

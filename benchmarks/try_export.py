@@ -22,8 +22,9 @@ def compare(backbone: str, size: int) -> dict:
     import torch
 
     from common.errors import UserError
-    from export import OnnxNetwork, quantise, to_onnx
+    from export import quantise, to_onnx
     from model import EmbeddingNet, NetConfig
+    from retrieval.onnx_file import OnnxNet
 
     torch.manual_seed(0)
     model = EmbeddingNet(NetConfig(backbone, 64, image_size=size), 'none').eval()
@@ -36,8 +37,8 @@ def compare(backbone: str, size: int) -> dict:
 
     try:
         whole = to_onnx(model, {})
-        row['ONNX'] = difference(OnnxNetwork(whole, 64))
-        small = OnnxNetwork(quantise(whole, images, {}, backbone), 64)
+        row['ONNX'] = difference(OnnxNet(whole))
+        small = OnnxNet(quantise(whole, images, {}, backbone))
         with torch.inference_mode():
             row['int8, cosine'] = float((small(images) * model(images)).sum(1).min())
     except UserError as error:

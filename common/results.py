@@ -24,6 +24,7 @@ class RunFiles:
         self.folder, self.name = Path(folder), name
         for file, ending in self.ENDINGS.items():
             setattr(self, file, self.folder / f'{name}_{ending}')
+        self.onnx = self.folder / f'{name}_model.onnx'  # of export.py, no file of the run itself
 
     @classmethod
     def beside(cls, data_base: Path) -> 'RunFiles':
@@ -34,6 +35,10 @@ class RunFiles:
         """Return all paths."""
         return [getattr(self, file) for file in self.ENDINGS]
 
+    def model_for(self, device) -> Path:
+        """Return the model that embeds on a device: on the CPU, or without another one, the ONNX file if it exists."""
+        return self.onnx if self.onnx.is_file() and (device.type == 'cpu' or not self.model.is_file()) else self.model
+
     def locked(self, message: str):
         """Return a context manager that holds the run's lock, see `common.files.lock`."""
         return lock(self.folder / f'.{self.name}.lock', message)
@@ -43,8 +48,11 @@ def find_result(flag: str, ending: str, name: str, results_dir: str) -> Path:
     """Return the file (or the folder with an exported model) that a flag names, as it stands or in the results folder.
 
     Raises:
-        UserError: if there is none, with a list of the files of that ending.
+        UserError: if there is none, with a list of the files of that ending, or if it is an ONNX file.
     """
+    if Path(name).suffix == '.onnx':
+        raise UserError(f'{flag} {name} is an ONNX file, which embed.py and serve.py read; name the model that it was '
+                        'exported from')
     for path in (Path(name), Path(results_dir) / name):
         if path.is_file() or (path / 'config.json').is_file():
             return path

@@ -6,6 +6,7 @@
 A data base file is a plain dict: class_names, test_images, test_labels, test_features, gallery_... where there is a
 gallery, train_proxies, train_class_names, args and what else ORIGIN lists. A collection also holds SOURCE_KEYS.
 """
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from common.results import RunFiles, find_result
 from imagedata.raw_sets import find_root
 from model import EmbeddingNet
 from retrieval.model_file import SAVED_SETTINGS, load_model, model_fingerprint
+from retrieval.onnx_file import OnnxNet
 
 ORIGIN = ('args', 'epoch', 'made_with', 'seen_classes', 'open_set')  # what models and data bases say of their making
 MARKED_RATE = 0.05  # share of right answers that may be called `no close match`
@@ -280,19 +282,25 @@ def open_data_base(name: str, results_dir: str, data_path: str) -> OpenDataBase:
     return OpenDataBase(data_base, RunFiles.beside(file), [root])
 
 
-def load_model_of(opened: OpenDataBase, device: torch.device) -> tuple[EmbeddingNet, dict]:
+def load_model_of(opened: OpenDataBase, device: torch.device) -> tuple[EmbeddingNet | OnnxNet, dict]:
     """Load the model that made a data base, which lies beside it; returns it and the settings of its run.
 
     Raises:
         UserError: if it is missing, or another one.
     """
-    model, contents = load_model(opened.files.model, device)
-    settings, sources = opened.data_base.origin['args'], opened.data_base.sources
-    is_same = contents['args'] == settings if sources is None else model_fingerprint(contents) == sources.fingerprint
+    file = opened.files.model_for(device)
+    model, contents = load_model(file, device)
+    origin, sources = opened.data_base.origin, opened.data_base.sources
+    if sources is not None:
+        is_same = model_fingerprint(contents) == sources.fingerprint
+    elif isinstance(model, OnnxNet):  # exported again? what was measured of the model tells it from an earlier one
+        is_same = {key: contents[key] for key in ORIGIN if key in contents} == json.loads(json.dumps(origin))
+    else:
+        is_same = contents['args'] == origin['args']
     if not is_same:
-        raise UserError(f'{opened.files.model} belongs to another run than the data base; keep the files of a run '
+        raise UserError(f'{file} belongs to another run than the data base; keep the files of a run '
                         'together')
-    return model, settings
+    return model, origin['args']
 
 
 def warn_if_images_changed(opened: OpenDataBase) -> None:

@@ -1,4 +1,4 @@
-"""Model files, `{run}_model.pth` and the folders that export.py writes: what they hold, and how to load them."""
+"""Model files, `{run}_model.pth` and what export.py writes: what they hold, and how to load them."""
 import hashlib
 import json
 from dataclasses import asdict
@@ -9,6 +9,7 @@ import torch
 from common.errors import UserError, reason_of
 from common.files import LARGEST_FEATURE_DIM, LARGEST_SIDE, check_fields, is_folder_name, is_whole, load
 from model import EmbeddingNet, NetConfig
+from retrieval.onnx_file import OnnxNet, load_onnx_file
 
 # The settings of a run that are used after the training; model files and data bases hold them as `args`.
 SAVED_SETTINGS = {
@@ -19,9 +20,19 @@ SAVED_SETTINGS = {
 MODEL_SCHEMA = {'config': dict, 'state_dict': dict, 'args': dict}
 
 
-def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet, dict]:
-    """Build the network of a `{run}_model.pth`, or of a folder of export.py; returns it and the file's contents."""
+def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[EmbeddingNet | OnnxNet, dict]:
+    """Build the network of a `{run}_model.pth`, or of a folder or an ONNX file of export.py.
+
+    Returns:
+        the network, and the file's contents.
+
+    Raises:
+        UserError: as `load_model_file`, or if an ONNX file is asked to run elsewhere than on the CPU.
+    """
+    check_device(path, device)
     contents = load_model_file(path)
+    if 'network' in contents:
+        return contents['network'], contents
     try:
         model = EmbeddingNet(NetConfig(**contents['config']), 'none')
         expected = model.state_dict()
@@ -35,17 +46,30 @@ def load_model(path: str | Path, device: torch.device | str = 'cpu') -> tuple[Em
     return model.to(device, memory_format=torch.channels_last).eval(), contents
 
 
+def check_device(path: str | Path, device: torch.device | str) -> None:
+    """Raise a UserError if a file is an ONNX file and the device is not the CPU."""
+    if Path(path).suffix == '.onnx' and torch.device(device).type != 'cpu':
+        raise UserError(f'--device {device}: {path} is an ONNX file, which runs on the CPU; add --device cpu, or name '
+                        'the model that it was exported from')
+
+
 def load_model_file(path: str | Path) -> dict:
     """Load a `{run}_model.pth`, or a folder of export.py: {'config', 'state_dict', 'args', ...}.
+
+    An ONNX file, FILE.onnx, has `network` and `fingerprint` in place of `state_dict`.
 
     Raises:
         UserError: if the file is missing, corrupt, or not a model of this project.
     """
-    contents = load_exported_folder(Path(path)) if Path(path).is_dir() else load(path, 'model', MODEL_SCHEMA)
+    path = Path(path)
+    if path.is_dir():
+        contents = load_exported_folder(path)
+    else:
+        contents = load_onnx_file(path) if path.suffix == '.onnx' else load(path, 'model', MODEL_SCHEMA)
     check_fields(contents['args'], SAVED_SETTINGS, path, 'model')
     check_fields(contents['config'], {'feature_dim': is_whole(0, LARGEST_FEATURE_DIM),
                                       'image_size': is_whole(1, LARGEST_SIDE)}, path, 'model')
-    if not all(is_plain_tensor(value) for value in contents['state_dict'].values()):
+    if 'network' not in contents and not all(map(is_plain_tensor, contents['state_dict'].values())):
         raise UserError(f'{path} is not a valid model: its state_dict holds other things than plain tensors; do not '
                         'trust this file')
     return contents
@@ -81,7 +105,12 @@ def model_contents(model: EmbeddingNet, origin: dict) -> dict:
 
 
 def model_fingerprint(contents: dict) -> str:
-    """Return a hexadecimal hash of a model file's contents, equal for two models of equal architecture and weights."""
+    """Return a hexadecimal hash of a model file's contents, equal for two models of equal architecture and weights.
+
+    An ONNX file in float32 holds that of the model that it was exported from, one in 8-bit integers another one.
+    """
+    if 'network' in contents:
+        return contents['fingerprint']
     digest = hashlib.sha256(json.dumps(contents['config'], sort_keys=True).encode())
     for name, value in sorted(contents['state_dict'].items()):
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())

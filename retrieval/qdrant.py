@@ -25,6 +25,7 @@ from retrieval.collection import CollectionItem
 from retrieval.counting import cosine_similarity
 from retrieval.database import ORIGIN
 from retrieval.model_file import load_model, model_fingerprint
+from retrieval.onnx_file import OnnxNet
 
 POINTS_PER_REQUEST = 1024
 QUANTISED_FROM = 10**5  # images; a larger collection keeps its vectors on disk, and their signs in memory
@@ -331,7 +332,7 @@ def rank_points(query: torch.Tensor, points: list) -> list[tuple[int, float]]:
 
 def open_qdrant(location: str, name: str, model_file: str | None = None, device: torch.device | str = 'cpu',
                 create: bool = False, dtype: torch.dtype | None = None, timeout: int = EMBED_SECONDS
-                ) -> tuple[QdrantCollection, EmbeddingNet | None]:
+                ) -> tuple[QdrantCollection, EmbeddingNet | OnnxNet | None]:
     """Open a collection together with the model that embeds for it.
 
     Args:

@@ -20,6 +20,7 @@ from retrieval.collection import SearchableImages
 from retrieval.database import load_model_of, open_data_base, open_set_threshold
 from retrieval.embedding import embed_batch
 from retrieval.folding import fold_batch_norm
+from retrieval.onnx_file import OnnxNet
 from retrieval.qdrant import SERVE_SECONDS, open_qdrant
 
 TEST_PICTURE = b'P6 1 1 255 ' + bytes(3)  # a PPM file of one black pixel
@@ -55,12 +56,12 @@ class Searcher:
         device: of the model.
     """
 
-    def __init__(self, collection, model: EmbeddingNet | None, threshold: float | None, device: torch.device):
+    def __init__(self, collection, model: EmbeddingNet | OnnxNet | None, threshold: float | None, device: torch.device):
         self.collection, self.model, self.threshold, self.device = collection, model, threshold, device
         if model is not None:
             settings = collection.origin['args']
             self.amp = use_amp(settings['amp'], device)
-            if device.type == 'cpu' and not self.amp:
+            if isinstance(model, EmbeddingNet) and device.type == 'cpu' and not self.amp:
                 self.model = fold_batch_norm(model)
             self.transform = (model.config.image_size, settings['resize_size'], model.interpolation)
         self.batch_thread = ThreadPoolExecutor(1)
@@ -179,7 +180,7 @@ def open_searcher(data_base: str, results_dir: str, data_path: str, device: torc
     """
     opened = open_data_base(data_base, results_dir, data_path)
     model = None
-    if opened.files.model.is_file():
+    if opened.files.model_for(device).is_file():
         model, _ = load_model_of(opened, device)
     else:
         print(f'there is no model {opened.files.model}: only images of the data base can be searched for')

@@ -24,6 +24,7 @@ from model import EmbeddingNet, NetConfig
 from retrieval.database import load_data_base
 from retrieval.embedding import embed_images, make_data_base, measure
 from retrieval.model_file import load_model, load_model_file
+from retrieval.onnx_file import OnnxNet
 
 onnx = pytest.importorskip('onnx')
 for package in ('onnxruntime', 'onnxscript', 'safetensors'):
@@ -94,7 +95,7 @@ def exported(run, tmp_path_factory, worker_id) -> Path:
 @pytest.mark.parametrize('count', [1, 2, 5])
 def test_an_export_embeds_any_number_of_images_as_the_model_does(run, exported, count):
     model, _ = load_model(run / 'birds_run_model.pth')
-    networks = export.OnnxNetwork((exported / 'model.onnx').read_bytes(), DIM), load_model(exported / 'hub')[0]
+    networks = OnnxNet((exported / 'model.onnx').read_bytes()), load_model(exported / 'hub')[0]
     with torch.inference_mode():
         expected = model(random_images(count))
         for network in networks:
@@ -114,7 +115,7 @@ def test_depthwise_convolutions_tokens_and_bgr_are_exported(backbone, pooling):
                 layer.running_mean.normal_()
                 layer.running_var.uniform_(0.5, 2)
         expected = model(random_images(3))
-    network = export.OnnxNetwork(export.to_onnx(model, {}), DIM)
+    network = OnnxNet(export.to_onnx(model, {}))
     torch.testing.assert_close(network(random_images(3)), expected, rtol=0, atol=5e-6)
 
 
@@ -124,13 +125,13 @@ def test_8_bit_integers_are_smaller_and_close(run, exported):
     assert file.stat().st_size < (exported / 'model.onnx').stat().st_size / 1.5
     assert 'QuantizeLinear' in {node.op_type for node in onnx.load(file).graph.node}
     with torch.inference_mode():
-        cosine = (export.OnnxNetwork(file.read_bytes(), DIM)(random_images(9)) * model(random_images(9))).sum(1)
+        cosine = (OnnxNet(file.read_bytes())(random_images(9)) * model(random_images(9))).sum(1)
     assert cosine.min() > 0.95
 
 
 def test_flip_tta_is_part_of_the_export(run, exported):
     model, _ = load_model(run / 'birds_run_model.pth')
-    network = export.OnnxNetwork((exported / 'model.onnx').read_bytes(), DIM)
+    network = OnnxNet((exported / 'model.onnx').read_bytes())
     with torch.inference_mode():
         without_flip = model.embed(random_images(6))
     assert (network(random_images(6)) * without_flip).sum(1).min() < 0.98
@@ -311,7 +312,7 @@ def test_an_export_that_differs_is_refused():
 def test_an_export_that_differs_is_not_written(run, tmp_path, monkeypatch):
     other = make_network()
     monkeypatch.setattr(export, 'to_onnx', lambda *_: b'')
-    monkeypatch.setattr(export, 'OnnxNetwork', lambda *_: other)
+    monkeypatch.setattr(export, 'OnnxNet', lambda *_: other)
     with pytest.raises(UserError, match='nothing is written'):
         call_main(export, '--model', run / 'birds_run_model.pth', '--num_images', 0, '--onnx', tmp_path / 'm.onnx')
     assert list(tmp_path.iterdir()) == []
