@@ -233,9 +233,11 @@ class Workspace:
         for label in range(6):
             for number in range(4):
                 write_image(folder / f'me/flowers/{label}/{number}.jpg', label, number)
+                write_image(folder / f'readonly/flowers/{label}/{number}.jpg', label, number)
         for name in ('museum/birds/0', 'museum/birds/1', 'museum/loans/0', 'museum/loans/1', 'new/0', 'photo'):
             write_image(folder / f'me/{name}.jpg', len(name), 0)
-        self.places = {'/home/data': str(raw_sets), '/home/me': str(folder / 'me')}
+        self.places = {'/home/data': str(raw_sets), '/home/me': str(folder / 'me'),
+                       '/mnt/readonly': str(folder / 'readonly')}
         printed = make('demo').replace('\\\n', ' ')
         self.demo = [shlex.split(line) for line in printed.splitlines() if re.match(r'\S+/python \w+\.py ', line)]
         assert [words[1] for words in self.demo] == ['data_utils.py', 'train.py', 'evaluate.py', 'test.py']
