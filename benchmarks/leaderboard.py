@@ -60,13 +60,14 @@ def row_of(tables: list) -> dict:
         raise UserError(f'{first["args.run"]}: the same seed is named twice; name each run once')
     mean, half = mean_and_half_interval(ends['dense_R@1'])
     hours = sum(table['seconds'].sum() for table in tables) / len(tables) / 3600
-    hardware = first['made.processor'] if first['made.device'] == 'cpu' else first['made.device']
-    changed = '+' if (ends['made.changed_since'] != 'no').any() else ''  # code that is not that of the commit
+    hardware = ends['made.device'].where(ends['made.device'] != 'cpu', ends['made.processor'])
+    changed = ends['made.changed_since'].map({'no': ''}).fillna('+')  # code that is not that of the commit
+    commits = ends['made.commit'].str[:12] + changed
     values = (first['args.data_name'], first['made.split'][:12], first['made.images'], first['args.recipe'],
               first['args.backbone_type'], first['args.image_size'], first['args.num_epochs'],
               'yes' if first['args.flip_tta'] else 'no', ' '.join(map(str, sorted(ends['args.seed']))), f'{mean:.2f}',
-              '' if len(tables) == 1 else f'{half:.2f}', f'{ends["dense_MAP@R"].mean():.2f}', f'{hours:.2f}', hardware,
-              first['made.commit'][:12] + changed, first['made.command'])
+              '' if len(tables) == 1 else f'{half:.2f}', f'{ends["dense_MAP@R"].mean():.2f}', f'{hours:.2f}',
+              ', '.join(hardware.unique()), ', '.join(commits.unique()), first['made.command'])
     return dict(zip(COLUMNS, map(str, values), strict=True))
 
 

@@ -56,6 +56,14 @@ def test_seeds_of_one_command_are_one_row_with_the_mean_of_their_last_epochs(lea
     assert f'| proxy_anchor | resnet18 | 128 | 2 | no | 1 2 3 | {last.mean():.2f} ± {half:.2f} | 12.50 |' in page
 
 
+def test_the_hardware_and_the_commits_of_all_seeds_are_named(leaderboard, tmp_path, monkeypatch):
+    other = {'made.device': 'Some GPU', 'made.commit': 'd' * 40, 'made.changed_since': 'yes'}
+    [row] = call(leaderboard, monkeypatch, write_made_run(tmp_path, 1, [50.0]),
+                 write_made_run(tmp_path, 2, [50.0], other))
+    assert row['hardware'] == 'Some CPU, 2 cores, Some GPU'
+    assert row['commit'] == f'{"c" * 12}, {"d" * 12}+'
+
+
 def test_a_row_replaces_that_of_the_same_command_and_split_alone(leaderboard, tmp_path, monkeypatch):
     call(leaderboard, monkeypatch, write_made_run(tmp_path, 1, [50.0]))
     call(leaderboard, monkeypatch, write_made_run(tmp_path, 2, [70.0], {'made.command': 'python train.py --lr 1'}))
