@@ -309,6 +309,7 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
     test_loaders = make_test_loaders(data, plain, options.batch_size, options.num_workers, device)
     trained_classes, test_set = loader.dataset.class_names, test_loaders['test'].dataset
     trained_and_tested = check_seen({*seen, *trained_classes}, test_set.class_names, options.allow_seen)
+    made_with['seen_test_classes'] = len(trained_and_tested)
     if trained_and_tested:
         print(f'NOT on unseen classes: {len(trained_and_tested):,} test classes are trained on')
     val_loaders = None

@@ -23,7 +23,8 @@ COLUMNS = ('data_name', 'split', 'images', 'recipe', 'backbone', 'image_size', '
            'R@1_half', 'MAP@R', 'hours', 'hardware', 'commit', 'command')
 SHOWN = {'recipe': 'recipe', 'backbone': 'backbone', 'image_size': 'px', 'epochs': 'epochs', 'flip_tta': 'flip',
          'seeds': 'seeds', 'R@1': 'R@1', 'MAP@R': 'MAP@R', 'hours': 'hours', 'hardware': 'hardware', 'commit': 'commit'}
-NEEDED = ('args.recipe', 'args.num_epochs', 'dense_R@1', 'dense_MAP@R', 'seconds', 'made.split', 'made.command')
+NEEDED = ('args.recipe', 'args.num_epochs', 'dense_R@1', 'dense_MAP@R', 'seconds', 'made.split', 'made.command',
+          'made.seen_test_classes')
 
 
 # ---------------------------------------------------- rows ---------------------------------------------------------
@@ -35,6 +36,9 @@ def check_run(where: str, table) -> None:
     last = table.iloc[-1]
     if last['epoch'] < last['args.num_epochs']:
         raise UserError(f'{where}: {last["epoch"]} of {last["args.num_epochs"]} epochs; finish this run with --resume')
+    if last['made.seen_test_classes']:
+        raise UserError(f'{where} was measured on classes that it was trained on (--allow_seen), which no other row '
+                        'was')
     for setting, reason in (('val_ratio', 'trained on a part of the classes'), ('init', 'started from another run')):
         if last[f'args.{setting}'] and last.notna()[f'args.{setting}']:
             raise UserError(f'{where} was {reason} (--{setting}), which no other row was; train it without')
@@ -88,8 +92,9 @@ a run and call
 python benchmarks/leaderboard.py results/RUN_statistics.csv
 ```
 
-which checks that the run is finished and was started from a pretrained backbone or from random weights, adds its row to
-[results/leaderboard.csv](../results/leaderboard.csv), and writes this page again.
+which checks that the run is finished, that none of its test classes was trained on, and that it was started from a
+pretrained backbone or from random weights. It adds a row to [results/leaderboard.csv](../results/leaderboard.csv), and
+writes this page again.
 
 ## Complete data sets
 """

@@ -516,6 +516,8 @@ def test_training_on_test_classes_says_so_wherever_numbers_stand(tmp_path, train
     with pytest.raises(UserError, match='2 of 3 test classes were trained on, .*--allow_seen'):
         train_tiny(*words)
     assert 'NOT on unseen classes: 2' in train_tiny(*words, '--allow_seen')
+    statistics = pd.read_csv(tmp_path / 'r' / f'{OWN_NAME}_statistics.csv')
+    assert statistics['made.seen_test_classes'].tolist() == [2]
     data_base = tmp_path / 'r' / f'{OWN_NAME}_data_base.pth'
     with pytest.raises(UserError, match='2 of 3 test classes were trained on'):
         call_script(evaluate, '--data_base', data_base)

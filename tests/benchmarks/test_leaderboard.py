@@ -13,7 +13,8 @@ from imagedata.raw_sets import RAW_SETS
 
 MADE = {'made.split': 'ab' * 32, 'made.images': 'train: 20 of 4 classes, test: 9 of 3 classes', 'made.device': 'cpu',
         'made.processor': 'Some CPU, 2 cores', 'made.commit': 'c' * 40, 'made.changed_since': 'no',
-        'made.command': 'python train.py --recipe proxy_anchor', 'seconds': 1800.0, 'dense_MAP@R': 12.5}
+        'made.command': 'python train.py --recipe proxy_anchor', 'made.seen_test_classes': 0, 'seconds': 1800.0,
+        'dense_MAP@R': 12.5}
 SETTINGS = {'recipe': 'proxy_anchor', 'data_name': 'car', 'backbone_type': 'resnet18', 'image_size': 128,
             'flip_tta': False, 'val_ratio': 0.0, 'init': None}
 
@@ -85,6 +86,7 @@ def test_a_run_on_a_complete_data_set_fills_its_section(leaderboard, tmp_path, m
 
 @pytest.mark.parametrize(('made', 'settings', 'message'), [
     ({'made.split': None}, {}, 'made.split is missing; train this run with the present version'),
+    ({'made.seen_test_classes': 2}, {}, 'measured on classes that it was trained on'),
     ({}, {'num_epochs': 9}, '2 of 9 epochs; finish this run with --resume'),
     ({}, {'val_ratio': 0.2}, r'trained on a part of the classes \(--val_ratio\)'),
     ({}, {'init': 'x_model.pth'}, r'started from another run \(--init\)')])
