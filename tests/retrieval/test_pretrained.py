@@ -272,6 +272,28 @@ def test_a_call_that_is_interrupted_within_the_sample_reads_no_image_again(call,
     assert sorted(file.name for file in tmp_path.glob('museum*')) == ['museum.pth', 'museum_model.pth']
 
 
+def test_an_image_that_changes_while_the_sample_is_interrupted_is_embedded_as_it_is_now(call, flags, photos, tmp_path,
+                                                                                        monkeypatch):
+    monkeypatch.setattr(embed, 'SAVED_EVERY', 2)
+    with monkeypatch.context() as context:
+        context.setattr(embed, 'fit_whitening', interrupt)  # all of the sample is embedded
+        with pytest.raises(KeyboardInterrupt):
+            call('--images', photos, *flags, '--batch_size', 2)
+    changed = sorted(photos.rglob('*.jpg'))[0]
+    write_image(changed, 9, 99)
+    os.utime(changed, ns=(1, 1))
+    call('--images', photos, *flags, '--batch_size', 2)
+    found = features_of(tmp_path / 'museum.pth')
+    assert len(found) == 12
+    model, contents = load_model(tmp_path / 'museum_model.pth')
+    np.testing.assert_allclose(embed_images(model, [changed], contents)[0],
+                               found[str(changed.relative_to(photos))], atol=1e-5)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_refit_whitens_and_embeds_all_images_again(call, flags, photos, tmp_path):
     call('--images', photos, '--labels', 'folder', *flags)
     write_photos(photos, {'d': 6})
