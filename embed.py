@@ -22,6 +22,7 @@ call that is interrupted before these are embedded starts again.
 import contextlib
 import csv
 import io
+import math
 import os
 import random
 import shlex
@@ -234,11 +235,11 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
         sample = random.Random(0).sample(items, FIT_SAMPLE)
     sample = {item.file: item for item in sample}
     # The features before the whitening are a collection of their own, so that an interrupted call continues.
-    unwhitened = FileCollection(sample_file(collection.file), {'args': {}},
+    unwhitened = FileCollection(sample_file(collection.file), {'args': settings},
                                 model_fingerprint(model_contents(model, {'args': settings})))
     known = {item.file: item.stamp for item in unwhitened.items()}
     lost = embed_items([item for item in sample.values() if known.get(item.file) != item.stamp], unwhitened, model,
-                       settings, num_workers, device, WithoutHead(model))
+                       settings, num_workers, device, UnitFeatures(model))
     unwhitened.finish()
     rows, embedded = [], []
     for row, item in enumerate(unwhitened.items()):
@@ -248,7 +249,7 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
     if not embedded:
         unreadable = f'none of the {len(sample):,} images can be read, for instance {next(iter(sample))}'
         raise UserError(describe_lost(lost) if lost else unreadable)
-    features = unwhitened.data_base.test.features[rows]
+    features = unwhitened.data_base.test.features[rows, :-1] * math.sqrt(model.num_features)
     line = fit_whitening(model, features, feature_dim)
     print(f'{model.config.backbone_type}: {line}', flush=True)
     contents = model_contents(model, {'args': settings, 'made_with': provenance(device)})
@@ -258,6 +259,22 @@ def fit_model(model: EmbeddingNet, settings: dict, feature_dim: int | None, item
         embeddings = F.normalize(model.head(features.to(device)), dim=-1).cpu()
     collection.add(embedded, embeddings, list(unwhitened.broken.values()))
     return [item for item in items if item.file not in sample], lost
+
+
+class UnitFeatures(nn.Module):
+    """A network's layer-normalised features (N, F), over sqrt(F), as unit rows (N, F + 1): a data base holds no others.
+
+    The last number makes up for the length, which is at most 1, and less where the features hardly vary.
+    """
+
+    def __init__(self, model: EmbeddingNet):
+        super().__init__()
+        self.network, self.length = WithoutHead(model), math.sqrt(model.num_features)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.network(images).float() / self.length
+        rest = (1 - features.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
+        return torch.cat([features, rest], dim=-1)
 
 
 def sample_file(file: Path) -> Path:
