@@ -64,6 +64,14 @@ def test_the_tables_of_the_page_are_those_of_the_committed_files(tmp_path, call_
         if path.stem not in measure_recipes().MEASURED}
 
 
+def test_each_way_of_measuring_adds_its_flags_alone():
+    script = measure_recipes()
+    flags = {way: script.flags_of(way, 'car') for way in script.WAYS}
+    large, flip = ['--image_size', '192', '--resize_size', '0'], ['--flip_tta', '1']
+    assert flags == {'as trained': [], 'flip': flip, '192 px': large, '192 px, flip': [*large, *flip]}
+    assert script.flags_of('192 px', 'cub') == large[:2]
+
+
 def test_the_tables_on_equal_terms_are_those_of_the_committed_file():
     script = measure_recipes()
     rows = script.read_csv(REPOSITORY / 'results/recipes.csv')

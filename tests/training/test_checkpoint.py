@@ -129,6 +129,10 @@ def test_files_of_a_run_hold_no_folders_and_nothing_that_may_change(trained_run,
     ('--loss_name', 'cos_face', '--proxy_update', 'positive', '--temperature', 0.03125, '--margin', 0.2),
     ('--recipe', 'asymptotic_proxy', '--momentum', 0.7, '--compile', '--flip_tta', 1, '--layer_norm', 0),
     ('--recipe', 'positive_proxy', '--proxy_lr', 0.5, '--backbone_lr', 1e-6, '--lr_schedule', 'cosine'),
+    ('--clip_value', 5, '--weight_decay', 0.01, '--drop_last', 1, '--images_per_class', 4, '--resize_size', 0,
+     '--val_ratio', 0.2, '--eval_every', 2, '--pooling', 'gem', '--head_init', 'whiten', '--proxy_init', 'mean',
+     '--lr_decay_step', 3, '--lr_decay_gamma', 0.3, '--flip', 0, '--min_crop', 0.5, '--color_jitter', 0.3,
+     '--grayscale', 0.1, '--cache_size', 300, '--warm_up', 1, '--optimizer_type', 'adam', '--amp', 'off'),
     ('--loss_name', 'pml:TripletMarginLoss', '--loss_args', 'margin=0.1', '--miner', 'TripletMarginMiner')])
 def test_the_command_of_a_run_gives_its_settings(words):
     [options] = parse_options([*map(str, words)])
