@@ -3,7 +3,7 @@
     python benchmarks/bench_recall.py                      # 60,502 images of 11,316 classes; about half an hour
     python benchmarks/bench_recall.py --num_images 6000 --growth 1 --repetitions 1
 
-`ours` is retrieval_metrics: R@1, 10, 100 and 1000, MAP@R and R-precision; `ours, binary` the same of packed signs.
+`ours` is retrieval_metrics: R@1, 10, 100 and 1000, MAP@R and R-precision; `ours, binary` the same of the signs.
 `full matrix` is the N x N similarities with a top-1000; `blocks, loop` Proxy Anchor's way, blocks of 10,000 queries
 with a Python loop over the queries for each K; `faiss` the search alone for 1,001 neighbours in an IndexFlatIP, `faiss,
 binary` in an IndexBinaryFlat; `pml` pytorch-metric-learning's AccuracyCalculator for R@1, MAP@R and R-precision. Each

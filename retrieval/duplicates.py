@@ -5,8 +5,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from common.distributed import progress
-from retrieval.counting import TILE_SIDE, Cosine, entries_above
+from retrieval.counting import Similarity, cosine_similarity
 
+SIDE = 4096  # of a tile of similarities
 PAIRS_AT_ONCE = 2**16  # after which groups are joined, so that most pairs of a large group are skipped
 
 
@@ -15,22 +16,19 @@ def group_similar(features: torch.Tensor, threshold: float) -> list[list[int]]:
 
     Cosines near the threshold are computed in float64. Groups, and the rows in them, are in the order of the rows.
     """
-    compare, group_of = Cosine(features, features), torch.arange(len(features))
-    lowest = torch.full((len(features),), threshold - compare.error, dtype=torch.float64).to(compare.dtype)
-    lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))  # so that it is not rounded up
-    side = TILE_SIDE['cpu']
-    starts = range(0, len(features), side)
-    tiles = [(slice(row, row + side), slice(column, column + side)) for row in starts for column in starts
+    compare, group_of = Similarity(features, features, binary=False), torch.arange(len(features))
+    starts = range(0, len(features), SIDE)
+    tiles = [(slice(row, row + SIDE), slice(column, column + SIDE)) for row in starts for column in starts
              if row <= column]
     for rows, columns in progress(tiles, desc='pairs', unit='tile', delay=2):
-        for entries in entries_above(compare.tile(rows, columns), lowest[rows], False):
-            row, column = entries[0] + rows.start, entries[1] + columns.start
-            for one, other in zip(row.split(PAIRS_AT_ONCE), column.split(PAIRS_AT_ONCE), strict=True):
-                is_apart = group_of[one] != group_of[other]
-                one, other = one[is_apart], other[is_apart]
-                is_near = compare.pairs(one, other, torch.float64) >= threshold
-                if is_near.any():
-                    group_of = join_groups(group_of, one[is_near], other[is_near])
+        close = (compare.fast(rows, columns) >= threshold - compare.error).nonzero()
+        for pairs in close.split(PAIRS_AT_ONCE):
+            one, other = pairs[:, 0] + rows.start, pairs[:, 1] + columns.start
+            is_apart = group_of[one] != group_of[other]
+            one, other = one[is_apart], other[is_apart]
+            is_near = compare.of_pairs(one, other) >= threshold
+            if is_near.any():
+                group_of = join_groups(group_of, one[is_near], other[is_near])
     members = {}
     for row, group in enumerate(group_of.tolist()):
         members.setdefault(group, []).append(row)
@@ -46,5 +44,4 @@ def join_groups(group_of: torch.Tensor, rows: torch.Tensor, others: torch.Tensor
 
 def similarities_to_first(features: torch.Tensor, group: list[int]) -> list[float]:
     """Return the cosines, in float64, of the rows of a group to its first one, which is left out."""
-    others = torch.tensor(group[1:])
-    return Cosine(features[group[0]][None], features).pairs(torch.zeros_like(others), others, torch.float64).tolist()
+    return cosine_similarity(features[group[:1]], features[group[1:]])[0].tolist()

@@ -11,6 +11,7 @@ all similarities in float64.
 import numpy as np
 import torch
 
+from common.distributed import gather_rows
 from common.errors import UserError
 from retrieval.counting import cosine_similarity, nearer_negatives
 from retrieval.nearest import best_similarities
@@ -72,16 +73,17 @@ def score_queries(nearer: torch.Tensor, number: torch.Tensor) -> dict[str, torch
 
 
 def average(scores: list[dict[str, torch.Tensor]], recalls: tuple[int, ...]) -> dict[str, float]:
-    """Average over all queries, in per cent.
+    """Average over all queries, also those of other processes, in per cent.
 
     R@K is the share of queries with fewer than K negatives nearer than their best positive: with one negative tied with
     it a query is still right at K = 1, with two it is not.
     """
-    nearer = torch.cat([part['nearer'] for part in scores])
-    metrics = {f'R@{k}': 100 * (nearer < k).double().mean().item() for k in recalls}
-    for name in ('MAP@R', 'R-precision'):
-        metrics[name] = 100 * torch.cat([part[name] for part in scores]).mean().item()
-    return {**metrics, 'queries': len(nearer)}
+    # Sorted, so that no sum depends on the order of the images or the number of processes.
+    nearer, *shares = (gather_rows(torch.cat([part[name] for part in scores])).sort().values
+                       for name in ('nearer', 'MAP@R', 'R-precision'))
+    return {**{f'R@{k}': 100 * (nearer < k).double().mean().item() for k in recalls},
+            'MAP@R': 100 * shares[0].mean().item(), 'R-precision': 100 * shares[1].mean().item(),
+            'queries': len(nearer)}
 
 
 def plain_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
@@ -173,7 +175,8 @@ def retrieval_metrics(query_features: torch.Tensor, query_labels: torch.Tensor,
     if max(recalls) > searched:
         raise UserError(f'R@{max(recalls)} asks for more than the {searched} images that a query is searched in; set '
                         '--recalls to smaller numbers, as in --recalls 1,2')
-    scores = []
+    nothing = query_features.new_zeros(0, 1, dtype=torch.float64)
+    scores = [score_queries(nothing, nothing[:, 0])]  # for a process without a query
     for nearer, number in nearer_negatives((query_features, query_labels),
                                            None if symmetric else (gallery_features, gallery_labels), binary,
                                            max(recalls)):

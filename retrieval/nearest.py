@@ -6,13 +6,27 @@ rows that can be among the nearest, since its error has a bound; only these are 
 import torch
 
 from common.distributed import bfloat16_is_fast, progress
-from retrieval.counting import (TILE_SIDE, Cosine, Search, as_matrix, entries_above, grouped_positives, largest_norms,
-                                on_grid)
+from retrieval.counting import (
+    Search,
+    Similarity,
+    largest_norms,
+    nearest_negatives,
+    on_grid,
+    positive_similarities,
+    split_queries,
+    tile_entries,
+)
 
 BLOCK_ROWS = 2**15  # of the features, in the fast pass
 CONVERTED_ROWS = 2**13  # of features that are converted first: what is converted stays in the processor's cache
 BLOCK_ENTRIES = 2**22  # float64 numbers at a time, in the exact one: 32 MiB
 LONGEST_ROW = 1.01  # the norm up to which load_data_base accepts a unit row
+CANDIDATES = 16  # of the fast pass for a query's nearest negative
+
+
+def as_matrix(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return the start of a flat buffer as a matrix, so that a loop allocates no memory."""
+    return buffer[:rows * columns].view(rows, columns)
 
 
 class Nearest:
@@ -27,12 +41,13 @@ class Nearest:
         self.features, self.coarse, self.rounding = features, None, 0.0
         if resident and bfloat16_is_fast(features.device):
             self.coarse = features.bfloat16()
-            self.rounding = max((largest_norms(part.float())[1] for part in features.split(BLOCK_ROWS)), default=0.0)
+            self.rounding = max((largest_norms(part.float(), torch.bfloat16)[1]
+                                 for part in features.split(BLOCK_ROWS)), default=0.0)
             self.rounding = self.rounding if self.rounding == self.rounding else 2.0**-8  # NaN: a row is not finite
 
     def error(self, queries: torch.Tensor) -> float:
-        """Return the error bound of the fast pass for float32 queries (Q, D); see counting.Cosine."""
-        length, rounding = largest_norms(queries)
+        """Return the error bound of the fast pass for float32 queries (Q, D); see counting.Similarity."""
+        length, rounding = largest_norms(queries, torch.bfloat16)
         error = 1.001 * (queries.shape[1] + 4) * 2.0**-24 * length * LONGEST_ROW
         if self.coarse is not None:
             error = 1.01 * (error + rounding * LONGEST_ROW + length * self.rounding)
@@ -109,22 +124,26 @@ def best_similarities(queries: torch.Tensor, labels: torch.Tensor, gallery: torc
         queries, gallery: features (Q, D), (G, D), float32 or float64, unit rows.
         labels, gallery_labels: (Q,), (G,) int64.
     """
-    itself = gallery is None
-    gallery, gallery_labels = (queries, labels) if itself else (gallery, gallery_labels)
-    compare, side = Cosine(queries, gallery), TILE_SIDE[queries.device.type]
-    search = Search(compare, labels, gallery_labels, itself)
-    positive = torch.cat([found[:, 0] for _, _, found in grouped_positives(search)])
-    negative = torch.full_like(positive, -torch.inf)
-    tiles = [(slice(row, row + side), slice(column, column + side)) for row in range(0, len(queries), side)
-             for column in range(0, len(gallery), side)]
-    for rows, columns in progress(tiles, desc='best negatives', unit='tile', delay=2):
-        tile = compare.tile(rows, columns).masked_fill_(labels[rows, None] == gallery_labels[columns], -torch.inf)
-        highest = tile.amax(1).double()
-        # Compute again only what can exceed the best of the tile and the best so far.
-        lowest = torch.maximum(highest - 2 * compare.error, negative[rows] - compare.error).to(compare.dtype)
-        lowest = torch.nextafter(lowest, torch.full_like(lowest, -torch.inf))
-        lowest = lowest.masked_fill(highest == -torch.inf, torch.inf)
-        for row, column, _ in entries_above(tile, lowest, False):
-            similarity = compare.pairs(row + rows.start, column + columns.start, torch.float64)
-            negative[rows].scatter_reduce_(0, row, similarity, 'amax')
+    compared, compared_labels = (queries, labels) if gallery is None else (gallery, gallery_labels)
+    search = Search(Similarity(queries, compared, False), labels, compared_labels, gallery is None)
+    positive, negative = torch.full((2, len(queries)), -torch.inf, dtype=torch.float64, device=queries.device)
+    for rows in progress(split_queries(search), desc='best negatives', unit='block', delay=2):
+        positive[rows] = positive_similarities(search, rows)[:, 0]
+        negative[rows] = best_negatives(search, rows)
     return positive, negative
+
+
+def best_negatives(search: Search, rows: torch.Tensor) -> torch.Tensor:
+    """Return each query's largest similarity to an image of another class, (r,) float64; -inf for none."""
+    values, columns = nearest_negatives(search, rows, CANDIDATES)
+    values = values.double()
+    close = (values >= values.amax(1, keepdim=True) - 2 * search.compare.error) & (values > -torch.inf)
+    row, candidate = close.nonzero(as_tuple=True)
+    values.fill_(-torch.inf)[row, candidate] = search.compare.of_pairs(rows[row], columns[row, candidate])
+    best = values.amax(1)
+    left = close.all(1).nonzero()[:, 0]  # there may be more that are as close
+    if len(left):
+        for part, same_class in search.parts_of_gallery(rows[left], tile_entries(rows.device) // 8):
+            similarity = search.compare.exact(rows[left], part).masked_fill_(same_class, -torch.inf)
+            best[left] = best[left].maximum(similarity.amax(1))
+    return best

@@ -23,7 +23,7 @@ from common import distributed
 from common.errors import UserError
 from model import EmbeddingNet, NetConfig, make_loss
 from recipes import LOSSES, PROXY_UPDATES
-from retrieval import counting, metrics
+from retrieval import counting, metrics, nearest
 from retrieval.embedding import PretrainedBaseline
 from retrieval.metrics import measure_open_set, plain_metrics, retrieval_metrics
 
@@ -170,9 +170,9 @@ def make_points(count: int, dim: int, classes: int, seed: int) -> tuple[torch.Te
 
 @pytest.mark.parametrize(('binary', 'gallery'), [*itertools.product((False, True), (False, True))])
 def test_metrics_on_a_gpu_are_those_of_the_definition(binary, gallery, monkeypatch):
-    monkeypatch.setitem(counting.TILE_SIDE, 'cuda', 32)  # several tiles
-    monkeypatch.setattr(counting, 'SAMPLED_IMAGES', 16)  # so few that some queries take the second pass
-    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: not binary)
+    for module in (counting, nearest):
+        monkeypatch.setattr(module, 'tile_entries', lambda device: 700)
+    monkeypatch.setattr(counting, 'BLOCK_ROWS', 20)
     arguments = [*make_points(70, 7, 9, 0), *(make_points(50, 7, 9, 1) if gallery else ())]
     expected = plain_metrics(*arguments, recalls=(1, 5, 20), binary=binary)
     with PretendedGPU():

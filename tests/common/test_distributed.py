@@ -105,13 +105,13 @@ def drift_apart() -> dict:
 
 
 def measure_shared() -> list[dict]:
-    """Measure retrieval in tiles of 16 images that the processes share."""
+    """Measure retrieval in blocks of 16 queries that the processes share."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 9, (101,), generator=generator)
     features = F.normalize(torch.randn(101, 12, generator=generator), dim=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(counting.TILE_SIDE, 'cpu', 16)
-        patch.setattr(counting, 'SAMPLED_IMAGES', 20)
+        patch.setattr(counting, 'tile_entries', lambda device: 1600)
+        patch.setattr(counting, 'BLOCK_ROWS', 16)
         return [retrieval_metrics(*sets, recalls=(1, 5, 50), binary=binary) for binary in (False, True)
                 for sets in ((features, labels), (features[:40], labels[:40], features[40:], labels[40:]))]
 
@@ -265,7 +265,7 @@ def test_gathered_rows_are_those_of_all_processes_and_carry_the_sum_of_their_gra
     check_gathered(pair[0])
 
 
-def test_metrics_of_shared_tiles_are_the_same_to_the_last_digit(pair):
+def test_metrics_of_shared_blocks_are_the_same_to_the_last_digit(pair):
     expected = measure_shared()
     assert all(result['metrics'] == expected for result in pair[0])
 

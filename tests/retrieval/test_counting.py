@@ -1,68 +1,81 @@
-"""The fast counts behind the metrics: packed codes, error bounds, tiles, thresholds, against brute force."""
+"""The fast counts behind the metrics: error bounds, blocks, queries that the nearest negatives do not decide."""
 import pytest
 import torch
 from test_metrics import assert_equal, brute_force_by_matrix, random_features, signs_of
 from torch.nn import functional as F
 
 from retrieval import counting
-from retrieval.counting import Cosine, Hamming, pack_codes, unpack_codes
+from retrieval.counting import Similarity
 from retrieval.metrics import retrieval_metrics
 
 
-@pytest.fixture(autouse=True, params=['float32', 'bfloat16'])
-def first_pass(request, monkeypatch) -> torch.dtype:
-    """Every test holds for a processor without bfloat16 instructions and for one with them."""
-    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+@pytest.fixture(autouse=True, params=['float32', 'float16'])
+def fast_dtype(request, monkeypatch) -> torch.dtype:
+    """Every test holds for the fast product of a processor and for that of a GPU."""
+    monkeypatch.setitem(counting.FAST_DTYPE, 'cpu', getattr(torch, request.param))
     return getattr(torch, request.param)
 
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Constants so small that few images take every path: many tiles, chunks, pieces, a sample, a second pass."""
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 48)
-    monkeypatch.setattr(counting, 'SAMPLED_IMAGES', 25)
-    monkeypatch.setattr(counting, 'ENTRIES_PER_TEST', 8)
+    """Constants so small that few images take every path: several blocks of queries and parts of the gallery."""
+    monkeypatch.setattr(counting, 'tile_entries', lambda device: 1000)
+    monkeypatch.setattr(counting, 'BLOCK_ROWS', 20)
+    monkeypatch.setattr(counting, 'FIRST_RANK', 3)
+
+
+@pytest.fixture
+def counted_all(monkeypatch) -> list[int]:
+    """The numbers of queries that are compared with the whole gallery in float64."""
+    numbers, count_all = [], counting.count_all
+    monkeypatch.setattr(counting, 'count_all', lambda search, rows, positives: numbers.append(len(rows)) or count_all(
+        search, rows, positives))
+    return numbers
 
 
 # ---------------------------------------------------- similarities ------------------------------------------------
-@pytest.mark.parametrize('queries', [4, 5])
-@pytest.mark.parametrize('d', [1, 7, 65, 255, 257, 512, 514, 2047, 2048])
-def test_packed_codes_count_different_signs(first_pass, d, queries):
+@pytest.mark.parametrize('d', [1, 7, 512, 2047, 2048, 2049])
+def test_products_of_signs_are_exact(fast_dtype, d):
     features = torch.randn(9, d, generator=torch.Generator().manual_seed(d))
     features[0, 0] = 0.0  # a zero counts as +1
     features[1], features[2] = features[0], -features[0]
     features[2, 0] = -1.0
-    assert pack_codes(features).numel() == 9 * -(-d // 8)
-    assert torch.equal(unpack_codes(pack_codes(features), d), signs_of(features))
-    different = ((features[:queries, None] >= 0) != (features[None] >= 0)).sum(-1)
-    compare = Hamming(features[:queries], features)
-    tile = compare.tile(slice(0, queries), slice(0, 9))
-    assert tile.dtype == (first_pass if d in (1, 7, 65, 255, 512) else torch.float32)
-    assert torch.equal(tile.double(), d - 2.0 * different.double())
-    assert torch.equal(compare.exact(torch.arange(queries), torch.arange(9)), d - 2.0 * different.double())
+    different = ((features[:4, None] >= 0) != (features[None] >= 0)).sum(-1)
+    compare = Similarity(features[:4], features, binary=True)
+    product = compare.fast(slice(0, 4), slice(0, 9))
+    assert product.dtype == (fast_dtype if d <= 2048 else torch.float32)
+    assert compare.error == 0
+    assert torch.equal(product.double(), d - 2.0 * different.double())
+    assert torch.equal(compare.exact(torch.arange(4), torch.arange(9)), d - 2.0 * different.double())
 
 
 @pytest.mark.parametrize('d', [2, 512])
 @pytest.mark.parametrize('signs', ['any signs', 'one sign', 'equal entries'])
-def test_the_first_pass_is_off_by_no_more_than_its_bound(first_pass, d, signs):
+def test_the_fast_product_is_off_by_no_more_than_its_bound(fast_dtype, d, signs):
     features = torch.randn(100, d, generator=torch.Generator().manual_seed(d))
     features = F.normalize({'any signs': features, 'one sign': features.abs(),
                             'equal entries': 1 + torch.arange(100)[:, None] / 100 + 0 * features}[signs], dim=-1)
     features[::7] *= 1 + 0.9e-3  # unit rows as far as the metrics take them
-    compare, every = Cosine(features, features), slice(0, 100)
-    tile, exact = compare.tile(every, every), features.double() @ features.double().T
-    assert tile.dtype == first_pass
-    off = (tile.double() - exact).abs()
-    bound = torch.as_tensor(compare.error_of(tile.double()))
-    assert (off <= bound).all()
-    assert (bound <= compare.error).all()
-    if signs == 'any signs' and first_pass == torch.bfloat16:
-        assert off.max() > compare.error / 8  # the bound is not far too large
+    compare, every = Similarity(features, features, binary=False), slice(0, 100)
+    product, exact = compare.fast(every, every), features.double() @ features.double().T
+    assert product.dtype == fast_dtype
+    off = (product.double() - exact).abs().max()
+    assert off <= compare.error
+    if fast_dtype == torch.float16 and signs != 'any signs':
+        assert off > compare.error / 16  # the bound is not far too large
     rows = torch.arange(100)
-    for dtype, error in compare.finer:
-        for value, expected in ((compare.recompute(every, every, dtype), exact),
-                                (compare.pairs(rows, rows.flip(0), dtype), exact[rows, rows.flip(0)])):
-            assert (value.double() - expected).abs().max() <= error + 2.0**-33
+    for value, expected in ((compare.exact(every, every), exact),
+                            (compare.of_pairs(rows, rows.flip(0)), exact[rows, rows.flip(0)])):
+        assert (value - expected).abs().max() <= 2.0**-33
+
+
+def test_sums_in_float32_are_asked_for_and_the_setting_of_the_user_returns(monkeypatch):
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.allow_fp16_reduced_precision_reduction
+    with counting.float32_sums():
+        seen.append(matmul.allow_fp16_reduced_precision_reduction)
+    assert seen == [False]
+    assert matmul.allow_fp16_reduced_precision_reduction == before
 
 
 # ---------------------------------------------------- counts ------------------------------------------------------
@@ -93,29 +106,36 @@ def test_near_and_far_positives_are_counted_alike(small_pieces, noise, binary):
                  brute_force_by_matrix(compared, labels, compared, labels, True, recalls))
 
 
-@pytest.mark.parametrize('binary', [False, True])
-@pytest.mark.parametrize('guess', ['far too high', 'far too low', 'any'])
-def test_a_wrong_guess_of_the_thresholds_changes_nothing(small_pieces, monkeypatch, guess, binary):
+def test_queries_with_more_close_negatives_than_are_taken_are_compared_with_all(fast_dtype, counted_all):
     generator = torch.Generator().manual_seed(10)
-    features, labels = random_features(120, 16, 9, 10)
-    unit = 16 if binary else 1  # the scale of the similarities
-    thresholds = {'far too high': torch.full((120,), 2.0 * unit), 'far too low': torch.full((120,), -2.0 * unit),
-                  'any': unit * (2 * torch.rand(120, generator=generator) - 1)}[guess]
-    monkeypatch.setattr(counting, 'guess_threshold', lambda *arguments: thresholds)
-    compared = signs_of(features) if binary else features
-    assert_equal(retrieval_metrics(features, labels, recalls=(1, 7, 60), binary=binary),
-                 brute_force_by_matrix(compared, labels, compared, labels, True, (1, 7, 60)))
+    features = F.normalize(torch.ones(300, 24) + 1e-6 * torch.randn(300, 24, generator=generator), dim=-1)
+    labels = torch.arange(300) // 2
+    assert_equal(retrieval_metrics(features, labels, recalls=(1, 7)),
+                 brute_force_by_matrix(features, labels, features, labels, True, (1, 7)))
+    assert sum(counted_all) >= 10
 
 
-def test_tiles_do_not_change_the_result(monkeypatch):
+@pytest.mark.parametrize('binary', [False, True])
+def test_of_a_model_that_embeds_all_images_alike_no_query_is_compared_with_all(counted_all, binary):
+    features, labels = F.normalize(torch.ones(300, 24), dim=-1), torch.arange(300) // 2
+    assert_equal(retrieval_metrics(features, labels, recalls=(1, 7), binary=binary),
+                 brute_force_by_matrix(features, labels, features, labels, True, (1, 7)))
+    assert counted_all == []
+
+
+@pytest.mark.parametrize(('entries', 'block_rows'), [(170, 1), (400, 17), (2**20, 3), (2**20, 1000)])
+def test_blocks_do_not_change_the_result(monkeypatch, entries, block_rows):
     features, labels = random_features(101, 8, 6, 4)
     whole = retrieval_metrics(features, labels)
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 17)
+    monkeypatch.setattr(counting, 'tile_entries', lambda device: entries)
+    monkeypatch.setattr(counting, 'BLOCK_ROWS', block_rows)
     assert retrieval_metrics(features, labels) == whole
 
 
-def test_groups_of_queries_do_not_change_the_result(monkeypatch, small_pieces):
-    features, labels = random_features(150, 8, 3, 11)
-    whole = retrieval_metrics(features, labels)
-    monkeypatch.setattr(counting, 'BLOCK_ENTRIES', 2500)  # classes of 50: groups of about 25 queries
-    assert retrieval_metrics(features, labels) == whole
+def test_a_block_of_queries_and_their_positives_fits_into_a_tile(monkeypatch):
+    monkeypatch.setattr(counting, 'tile_entries', lambda device: 5000)
+    features, labels = random_features(600, 8, 3, 11)  # classes of 200
+    search = counting.Search(Similarity(features, features, False), labels, labels, True)
+    blocks = counting.split_queries(search)
+    assert all(counting.positive_similarities(search, rows).numel() <= 5000 for rows in blocks)
+    assert torch.equal(torch.cat(blocks).sort().values, torch.arange(600))

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from retrieval import counting, duplicates
+from retrieval import duplicates
+from retrieval.counting import Similarity
 from retrieval.duplicates import group_similar, similarities_to_first
 from retrieval.metrics import similarity_of
 
@@ -24,10 +25,8 @@ def group_in_loops(similarity: torch.Tensor, threshold: float) -> list[list[int]
     return sorted(group for group in unique.values() if len(group) > 1)
 
 
-@pytest.mark.parametrize('is_fast', [False, True])
-def test_groups_are_those_of_all_pairs(is_fast, monkeypatch):
-    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: is_fast)
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 64)
+def test_groups_are_those_of_all_pairs(monkeypatch):
+    monkeypatch.setattr(duplicates, 'SIDE', 64)
     monkeypatch.setattr(duplicates, 'PAIRS_AT_ONCE', 7)
     features = make_features(150, 5)
     features[140] = features[2]
@@ -44,13 +43,13 @@ def test_a_chain_is_one_group_with_its_similarities_to_the_first_row():
 
 
 def test_of_a_large_group_of_equal_rows_few_pairs_are_compared(monkeypatch):
-    compared, pairs = [], counting.Cosine.pairs
+    compared, of_pairs = [], Similarity.of_pairs
 
-    def count(self, rows, columns, dtype):
+    def count(self, rows, columns):
         compared.append(len(rows))
-        return pairs(self, rows, columns, dtype)
+        return of_pairs(self, rows, columns)
 
-    monkeypatch.setattr(counting.Cosine, 'pairs', count)
+    monkeypatch.setattr(Similarity, 'of_pairs', count)
     features = make_features(1, 8).expand(3000, 8).contiguous()
     assert group_similar(features, 0.99) == [list(range(3000))]
     assert sum(compared) <= 2 * duplicates.PAIRS_AT_ONCE  # of 4.5 million

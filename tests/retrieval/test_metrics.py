@@ -70,10 +70,10 @@ def assert_equal(ours: dict, theirs: dict) -> None:
         assert ours[key] == pytest.approx(value, abs=1e-9), key
 
 
-@pytest.fixture(autouse=True, params=['float32', 'bfloat16'])
-def first_pass(request, monkeypatch):
-    """Every test holds for a processor without bfloat16 instructions and for one with them."""
-    monkeypatch.setattr(counting, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+@pytest.fixture(autouse=True, params=['float32', 'float16'])
+def fast_dtype(request, monkeypatch):
+    """Every test holds for the fast product of a processor and for that of a GPU."""
+    monkeypatch.setitem(counting.FAST_DTYPE, 'cpu', getattr(torch, request.param))
 
 
 # ---------------------------------------------------- the definition ----------------------------------------------
@@ -105,7 +105,7 @@ def test_metrics_equal_brute_force(coarse, gallery):
 
 
 @pytest.mark.slow
-def test_metrics_of_many_random_sets_equal_brute_force(first_pass):
+def test_metrics_of_many_random_sets_equal_brute_force(fast_dtype):
     @settings(max_examples=200, deadline=None)
     @given(**RANDOM_SETS)
     def check(**case):

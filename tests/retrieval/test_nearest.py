@@ -23,8 +23,7 @@ def make_features(count: int, dim: int, seed: int) -> torch.Tensor:
 @pytest.fixture(params=['float32', 'bfloat16'])
 def first_pass(request, monkeypatch):
     """For a processor without bfloat16 instructions, and for one with them."""
-    for module in (counting, nearest):
-        monkeypatch.setattr(module, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
+    monkeypatch.setattr(nearest, 'bfloat16_is_fast', lambda device: request.param == 'bfloat16')
     return request.param
 
 
@@ -64,9 +63,15 @@ def test_rows_and_queries_that_are_not_finite_are_not_retrieved():
     assert answers[1] == []
 
 
+@pytest.mark.parametrize('fast_dtype', [torch.float32, torch.float16])
 @pytest.mark.parametrize('gallery', [False, True])
-def test_the_best_positive_and_the_best_negative_are_those_of_all_similarities(gallery, first_pass, monkeypatch):
-    monkeypatch.setitem(counting.TILE_SIDE, 'cpu', 16)
+@pytest.mark.parametrize('candidates', [1, 5])  # 1: all queries are compared with the whole gallery
+def test_the_best_positive_and_the_best_negative_are_those_of_all_similarities(gallery, fast_dtype, candidates,
+                                                                               monkeypatch):
+    monkeypatch.setitem(counting.FAST_DTYPE, 'cpu', fast_dtype)
+    monkeypatch.setattr(nearest, 'CANDIDATES', candidates)
+    for module in (counting, nearest):
+        monkeypatch.setattr(module, 'tile_entries', lambda device: 300)
     labels = torch.arange(53) % 7
     labels[-1] = 7  # without another image
     features = F.normalize(make_features(53, 6, 5) + make_features(8, 6, 6)[labels], dim=1)
@@ -80,6 +85,16 @@ def test_the_best_positive_and_the_best_negative_are_those_of_all_similarities(g
         other = [value for image, value in enumerate(row) if searched_labels[image] != labels[query]]
         assert positive[query] == pytest.approx(max(own, default=-math.inf), abs=1e-12)
         assert negative[query] == pytest.approx(max(other), abs=1e-12)
+
+
+@pytest.mark.parametrize('fast_dtype', [torch.float32, torch.float16])
+def test_the_best_negative_among_many_that_the_fast_product_does_not_tell_apart_is_exact(fast_dtype, monkeypatch):
+    monkeypatch.setitem(counting.FAST_DTYPE, 'cpu', fast_dtype)
+    noise = 1e-7 * torch.randn(200, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    features, labels = F.normalize(make_features(1, 64, 2).double() + noise, dim=1).float(), torch.arange(200) // 2
+    negative = best_similarities(features, labels)[1]
+    similarity = similarity_of(features, features).masked_fill_(labels[:, None] == labels, -torch.inf)
+    assert torch.equal(negative, similarity.amax(1))
 
 
 def test_in_a_single_class_there_is_no_best_negative():
