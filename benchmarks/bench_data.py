@@ -6,11 +6,14 @@
 One thread, no workers; both take turns over the same images, with the training transform (random crop of 224 px, flip)
 and with that of the test (short side 256, centre crop). `decode` is what the five systems' pages do. Memory is by how
 much the process's own (RssAnon) grows when it opens the cache once more and reads all of it: the map's pages belong to
-the system and are shared by all workers. Ends with one line of JSON.
+the system and are shared by all workers. `first batch` is how long an epoch waits for its first batch, of 32 images
+from two workers: where they start with the epoch, and where they start before the last epoch is measured, as in
+train.py. Ends with one line of JSON.
 """
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from bench_common import finish, median, take_turns, write_photographs
@@ -20,6 +23,23 @@ def own_memory() -> float:
     """Return the anonymous resident memory of this process in MB."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon')) / 1e3
+
+
+def seconds_to_first_batch(data, image_size: int, seconds_ahead: float) -> float:
+    """Return how long an epoch waits for its first batch if its workers start some seconds before it begins."""
+    import torch
+
+    from imagedata.loading import BatchSampler, RetrievalDataset, make_loader, make_transform
+    from train import start_batches
+
+    images = RetrievalDataset(data, 'train', make_transform(True, image_size))
+    loader = make_loader(images, BatchSampler(images.labels, 32, drop_last=True), 2, torch.device('cpu'))
+    list(start_batches(loader, 1))  # starts the workers
+    begun = time.perf_counter()
+    batches = start_batches(loader, 2)
+    time.sleep(seconds_ahead)
+    next(batches)
+    return time.perf_counter() - begun - seconds_ahead
 
 
 def get_args():
@@ -70,6 +90,11 @@ def main() -> None:
         result['own_memory_MB'] = round(own_memory() - before, 1)
         print(f'read {count:,} images of a cache of {result["cache_MB"]:,} MB; own memory grew by '
               f'{result["own_memory_MB"]} MB')
+        files = data._replace(cache=None)
+        waits = [[seconds_to_first_batch(files, args.image_size, ahead) for ahead in (0.0, 5.0)]
+                 for _ in range(args.repetitions)]
+        result['first_batch_s'] = [round(median(list(values)), 3) for values in zip(*waits, strict=True)]
+        print('first batch after {:.2f} s, {:.3f} s if its workers started 5 s before'.format(*result['first_batch_s']))
     finish(result)
 
 

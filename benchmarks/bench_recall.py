@@ -5,7 +5,8 @@
 
 `ours` is retrieval_metrics: R@1, 10, 100 and 1000, MAP@R and R-precision; `ours, binary` the same of the signs.
 `full matrix` is the N x N similarities with a top-1000; `blocks, loop` Proxy Anchor's way, blocks of 10,000 queries
-with a Python loop over the queries for each K; `faiss` the search alone for 1,001 neighbours in an IndexFlatIP, `faiss,
+with a Python loop over the queries for each K; `product` the float32 products alone, below which no exact search goes
+that compares each query with each image; `faiss` the search alone for 1,001 neighbours in an IndexFlatIP, `faiss,
 binary` in an IndexBinaryFlat; `pml` pytorch-metric-learning's AccuracyCalculator for R@1, MAP@R and R-precision. Each
 measurement is a process of its own, and they take turns. Memory is the peak above the process with its features.
 The features are made with a fixed seed, class means with noise, so that R@1 is about 0.8 for features and for signs. On
@@ -23,7 +24,7 @@ from pathlib import Path
 from bench_common import finish, median
 
 RECALLS = (1, 10, 100, 1000)
-METHODS = ('ours', 'faiss', 'pml', 'full matrix', 'blocks, loop', 'ours, binary', 'faiss, binary')
+METHODS = ('ours', 'product', 'faiss', 'pml', 'full matrix', 'blocks, loop', 'ours, binary', 'faiss, binary')
 
 
 def make_features(num_images: int, num_classes: int, dim: int, noise: float = 2.15):
@@ -59,6 +60,12 @@ def blocks_and_loop(features, labels) -> dict:
     neighbours = torch.cat(neighbours)
     return {f'R@{k}': 100 * sum(bool(label in row[:k]) for label, row in zip(labels, neighbours, strict=True))
             / len(labels) for k in RECALLS}
+
+
+def products_alone(features, labels) -> dict:
+    for block in features.split(1024):
+        block @ features.T
+    return {}
 
 
 def with_faiss(features, labels) -> dict:
@@ -117,7 +124,8 @@ def measure_here(method: str, num_images: int, num_classes: int, dim: int, devic
     call = {'ours': lambda: ours(False), 'ours, binary': lambda: ours(True), 'faiss': lambda: with_faiss(
         features, labels), 'faiss, binary': lambda: with_faiss_binary(features, labels), 'pml': lambda: with_pml(
         features, labels), 'full matrix': lambda: full_matrix(features, labels),
-        'blocks, loop': lambda: blocks_and_loop(features, labels)}[method]
+        'blocks, loop': lambda: blocks_and_loop(features, labels), 'product': lambda: products_alone(features, labels)
+        }[method]
     features[:2048] @ features[:2048].T  # starts the threads and buffers of the products
     Path('/proc/self/clear_refs').write_text('5')  # forgets the peak until now
     held = memory('VmRSS')

@@ -4,9 +4,9 @@
     python benchmarks/bench_train.py --backbone_type timm:tf_efficientnet_lite0 --image_size 128
 
 `seeds` is their loop written out: float32, NCHW, PIL transforms to normalised float tensors in two workers, loss and
-accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp auto`, channels_last, uint8 images;
+accuracy read with `.item()` in each step. `ours` is train_one_epoch with `--amp`, channels_last, uint8 images;
 `compile` the same with `--compile`; `tensor` is ours fed from a tensor that is there already. They take turns, each
-with a loader of its own over the same JPEG files. `other amp` is one step of ours with what `--amp auto` did not
+with a loader of its own over the same JPEG files. `other amp` is one step of ours with what `--amp` did not
 choose, after a step that is not counted. Compiling pays from the number of images on after which its seconds are saved.
 Ends with one line of JSON.
 """
@@ -123,6 +123,7 @@ def get_args():
     parser.add_argument('--num_steps', type=int, default=4, help='steps in a turn [%(default)s]')
     parser.add_argument('--num_workers', type=int, default=2, help='of each loader [%(default)s]')
     parser.add_argument('--repetitions', type=int, default=3, help='turns [%(default)s]')
+    parser.add_argument('--amp', choices=('auto', 'on', 'off'), default='auto', help='of ours [%(default)s]')
     parser.add_argument('--device', default='auto', help='[%(default)s]')
     return parser.parse_args()
 
@@ -147,7 +148,7 @@ def main() -> None:
                         '--data_name', 'photographs'], check=True, capture_output=True)
         photographs = open_data(folder, 'photographs')
         for backbone in args.backbone_type:
-            make = functools.partial(our_step, backbone, photographs, args, device)
+            make = functools.partial(our_step, backbone, photographs, args, device, args.amp)
             steps = {}
             steps['ours'], bfloat16 = make()
             result['auto'][backbone] = 'bfloat16' if bfloat16 else 'float32'
@@ -162,7 +163,7 @@ def main() -> None:
                 first = time.perf_counter() - start
             seconds = take_turns(steps, args.repetitions)
             if 'other amp' in ways:
-                other = {'step': make('off' if bfloat16 else 'on', feed='one')[0]}
+                other = {'step': our_step(backbone, photographs, args, device, 'off' if bfloat16 else 'on', 'one')[0]}
                 seconds['other amp'] = [args.num_steps * value for value in take_turns(other, 1)['step']]
             rates = {way: images / median(values) for way, values in seconds.items()}
             result['img_s'][backbone] = {way: round(rate, 2) for way, rate in rates.items()}

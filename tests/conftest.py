@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 # One thread: the tests run side by side, and sums depend on the number of threads in their last bits. It is read where
-# torch is imported.
-os.environ.update({'COLUMNS': '120', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'})
+# torch is imported; numba, with which UMAP is compiled, sets the number for all libraries once more.
+os.environ.update({'COLUMNS': '120', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'NUMBA_NUM_THREADS': '1'})
 
 import pytest  # noqa: E402
 from faults import PRELOAD, TINY, run_file  # noqa: E402
