@@ -188,7 +188,7 @@ def build_backbone(name: str, weights: str, image_size: int) -> Backbone:
 
 # ---------------------------------------------------- embedding network ---------------------------------------------
 # Weight of the mean eigenvalue that is added to each one: before a training, and without any.
-WHITENING_SHRINKAGE, PCA_SHRINKAGE = 0.3, 20.0
+WHITENING_SHRINKAGE, PCA_SHRINKAGE = 0.3, 30.0
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ class EmbeddingNet(nn.Module):
         rows = whitening(features - mean, PCA_SHRINKAGE)[:feature_dim]
         self.head = nn.Linear(self.num_features, feature_dim).to(self.mean)
         self.head.weight.copy_(rows)
-        self.head.bias.copy_(rows @ mean)
+        self.head.bias.copy_(-rows @ mean)
         self.config = replace(self.config, feature_dim=feature_dim, head_bias=True)
         self.feature_dim = feature_dim
 
