@@ -98,6 +98,37 @@ def test_the_readme_says_how_good_the_recipes_are():
         assert f'| {title} | {" | ".join(f"{float(value):.1f}" for value in values)} |' in readme
 
 
+def test_the_pages_say_how_far_apart_the_recipes_are():
+    script = measure_recipes()
+    values = pd.DataFrame(script.read_csv(script.FILE)).set_index(['way', 'table', 'recipe', 'seed'])
+    values = values[['R@1', 'MAP@R']].astype(float).groupby(['way', 'table', 'recipe']).mean()
+    results, readme = (' '.join((REPOSITORY / name).read_text(encoding='utf-8').split())
+                       for name in ('docs/results.md', 'README.md'))
+    leads = {}
+    for table, best in (('car', 'whitened_mirror'), ('cub', 'proxy_anchor')):
+        ranked = values.loc['flip', table]['R@1'].sort_values()
+        assert ranked.index[-1] == best
+        leads[table] = f'{ranked.iloc[-1] - ranked.iloc[-2]:.1f}'
+    groceries = values.loc['flip', 'grocery']
+    spread, maps = f'{groceries["R@1"].max() - groceries["R@1"].min():.1f}', groceries['MAP@R'].sort_values()
+    assert f'`whitened_mirror` leads on cars by {leads["car"]} points of R@1 and `proxy_anchor` on birds by ' \
+           f'{leads["cub"]}; on groceries all lie within {spread} points, and `{maps.index[-1]}` has the best ' \
+           f'MAP@R by {maps.iloc[-1] - maps.iloc[-2]:.1f}.' in results
+    assert f'`whitened_mirror` leads on cars by {leads["car"]} points and `proxy_anchor` on birds by ' \
+           f'{leads["cub"]}, while on groceries all are within {spread};' in readme
+    larger = [values.loc[(way, 'car', 'whitened_mirror'), 'R@1'] for way in ('as trained', '192 px, flip')]
+    assert f'On cars, flip and 192 px together bring {larger[1] - larger[0]:.1f} points' in results
+
+
+def test_the_page_says_what_an_epoch_without_a_measurement_saves():
+    rows = pd.read_csv(REPOSITORY / 'results/grid/car.csv')
+    seconds = list(rows[rows['args.recipe'].eq('proxy_anchor') & rows['args.seed'].eq(1)]['seconds'])
+    text = ' '.join((REPOSITORY / 'docs/performance.md').read_text(encoding='utf-8').split())
+    assert f'take {min(seconds[1:5]):.0f} to {max(seconds[1:5]):.0f} s, and the last one, which also measures 2,042 ' \
+           f'test images, {seconds[5]:.0f} s: an epoch that is not measured is ' \
+           f'{100 - 100 * sum(seconds[1:5]) / 4 / seconds[5]:.0f} % shorter' in text
+
+
 @pytest.mark.parametrize(('table', 'name', 'best', 'words'), [
     ('own', 'whitened_mirror', 'positive_proxy', '{} points above the best of the five, and {} in'),
     ('own', 'whitened_margin', 'positive_proxy', '`whitened_margin` {} and {}'),
