@@ -232,7 +232,7 @@ def count_decisive(search: Search, rows: torch.Tensor, positives: torch.Tensor, 
     """
     number, order = (positives > -torch.inf).sum(1), torch.arange(1, positives.shape[1] + 1, device=rows.device)
     nearer, left = torch.empty_like(positives), torch.arange(len(rows), device=rows.device)
-    for rank in (max(positives.shape[1], FIRST_RANK), max(positives.shape[1], largest)):
+    for rank in dict.fromkeys(max(positives.shape[1], rank) for rank in (FIRST_RANK, largest)):
         # Of negatives that tie with a positive one half is counted, so twice as many decide.
         nearer[left], farthest = count_nearest(search, rows[left], positives[left], 2 * rank + 16)
         undecided = order + nearer[left] <= number[left, None]
