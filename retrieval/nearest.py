@@ -13,6 +13,7 @@ from retrieval.counting import (
     nearest_negatives,
     on_grid,
     positive_similarities,
+    signs_of,
     split_queries,
     tile_entries,
 )
@@ -80,8 +81,8 @@ class Nearest:
         number = min(number, len(self.features))
         is_finite = queries.isfinite().all(1)
         queries = queries.where(is_finite[:, None], 0.0)  # one that is not finite must not spoil the others
-        signs = torch.where(queries >= 0, 1.0, -1.0)
-        asked, error = (signs, 0.0) if binary else (queries.float(), self.error(queries.float()))
+        asked = signs_of(queries, torch.float32) if binary else queries.float()
+        error = 0.0 if binary else self.error(asked)
         source = self.features if binary or self.coarse is None else self.coarse
         asked = asked.to(torch.bfloat16 if source is self.coarse else torch.float32)
         block, buffer = min(BLOCK_ROWS, len(source)), None
@@ -94,7 +95,7 @@ class Nearest:
             part = source[start:start + block]
             if buffer is not None:  # allocating memory in each turn would cost more than the product
                 part = as_matrix(buffer, *part.shape).copy_(part)
-            part = torch.where(part >= 0, 1.0, -1.0) if binary else part
+            part = signs_of(part, torch.float32) if binary else part
             similarity = torch.mm(asked, part.T, out=as_matrix(tile, len(asked), len(part))).float()
             similarity.nan_to_num_(nan=-torch.inf)
             nearest = similarity.topk(min(number, len(part)), 1).values
