@@ -139,3 +139,11 @@ def test_a_block_of_queries_and_their_positives_fits_into_a_tile(monkeypatch):
     blocks = counting.split_queries(search)
     assert all(counting.positive_similarities(search, rows).numel() <= 5000 for rows in blocks)
     assert torch.equal(torch.cat(blocks).sort().values, torch.arange(600))
+
+
+@pytest.mark.parametrize(('free', 'entries'), [(80 * 2**30, 2**27), (2**30, 2**24 + 2**20)])
+def test_tiles_on_a_gpu_fit_into_the_memory_that_is_free_or_kept_for_reuse(monkeypatch, free, entries):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda device: 5 * 2**26)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda device: 4 * 2**26)
+    assert counting.tile_entries(torch.device('cuda')) == entries
