@@ -93,7 +93,7 @@ def main() -> None:
         files = data._replace(cache=None)
         waits = [[seconds_to_first_batch(files, args.image_size, ahead) for ahead in (0.0, 5.0)]
                  for _ in range(args.repetitions)]
-        result['first_batch_s'] = [round(median(list(values)), 3) for values in zip(*waits, strict=True)]
+        result['first_batch_s'] = [round(median(values), 3) for values in zip(*waits, strict=True)]
         print('first batch after {:.2f} s, {:.3f} s if its workers started 5 s before'.format(*result['first_batch_s']))
     finish(result)
 
