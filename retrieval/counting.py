@@ -92,7 +92,7 @@ class Similarity:
             # is off by at most D 2^-23 |x'| |y'|, half of that if each step rounds to nearest (Higham, Accuracy and
             # Stability of Numerical Algorithms, section 3.1). It is rounded to `dtype`, its exact value to the grid.
             gallery_length += gallery_rounding
-            summing = (length + rounding) * gallery_length * (dim * 2.0**-23 + torch.finfo(self.dtype).eps)
+            summing = (length + rounding) * gallery_length * (dim * 2.0**-23 + torch.finfo(self.dtype).eps / 2)
             self.error = 1.01 * (rounding * gallery_length + length * gallery_rounding + summing) + 2.0**-33
 
     def fast(self, rows, columns) -> torch.Tensor:

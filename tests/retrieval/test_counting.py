@@ -69,6 +69,13 @@ def test_the_fast_product_is_off_by_no_more_than_its_bound(fast_dtype, d, signs)
         assert (value - expected).abs().max() <= 2.0**-33
 
 
+def test_the_bound_holds_where_all_numbers_round_alike():
+    features = torch.full((2, 1024), (1 + 2.0**-11) / 32)  # half way between two numbers of float16
+    compare = Similarity(features, features, binary=False)
+    off = (compare.fast(slice(0, 2), slice(0, 2)).double() - compare.exact(slice(0, 2), slice(0, 2))).abs().max()
+    assert off <= compare.error
+
+
 def test_sums_in_float32_are_asked_for_and_the_setting_of_the_user_returns(monkeypatch):
     matmul, seen = torch.backends.cuda.matmul, []
     before = matmul.allow_fp16_reduced_precision_reduction
@@ -106,12 +113,14 @@ def test_near_and_far_positives_are_counted_alike(small_pieces, noise, binary):
                  brute_force_by_matrix(compared, labels, compared, labels, True, recalls))
 
 
-def test_queries_with_more_close_negatives_than_are_taken_are_compared_with_all(fast_dtype, counted_all):
+@pytest.mark.parametrize('class_size', [2, 6])
+def test_queries_with_more_close_negatives_than_are_taken_are_compared_with_all(fast_dtype, counted_all, class_size):
     generator = torch.Generator().manual_seed(10)
     features = F.normalize(torch.ones(300, 24) + 1e-6 * torch.randn(300, 24, generator=generator), dim=-1)
-    labels = torch.arange(300) // 2
-    assert_equal(retrieval_metrics(features, labels, recalls=(1, 7)),
-                 brute_force_by_matrix(features, labels, features, labels, True, (1, 7)))
+    labels = torch.arange(300) // class_size
+    for recalls in ((1, 7), (1,)):
+        assert_equal(retrieval_metrics(features, labels, recalls=recalls),
+                     brute_force_by_matrix(features, labels, features, labels, True, recalls))
     assert sum(counted_all) >= 10
 
 
