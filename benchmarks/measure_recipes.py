@@ -1,12 +1,14 @@
-"""Measure the runs of the tables car, cub, grocery and car20 in four ways: the tables of docs/results.md.
+"""Measure the recipes on equal terms, and the backbone without training: the tables of docs/results.md.
 
     python benchmarks/reproduce.py car cub grocery car20 --data_path /home/data --weights imagenet    # trains them
-    python benchmarks/measure_recipes.py --data_path /home/data
+    python benchmarks/measure_recipes.py --data_path /home/data --weights imagenet
 
 Each model in results/grid/TABLE is measured as it was trained, with flip augmentation, with larger images, and with
-both, by evaluate.py. Its R@1 and MAP@R and R@1 of the binary codes are added to results/recipes.csv; a row that is
-there is not measured again: to measure anew, remove the file. At the end the tables are printed in Markdown.
+both, by evaluate.py; so is the backbone without training, alone and whitened. Their R@1, MAP@R and R@1 of the binary
+codes are added to results/recipes.csv; what is there is not measured again: to measure anew, remove the file. At the
+end the tables are printed in Markdown.
 """
+import argparse
 from pathlib import Path
 from statistics import mean
 
@@ -14,38 +16,75 @@ from bench_common import REPOSITORY, evaluate, read_csv, write_csv  # first: it 
 from reproduce import TABLES, list_runs
 from utils import Parser, run_script, user_path
 
-FILE, PRETRAINED = REPOSITORY / 'results/recipes.csv', REPOSITORY / 'results/pretrained.csv'
+FILE = REPOSITORY / 'results/recipes.csv'
 MEASURED = ('car', 'cub', 'grocery', 'car20')
 # At 192 px, cars are squeezed to the square as a whole, the others are cropped: chosen on training classes held out.
 LARGE = {'car': '--image_size 192 --resize_size 0', 'cub': '--image_size 192', 'grocery': '--image_size 192'}
 WAYS = ('as trained', 'flip', '192 px', '192 px, flip')
 COLUMNS = ('table', 'recipe', 'seed', 'way', 'R@1', 'MAP@R', 'binary_R@1')
 
+# The rows without training: their name and flags of evaluate.py.
+PRETRAINED = '--pretrained --backbone_type timm:tf_efficientnet_lite0 --image_size 128'  # a later flag wins
+UNTRAINED = {'backbone alone': '--whiten off', 'whitened on the searched images': '--whiten test'}
 
+
+# ---------------------------------------------------- measuring ----------------------------------------------------
 def flags_of(way: str, data_name: str) -> list[str]:
     """Return the flags of evaluate.py for a way to measure."""
     return [*(LARGE[data_name].split() if '192 px' in way else ()), *(['--flip_tta', '1'] if 'flip' in way else ())]
 
 
-def measure(data_path: str, results_dir: Path) -> list[dict[str, str]]:
-    """Measure what is missing in the CSV of the models that are there, and return all of its rows."""
+def list_measurements(args: argparse.Namespace) -> dict[tuple[str, str, str, str], list[str]]:
+    """Return the flags of evaluate.py for each row of the CSV: (table, recipe, seed, way) -> flags.
+
+    A recipe's model that is not there is left out. The rows without training have no seed.
+    """
+    measurements = {}
+    for table in MEASURED:
+        sources = {(run.name, str(run.seed)): ['--model', str(run.files.model)] for run in
+                   list_runs(table, args.data_path, args.weights, args.results_dir, None) if run.files.model.is_file()}
+        if table == TABLES[table].data_name:
+            for name, flags in UNTRAINED.items():
+                sources[name, ''] = f'{PRETRAINED} --data_name {table} {flags}'.split() + ['--weights', args.weights]
+        for (recipe, seed), source in sources.items():
+            for way in WAYS:
+                measurements[table, recipe, seed, way] = [*source, '--data_path', args.data_path,
+                                                          *flags_of(way, TABLES[table].data_name)]
+    return measurements
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, str]]:
+    """Measure what is missing in results/recipes.csv, and return all of its rows."""
     rows = read_csv(FILE)
     known = {(row['table'], row['recipe'], row['seed'], row['way']) for row in rows}
-    for table in MEASURED:
-        for run in list_runs(table, data_path, 'imagenet', str(results_dir), None):
-            for way in WAYS:
-                key = (table, run.name, str(run.seed), way)
-                if key in known or not run.files.model.is_file():
-                    continue
-                results = evaluate('--model', run.files.model, '--data_path', data_path,
-                                   *flags_of(way, run.options.data_name))
-                values = (results['dense']['R@1'], results['dense']['MAP@R'], results['binary']['R@1'])
-                rows.append(dict(zip(COLUMNS, (*key, *(f'{value:.2f}' for value in values)), strict=True)))
-                write_csv(FILE, COLUMNS, rows)
+    for key, flags in list_measurements(args).items():
+        if key in known:
+            continue
+        results = evaluate(*flags)
+        values = (results['dense']['R@1'], results['dense']['MAP@R'], results['binary']['R@1'])
+        rows.append(dict(zip(COLUMNS, (*key, *(f'{value:.2f}' for value in values)), strict=True)))
+        write_csv(FILE, COLUMNS, rows)
     return rows
 
 
 # ---------------------------------------------------- tables -------------------------------------------------------
+def minutes_of(statistics: list[dict[str, str]], recipe: str) -> float:
+    """Return the minutes that a run of a recipe takes on an idle machine.
+
+    Other programs only ever slow an epoch down. So an epoch counts with the seconds of the fastest one of its kind in
+    all runs of the recipe: with the backbone frozen, or trained.
+
+    Args:
+        statistics: rows of results/grid/TABLE.csv, one for each epoch.
+    """
+    rows = [row for row in statistics if row['args.remark'] == recipe]
+    seconds = {True: [], False: []}
+    for row in rows:
+        seconds[int(row['epoch']) <= int(row['args.warm_up'])].append(float(row['seconds']))
+    num_runs = len({row['args.seed'] for row in rows})
+    return sum(min(epochs) * len(epochs) for epochs in seconds.values() if epochs) / num_runs / 60
+
+
 def format_mean(values: list[float]) -> str:
     """Return the mean, with half of its 95 % interval where there are several values."""
     import pandas as pd
@@ -56,43 +95,54 @@ def format_mean(values: list[float]) -> str:
     return f'{average:.1f}' if len(values) == 1 else f'{average:.1f} ± {half:.1f}'
 
 
-def format_table(rows: list[dict[str, str]], table: str) -> str:
-    """Return the Markdown table of a table of runs: a row per recipe, best R@1 with flip first."""
-    rows = [row for row in rows if row['table'] == table]
+def format_table(rows: list[dict[str, str]], statistics: list[dict[str, str]], table: str) -> str:
+    """Return the Markdown table of a table of runs: a row per recipe, best R@1 with flip first.
+
+    Args:
+        rows: of results/recipes.csv.
+        statistics: of results/grid/TABLE.csv.
+    """
     values = {}
     for row in rows:
-        values.setdefault(row['recipe'], {}).setdefault(row['way'], []).append(row)
-    cells = {}
-    for recipe, ways in values.items():
-        cells[recipe] = [recipe, str(len(ways['as trained']))]
-        cells[recipe] += [' / '.join(format_mean([float(row[metric]) for row in ways[way]]) for metric in
-                                     ('R@1', 'MAP@R')) for way in WAYS]
-        cells[recipe].append(format_mean([float(row['binary_R@1']) for row in ways['as trained']]))
-    order = sorted(values, key=lambda recipe: -sum(float(row['R@1']) for row in values[recipe]['flip'])
-                   / len(values[recipe]['flip']))
-    header = ['recipe', 'seeds', *WAYS, 'R@1 of binary codes']
-    lines = [header, ['---'] * len(header), *(cells[recipe] for recipe in order)]
+        if row['table'] == table:
+            values.setdefault(row['recipe'], {}).setdefault(row['way'], []).append(row)
+
+    def rank(recipe: str) -> tuple[bool, float]:
+        return recipe in UNTRAINED, -mean(float(row['R@1']) for row in values[recipe]['flip'])
+
+    header = ['recipe', 'seeds', 'minutes', *WAYS, 'R@1 of binary codes, flip']
+    lines = [header, ['---'] * len(header)]
+    for recipe in sorted(values, key=rank):
+        ways = values[recipe]
+        untrained = recipe in UNTRAINED
+        cells = [recipe, '' if untrained else str(len(ways['flip'])),
+                 '' if untrained else f'{minutes_of(statistics, recipe):.0f}']
+        cells += [' / '.join(format_mean([float(row[metric]) for row in ways[way]]) for metric in ('R@1', 'MAP@R'))
+                  for way in WAYS]
+        lines.append([*cells, format_mean([float(row['binary_R@1']) for row in ways['flip']])])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def format_comparison(pretrained: list[dict[str, str]], rows: list[dict[str, str]]) -> str:
+def format_comparison(rows: list[dict[str, str]]) -> str:
     """Return the Markdown table of docs/search.md: R@1 / MAP@R without training, and of whitened_mirror.
 
     Args:
-        pretrained: rows of results/pretrained.csv.
         rows: of results/recipes.csv.
     """
     names = ('car', 'cub', 'grocery')
-    values = {(row['features'], row['data_name']): [row] for row in pretrained}
-    for row in rows:
-        if row['recipe'] == 'whitened_mirror' and row['table'] in names:
-            name = 'six epochs of training' + ('' if row['way'] == 'as trained' else f', {row["way"]}')
-            values.setdefault((name, row['table']), []).append(row)
+    values = {}
+    for recipe in (*UNTRAINED, 'whitened_mirror'):
+        for way in WAYS:
+            title = 'six epochs of training' if recipe == 'whitened_mirror' else recipe
+            title += '' if way == 'as trained' else f', {way}'
+            for row in rows:
+                if (row['recipe'], row['way']) == (recipe, way):
+                    values.setdefault(title, {}).setdefault(row['table'], []).append(row)
     lines = ['| features | cars | birds | groceries |', '|---|---|---|---|']
-    for features in dict.fromkeys(features for features, _ in values):
-        cells = [' / '.join(f'{mean(float(row[metric]) for row in values[features, name]):.1f}'
-                            for metric in ('R@1', 'MAP@R')) for name in names]
-        lines.append(f'| {features} | {" | ".join(cells)} |')
+    for title, tables in values.items():
+        cells = [' / '.join(f'{mean(float(row[metric]) for row in tables[name]):.1f}' for metric in ('R@1', 'MAP@R'))
+                 for name in names]
+        lines.append(f'| {title} | {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
@@ -101,14 +151,17 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder of the data sets '
                         '[%(default)s]')
+    parser.add_argument('--weights', type=user_path, default='imagenet', help='weights of EfficientNet-Lite0: '
+                        'imagenet, or the path of a state dict [%(default)s]')
     parser.add_argument('--results_dir', type=user_path, default=str(REPOSITORY / 'results'), help='folder that holds '
                         'grid/TABLE [%(default)s]')
     args = parser.parse_args()
-    rows = measure(args.data_path, Path(args.results_dir))
+    rows = measure(args)
     for table in MEASURED:
         if any(row['table'] == table for row in rows):
-            print(f'\n{table}, {TABLES[table].epochs} epochs, R@1 / MAP@R:\n\n{format_table(rows, table)}')
-    print(f'\n{format_comparison(read_csv(PRETRAINED), rows)}')
+            statistics = read_csv(Path(args.results_dir) / f'grid/{table}.csv')
+            print(f'\n{table}, {TABLES[table].epochs} epochs, R@1 / MAP@R:\n\n{format_table(rows, statistics, table)}')
+    print(f'\n{format_comparison(rows)}')
 
 
 if __name__ == '__main__':
