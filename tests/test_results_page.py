@@ -187,6 +187,19 @@ def test_the_page_says_how_far_a_recipe_is_above_the_best_of_the_five(table, nam
     assert words.format(*differences) in prose()
 
 
+def test_the_page_says_how_the_lead_shrinks():
+    rows = pd.read_csv(REPOSITORY / 'results/grid/long.csv')
+    curves = rows[rows['args.seed'] <= 3].groupby(['args.remark', 'epoch'])['dense_R@1'].mean()
+    own, other = curves['whitened_start'], curves['proxy_anchor']
+    epochs = (1, 2, 4, 6, 8, 10, 14, 20)
+    for name in ('whitened_start', 'proxy_anchor', 'positive_proxy'):
+        assert f'| `{name}` | {" | ".join(f"{curves[name][epoch]:.1f}" for epoch in epochs)} |' in page()
+    assert f'a lead of {own[6] - other[6]:.1f} points after six epochs shrink to {own[20] - other[20]:.1f}?' in prose()
+    first, second, third = (other.index[other >= own[epoch]][0] for epoch in (2, 6, 10))
+    assert f'`proxy_anchor` needs {first}, {second} and {third} epochs for the R@1 that `whitened_start` has after ' \
+           '2, 6 and 10' in prose()
+
+
 @pytest.mark.parametrize(('row', 'words'), [
     ('without-whitening', 'above itself without whitening'), ('without-means', 'without the means'),
     ('without-both', 'without both'), ('without-small-batches', 'in batches of 120'),
