@@ -25,7 +25,8 @@ COLUMNS = ('table', 'recipe', 'seed', 'way', 'R@1', 'MAP@R', 'binary_R@1')
 
 # The rows without training: their name and flags of evaluate.py.
 PRETRAINED = '--pretrained --backbone_type timm:tf_efficientnet_lite0 --image_size 128'  # a later flag wins
-UNTRAINED = {'backbone alone': '--whiten off', 'whitened on the searched images': '--whiten test'}
+BACKBONE, WHITENED = 'backbone alone', 'whitened on the searched images'
+UNTRAINED = {BACKBONE: '--whiten off', WHITENED: '--whiten test'}
 
 
 # ---------------------------------------------------- measuring ----------------------------------------------------
@@ -86,13 +87,13 @@ def minutes_of(statistics: list[dict[str, str]], recipe: str) -> float:
 
 
 def format_mean(values: list[float]) -> str:
-    """Return the mean, with half of its 95 % interval where there are several values."""
+    """Return the mean, with half of its 95 % interval where there are at least three values."""
     import pandas as pd
 
     from training.summary import mean_and_half_interval
 
     average, half = mean_and_half_interval(pd.Series(values))
-    return f'{average:.1f}' if len(values) == 1 else f'{average:.1f} ± {half:.1f}'
+    return f'{average:.1f}' if len(values) < 3 else f'{average:.1f} ± {half:.1f}'
 
 
 def format_table(rows: list[dict[str, str]], statistics: list[dict[str, str]], table: str) -> str:
