@@ -101,12 +101,13 @@ def read_car(root: Path) -> tuple[list[RawImage], dict[str, str]]:
     memory.
     """
     file = root / 'cars_annos.mat'
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        pool.submit(os.getpid).result()  # a process that cannot start says nothing about the file
+        try:
             rows, names = pool.submit(read_annotations, str(file)).result()
-    except Exception as error:  # BrokenProcessPool if it crashed, else whatever SciPy raised
-        raise UserError(f'{file} is not the annotation file of CARS196 ({reason_of(error)}); download it again') \
-            from None
+        except Exception as error:  # BrokenProcessPool if it crashed, else whatever SciPy raised
+            raise UserError(f'{file} is not the annotation file of CARS196 ({reason_of(error)}); download it again') \
+                from None
     images = []
     for path, label, x1, y1, x2, y2 in rows:
         subset = 'train' if label <= 98 else 'test'

@@ -1,8 +1,11 @@
 """The known raw data sets in their true formats, what is wrong with damaged ones, and the names of their folders."""
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from raw_trees import make_car, make_cub, make_isc, make_own, make_sop
 
 from common.errors import UserError
@@ -99,6 +102,18 @@ def test_annotations_of_cars_that_are_not_matlab_are_refused(tmp_path):
     (tmp_path / 'cars_annos.mat').write_bytes(b'not MATLAB')
     with pytest.raises(UserError, match='cars_annos.mat is not the annotation file of CARS196 .*; download it again'):
         read_car(tmp_path)
+
+
+def test_a_reader_that_cannot_start_does_not_blame_the_annotations(tmp_path):
+    make_car(tmp_path)
+    script = tmp_path / 'script.py'  # it runs again in the process that it starts
+    script.write_text('from pathlib import Path\nfrom imagedata.raw_sets import read_car\n'
+                      f'read_car(Path({str(tmp_path / "car")!r}))\n')
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False,
+                            env={**os.environ, 'PYTHONPATH': str(REPOSITORY)})
+    assert result.returncode == 1
+    assert "if __name__ == '__main__'" in result.stderr  # Python's own advice
+    assert 'download it again' not in result.stderr
 
 
 @pytest.mark.parametrize('system', ['Windows', 'macOS'])
