@@ -246,16 +246,23 @@ def make_app(api: Api, hosts: list[str], token: str | None = None, root_path: st
         token: required of every request; None: of none.
         root_path: below which a proxy shows the page.
         access_log: print a line for each request.
+
+    Raises:
+        UserError: if `root_path` begins with an address of the server. Where the proxy takes it away, /search would
+            then be taken for the page.
     """
     from fastapi import FastAPI
 
     from serving.access import Guard
 
-    app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None, root_path=root_path)
-    app.add_middleware(Guard, hosts=hosts, token=token)
+    app = FastAPI(title=f'Search in {api.title}', docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, hosts=hosts, token=token, root_path=root_path)
     app.add_middleware(Monitor, metrics=api.metrics, access_log=access_log)  # around the guard
     add_error_handlers(app)
     add_routes(app, api)
+    first_part = root_path.split('/', 2)[1] if root_path else ''
+    if first_part and first_part in {route.path.split('/')[1] for route in app.routes}:
+        raise UserError(f'--root_path {root_path}: the server has an address of that name; choose another path')
     return app
 
 

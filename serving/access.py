@@ -55,10 +55,12 @@ class Guard:
     Args:
         hosts: names by which clients may address the server, beside IP addresses; `*`: any.
         token: required of every request; None: of none.
+        root_path: below which a proxy shows the page; requests come with it, or without it if the proxy removes it.
     """
 
-    def __init__(self, app, hosts: list[str], token: str | None = None):
+    def __init__(self, app, hosts: list[str], token: str | None = None, root_path: str = ''):
         self.app, self.hosts, self.token = app, {host.lower() for host in hosts}, token
+        self.root_path = root_path
         self.failed_tries = FailedTries()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -72,6 +74,7 @@ class Guard:
         if scope['type'] != 'http':
             await self.app(scope, receive, send)
         else:
+            scope = {**scope, 'root_path': self.root_path}
             request = Request(scope)
             answer = self.check_host(request) or self.check_site(request) or self.check_token(request) or self.app
             await answer(scope, receive, send_secured)
@@ -104,8 +107,7 @@ class Guard:
     def check_token(self, request: Request) -> Response | None:
         """Refuse a request without the token; replace the token in the page's address by a cookie; else return None."""
         # The path that is routed. That of request.url depends on the Host header, which the client writes.
-        root_path = request.scope.get('root_path', '')
-        path = request.scope['path'].removeprefix(root_path)
+        path = request.scope['path'].removeprefix(self.root_path)
         if self.token is None or path in OPEN_PATHS:
             return None
         in_address = request.query_params.get('token')
@@ -121,7 +123,7 @@ class Guard:
             return JSONResponse({'error': 'a token is required: open /?token=WORD'}, 401)
         if path != '/' or not in_address:
             return None
-        response = RedirectResponse(f'{root_path}/', 303)  # the token does not stay in the address bar
-        response.set_cookie('token', self.token, path=f'{root_path}/', httponly=True, samesite='strict',
+        response = RedirectResponse(f'{self.root_path}/', 303)  # the token does not stay in the address bar
+        response.set_cookie('token', self.token, path=f'{self.root_path}/', httponly=True, samesite='strict',
                             secure=request.url.scheme == 'https', max_age=10**7)
         return response

@@ -1,4 +1,5 @@
 """Who gets in: requests are written byte by byte, since libraries would not send what an attacker does."""
+import json
 import socket
 
 import urllib.error
@@ -8,6 +9,8 @@ import pytest
 import torch
 from museum import Server, make_items
 
+import serve
+from common.errors import UserError
 from retrieval.collection import FileCollection
 from retrieval.searcher import Searcher
 from serving import access
@@ -112,3 +115,12 @@ def test_the_cookie_is_secure_behind_https_and_stays_below_the_root_path(searche
             assert server.request(f'{prefix}/health')[0] == 200
             assert server.request(f'{prefix}/random')[0] == 401
             assert server.request(f'{prefix}/random', Cookie='token=let-me-in')[0] == 200
+            schema = server.request(f'{prefix}/openapi.json', Cookie='token=let-me-in')[2]
+            assert json.loads(schema)['servers'] == [{'url': '/museum'}]
+
+
+@pytest.mark.parametrize('root_path', ['/search', '/images/museum', '/metrics'])
+def test_a_root_path_that_is_an_address_of_the_server_is_refused(searcher, root_path):
+    with pytest.raises(UserError, match=f'--root_path {root_path}: the server has an address of that name'):
+        serve.make_app(serve.Api(searcher, 'museum'), ['*'], root_path=root_path)
+    serve.make_app(serve.Api(searcher, 'museum'), ['*'], root_path=f'/museum{root_path}')
