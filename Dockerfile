@@ -7,7 +7,7 @@ COPY requirements.txt requirements-serve.txt ./
 # PyTorch's own index has builds without CUDA, which are a tenth of the size.
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu -r requirements-serve.txt
 
-COPY serve.py embed.py model.py recipes.py utils.py ./
+COPY serve.py model.py recipes.py utils.py ./
 COPY common ./common
 COPY imagedata ./imagedata
 COPY retrieval ./retrieval

@@ -84,9 +84,9 @@ def merge(rows: list[dict], new: list[dict]) -> list[dict]:
 # ---------------------------------------------------- page ---------------------------------------------------------
 INTRODUCTION = """# Leaderboard
 
-R@1 and MAP@R in per cent at the last epoch, on classes that were not trained on; behind ± stands half of the 95 %
-interval of the mean over the seeds. Compare rows within a section only: they have the same split. To add a row, train
-a run and call
+R@1 and MAP@R in per cent at the last epoch, on classes that were not trained on; ± gives half the width of the 95 %
+confidence interval of the mean over the seeds. Compare rows within a section only: they have the same split. To add a
+row, train a run and call
 
 ```
 python benchmarks/leaderboard.py results/RUN_statistics.csv

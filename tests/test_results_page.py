@@ -158,8 +158,8 @@ def test_the_readme_says_how_good_the_recipes_are():
     for title, recipe, way in (
             ('not trained, whitened on the searched images', 'whitened on the searched images', 'as trained'),
             ('the same, 192 px and flip', 'whitened on the searched images', '192 px, flip'),
-            ('six epochs of `whitened_mirror`', 'whitened_mirror', 'as trained'),
-            ('the same, 192 px and flip', 'whitened_mirror', '192 px, flip')):
+            ('six epochs of `whitened_mirror`, without flip', 'whitened_mirror', 'as trained'),
+            ('the same runs, 192 px and flip', 'whitened_mirror', '192 px, flip')):
         cells = [f'{pd.Series(values).mean():.1f}' for values in (
             [float(row['R@1']) for row in rows if (row['table'], row['recipe'], row['way']) == (table, recipe, way)]
             for table in ('car', 'cub', 'grocery'))]
