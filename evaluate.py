@@ -196,7 +196,8 @@ def embed_data_set(args, model: EmbeddingNet, run: dict, trained_size: int, devi
     image_size = model.config.image_size
     settings = {**DEFAULTS, 'resize_size': resize_for(trained_size), **run, 'image_size': image_size}
     settings['resize_size'] = settings['resize_size'] * image_size // trained_size
-    settings |= {name: getattr(args, name) for name in settings if getattr(args, name, None) is not None}
+    settings |= {name: getattr(args, name) for name in (*EMBEDDING_FLAGS, 'recalls')
+                 if name in settings and getattr(args, name, None) is not None}
     settings |= {'data_name': canonical_data_name(settings['data_name']), 'flip_tta': model.config.flip_tta}
     if 0 < settings['resize_size'] < image_size:
         raise UserError(f'--resize_size {settings["resize_size"]} must be at least the image size, {image_size}, or 0')

@@ -49,7 +49,7 @@ class Backbone(NamedTuple):
 def without_head(network: nn.Module, *head: str) -> nn.Sequential:
     """Return a network without some of its layers; the others keep their names, so that their weights still fit."""
     return nn.Sequential(OrderedDict((name, layer) for name, layer in network.named_children()
-                                     if name not in head and layer is not None))
+                                     if name not in head))
 
 
 def build_resnet(name: str, weights: str) -> Backbone:

@@ -137,7 +137,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         kind, start = data[marker.end() - 1], marker.end() + 2
         if kind == 0xd9:
             return
-        position = start - 2 + int.from_bytes(data[start - 2:start])
+        position = start - 2 + int.from_bytes(data[start - 2:start], 'big')
         yield kind, data[start:position]
 
 

@@ -493,6 +493,8 @@ def read_label_lines(flag: str) -> list[LabelLine]:
                             f'{delimiter.join(row)[:60]!r}; put a path or a class that holds a {delimiter!r} between '
                             'quotation marks')
         fields = dict(zip(header, row, strict=False))
+        if 'path' not in fields:
+            raise UserError(f'--labels {flag}, line {number}: {delimiter.join(row)[:60]!r} has no path')
         lines.append(LabelLine(number, fields['path'], compose(fields.get('label', '').strip())))
     return lines
 

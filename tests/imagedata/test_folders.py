@@ -498,6 +498,7 @@ def test_a_csv_file_of_any_program_is_read(labels_of, text):
 @pytest.mark.parametrize(('text', 'message'), [
     ('path,label\n\nx.jpg,Smith, John\n', "line 3: 3 fields instead of 2 in 'x.jpg,Smith, John'; put .* quotation"),
     ('path,label\nx.jpg,a\nara/0.jpg,b\n./x.jpg,c\n', 'gives x.jpg two classes: a in line 2, c in line 4'),
+    ('label,path\na,x.jpg\nb\n', "line 3: 'b' has no path"),
     ('path,label\nx.jpg,"a\nara/0.jpg,b\n', 'readable CSV file .unexpected end of data'),
     ('path,label\n,\n,a\n', "names no image below /photos; its first path is ''"),
     ('path,label\n/photo/x.jpg,a\n', "first path is '/photo/x.jpg'; did you mean 'x.jpg'"),
