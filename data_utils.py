@@ -301,30 +301,33 @@ def convert(root: Path, images: list[RawImage], class_names: dict[str, str], ski
         make_folder('the folder', root / folder)
     new.files, failures, to_decode = find_changes(root, images, class_names, earlier.files, folders, raw_root)
     decode(root, to_decode, new.files, failures, raw_root)
-    remove_orphans(root, folders, new.files, earlier.files)
-    if failures and not skip_bad:  # the split files stay those of the earlier class split
+    if failures and not skip_bad:  # an image that is out of reach keeps its copy, and the split files stay
+        new.files |= {source: earlier.files[source] for source in failures if source in earlier.files}
         new.class_split = earlier.class_split
+    new.files = {image.source: new.files[image.source] for image in images if image.source in new.files}
+    remove_orphans(root, folders, new.files, earlier.files)
     has_changed = new.class_split != earlier.class_split or list(new.files.items()) != list(earlier.files.items())
     if photographs(earlier) - photographs(new):
         remove_caches(root)
     if has_changed:
+        new.splits = {}  # they do not hold these images yet
         new.save(root)
     if failures and not skip_bad:
         raise UserError(describe_failures(raw_root, failures, len(images)))
 
-    splits = write_splits(root, [image.source for image in images], new, folders, has_changed)
+    splits = write_splits(root, new, folders)
     num_decoded = sum(image.source in new.files for image, _ in to_decode)
     num_gone = len(earlier.files.keys() - new.files.keys() - failures.keys())
     return Conversion(splits, num_decoded, len(failures), num_gone)
 
 
-def write_splits(root: Path, sources: list[str], manifest: Manifest, folders: list[str], has_changed: bool) -> dict:
-    """Return {folder: split}, and write the split files if the images or the files themselves have changed.
+def write_splits(root: Path, manifest: Manifest, folders: list[str]) -> dict:
+    """Return {folder: split}, and write the split files unless they are those that the manifest remembers.
 
     Raises:
         UserError: if a subset is empty; split files of an earlier conversion are removed then.
     """
-    entries = [manifest.files[source] for source in sources if source in manifest.files]
+    entries = list(manifest.files.values())
     try:
         check_subsets(root, {entry.subset for entry in entries})
     except UserError:
@@ -333,7 +336,7 @@ def write_splits(root: Path, sources: list[str], manifest: Manifest, folders: li
         raise
     splits = {folder: make_split(entries, folder) for folder in folders}
     files = {folder: split_file(root, folder) for folder in folders}
-    if has_changed or manifest.splits != {file.name: stamp_of(file) for file in files.values()}:
+    if manifest.splits != {file.name: stamp_of(file) for file in files.values()}:
         for folder, file in files.items():
             save(splits[folder], file)
         manifest.splits = {file.name: stamp_of(file) for file in files.values()}

@@ -540,6 +540,33 @@ def test_broken_and_missing_images_are_reported_together(run, tmp_path):
     assert sum(count_classes(split_of(tmp_path, 'cub'))['train'].values()) == 9
 
 
+def test_what_cannot_be_reached_keeps_its_copy_and_the_caches(tmp_path, call_script):
+    raw, out = tmp_path / 'raw', tmp_path / 'out'
+    make_cub(raw)
+    words = ('--raw_path', raw, '--data_path', out, '--data_name', 'cub')
+    call_script(data_utils, *words, '--cache_size', 16)
+    before = {path: path.read_bytes() for path in out.rglob('*') if path.is_file()}
+    (raw / 'cub/images').rename(raw / 'away')  # as when a disk is not mounted
+    with pytest.raises(UserError, match='24 of 24 images are broken or missing'):
+        call_script(data_utils, *words)
+    assert {path: path.read_bytes() for path in out.rglob('*') if path.is_file()} == before
+    (raw / 'away').rename(raw / 'cub/images')
+    assert ' 0 decoded now' in call_script(data_utils, *words)
+
+
+def test_what_a_failed_conversion_decoded_is_in_the_split_of_the_next(run, tmp_path):
+    broken, *_, repaired = sorted(make_cub(tmp_path).glob('images/*/*.jpg'))
+    sound = repaired.read_bytes()
+    for file in (repaired, broken):
+        file.write_bytes(b'broken')
+    run('--data_name', 'cub', '--skip_bad')
+    repaired.write_bytes(sound)
+    with pytest.raises(UserError, match='1 of 24 images are broken or missing'):
+        run('--data_name', 'cub')
+    run('--data_name', 'cub', '--skip_bad')
+    assert sum(map(len, split_of(tmp_path, 'cub')['test'].values())) == 12
+
+
 def test_an_image_that_fills_the_memory_is_broken_like_others(run_own, tmp_path, monkeypatch):
     root = make_own(tmp_path)
     Image.new('L', (333, 5)).save(root / 'a/large.png')
