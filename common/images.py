@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, Jpe
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2',
                   '.j2k', '.jpf', '.jpx', '.j2c', '.mpo', '.apng', '.pgm', '.pbm', '.pnm'}
-if features.check('avif'):  # since Pillow 11.3
+if 'avif' in features.modules and features.check('avif'):  # since Pillow 11.3
     IMAGE_FORMATS.append('AVIF')
     IMAGE_SUFFIXES.add('.avif')
 with contextlib.suppress(ImportError):  # the format of many phones, if pillow-heif is installed
@@ -92,7 +92,8 @@ def grey_to_rgb(image: Image.Image) -> Image.Image:
     """Convert grey of 16 bits, or of 8 bits in a wider mode, to 8-bit RGB; in parts, since NumPy's copies are large."""
     def parts():
         for top in range(0, image.height, ROWS_AT_ONCE):
-            yield top, np.asarray(image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height))))
+            part = image.crop((0, top, image.width, min(top + ROWS_AT_ONCE, image.height)))
+            yield top, np.asarray(part, np.int32)  # NumPy 2.1.0 crashes on big-endian numbers
 
     divisor = 257 if max(part.max() for _, part in parts()) > 255 else 1
     transparent = image.info.get('transparency', -1)  # a grey level of some PNG files
