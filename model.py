@@ -248,10 +248,14 @@ class EmbeddingNet(nn.Module):
 
         self.backbone, self.prefix_tokens = backbone.module, backbone.prefix_tokens
         self.interpolation, self.bgr, self.value_range = backbone.interpolation, backbone.bgr, backbone.value_range
-        self.num_features = backbone.num_features
+        # Some heads of timm widen the pooled features before the classifier.
+        network = getattr(backbone.module, 'network', None)
+        native_features = getattr(network, 'head_hidden_size', backbone.num_features)
+        self.num_features = native_features if config.pooling == 'native' else backbone.num_features
         # What suits the backbone without training. Of timm's models, those with tokens name their pooling by a string.
-        is_transformer = isinstance(getattr(getattr(backbone.module, 'network', None), 'global_pool', None), str)
-        self.pretrained_pooling = 'native' if is_transformer else 'avg_max'
+        is_transformer = isinstance(getattr(network, 'global_pool', None), str)
+        is_native = native_features == self.num_features and (is_transformer or config.pooling == 'native')
+        self.pretrained_pooling = 'native' if is_native else 'avg_max'
         self.feature_dim = config.feature_dim or self.num_features
         if config.pooling == 'gem':
             self.gem_power = nn.Parameter(torch.tensor(3.0))

@@ -18,7 +18,7 @@ from imagedata.loading import make_transform
 from model import EmbeddingNet, NetConfig
 from retrieval import image_files, pretrained
 from retrieval.database import load_data_base
-from retrieval.embedding import embed_images
+from retrieval.embedding import PretrainedBaseline, embed_images
 from retrieval.model_file import load_model
 from retrieval.pretrained import build_pretrained, fit_whitening, without_whitening
 
@@ -104,6 +104,18 @@ def test_too_few_or_equal_images_leave_the_backbone_alone(network, features, lin
     assert fit_whitening(network, features, None) == line
     assert network.feature_dim == network.num_features
     assert torch.equal(whiten(network, features), functional.normalize(features, dim=1))
+
+
+@pytest.mark.parametrize(('name', 'pooling', 'kind', 'dim'), [
+    ('efficientvit_b0', None, 'avg_max', 128), ('efficientvit_b0', 'native', 'native', 1280),
+    ('lcnet_050', 'native', 'native', 1280)])
+def test_a_head_of_timm_that_widens_the_features_is_taken_where_it_is_asked_for_alone(name, pooling, kind, dim):
+    network = build_pretrained(f'timm:{name}', 'none', 64, pooling, CPU)
+    assert (network.config.pooling, network.num_features) == (kind, dim)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert network(images).shape == PretrainedBaseline(network)(images).shape == (2, dim)
+    network.add_whitening(make_features(60, dim), 8)
+    assert network(images).shape == (2, 8)
 
 
 def test_without_whitening_a_network_is_as_before(network):
