@@ -40,6 +40,7 @@ class Nearest:
 
     def __init__(self, features: torch.Tensor, resident: bool = False):
         self.features, self.coarse, self.rounding = features, None, 0.0
+        self.is_finite = torch.cat([part.isfinite().all(1) for part in features.split(BLOCK_ROWS)])
         if resident and bfloat16_is_fast(features.device):
             self.coarse = features.bfloat16()
             self.rounding = max((largest_norms(part.float(), torch.bfloat16)[1]
@@ -97,13 +98,13 @@ class Nearest:
                 part = as_matrix(buffer, *part.shape).copy_(part)
             part = signs_of(part, torch.float32) if binary else part
             similarity = torch.mm(asked, part.T, out=as_matrix(tile, len(asked), len(part))).float()
-            similarity.nan_to_num_(nan=-torch.inf)
+            similarity[:, ~self.is_finite[start:start + block]] = -torch.inf
             nearest = similarity.topk(min(number, len(part)), 1).values
             best = torch.cat([best, nearest], 1).topk(number, 1).values
             rows, columns = (similarity >= best[:, -1:] - 2 * error).nonzero(as_tuple=True)
             found.append((rows, columns + start, similarity[rows, columns]))
         rows, columns, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-        close = values >= best[rows, -1] - 2 * error
+        close = (values >= best[rows, -1] - 2 * error) & (values > -torch.inf)
         rows, columns = rows[close], columns[close]
         similarity = self.exact(queries, rows, columns, binary)
         answers = []

@@ -54,13 +54,17 @@ def test_similarities_that_the_fast_pass_does_not_tell_apart_are_ranked_exactly(
         assert [column for column, _ in answer] == order_of(similarity[row])[:20]
 
 
-def test_rows_and_queries_that_are_not_finite_are_not_retrieved():
+@pytest.mark.parametrize('binary', [False, True])
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf])
+def test_rows_and_queries_that_are_not_finite_are_not_retrieved(value, binary):
     features = make_features(9, 5, 4)
-    features[2, 1] = torch.nan
+    features[2, 1] = value
     queries = torch.stack([features[0], torch.full((5,), torch.nan)])
-    answers = Nearest(features).search(queries, 20)
-    assert sorted(row for row, _ in answers[0]) == [0, 1, 3, 4, 5, 6, 7, 8]
-    assert answers[1] == []
+    for number, found in ((20, 8), (3, 3)):  # a row that is left out takes no other row's place
+        answers = Nearest(features).search(queries, number, binary)
+        assert len(answers[0]) == found
+        assert 2 not in dict(answers[0])
+        assert answers[1] == []
 
 
 @pytest.mark.parametrize('fast_dtype', [torch.float32, torch.float16])
