@@ -43,10 +43,10 @@ def get_args(argv: list[str] | None = None):
     add_collection_flags(parser, data_base='file, or its name in --results_dir', model='with --qdrant: the model that '
                          'embedded the collection, or its ONNX file; without it, only images of the collection can be '
                          'searched for')
-    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds the data set of a '
-                        'run; a collection of embed.py knows its own folders [%(default)s]')
-    parser.add_argument('--results_dir', type=user_path, default='results', help='where data bases that are named '
-                        'without a folder are read [%(default)s]')
+    parser.add_argument('--data_path', type=user_path, help='folder that holds the data set of a run; a '
+                        'collection of embed.py knows its own folders [/home/data]')
+    parser.add_argument('--results_dir', type=user_path, help='where data bases that are named without a '
+                        'folder are read [results]')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on; with 0.0.0.0, other machines can '
                         'open the page [%(default)s]')
     parser.add_argument('--port', type=int, default=8000, help='0: any free port [%(default)s]')
@@ -68,6 +68,8 @@ def get_args(argv: list[str] | None = None):
     check_collection_flags(args)
     if args.qdrant is None:
         refuse_without_effect(args, {'model': ' with --data_base: the model beside the data base is used'})
+    else:
+        refuse_without_effect(args, dict.fromkeys(('data_path', 'results_dir'), ' with --qdrant'))
     args.token = read_token(args)
     if args.root_path and not re.fullmatch(r'(/[\w.-]+)+', args.root_path):
         raise UserError(f'--root_path {args.root_path} must be like /museum: a slash before each part, none at the end')
@@ -361,13 +363,14 @@ def open_collection(args) -> Searcher:
     device = select_device(args.device)
     if args.qdrant is not None:
         return open_qdrant_searcher(args.qdrant, args.collection, args.model, device)
-    return open_searcher(args.data_base, args.results_dir, args.data_path, device)
+    return open_searcher(args.data_base, args.results_dir or 'results', args.data_path or '/home/data', device)
 
 
 def reload(api: Api, args) -> None:
     """Open the collection again; if that fails, the one that is open stays."""
     try:
         api.searcher = open_collection(args)
+        api.thumbnail.cache_clear()
         print(f'reloaded: {len(api.searcher.collection):,} images', flush=True)
     except (UserError, OSError) as error:
         print(f'not reloaded: {error}', file=sys.stderr, flush=True)

@@ -99,9 +99,10 @@ class SearchableImages:
         if data_base.sources is None:
             subset = data_base.subsets[data_base.searched]
             zeros = torch.zeros(len(subset.images), dtype=torch.int64)
+            sizes = data_base.sizes.get(data_base.searched, zeros.tolist())
             sources = Sources([str(opened.roots[0].absolute())], zeros, zeros, '', {})
             data_base = DataBase(data_base.class_names, subset, origin=data_base.origin, sources=sources,
-                                 sizes={'test': zeros.tolist()})
+                                 sizes={'test': sizes})
         return cls(data_base, resident=True)
 
     def __len__(self) -> int:

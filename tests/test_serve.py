@@ -404,7 +404,10 @@ def test_a_changed_collection_is_reloaded_and_a_broken_one_is_not(museum, tmp_pa
         assert len(server.search({'image': '0'})['results']) == 14
         call_main(embed, '--data_base', tmp_path / 'museum.pth', '--remove', 'ara')
         assert len(server.search({'image': '0'})['results']) == 14
+        server.request('/images/0')
+        assert server.api.thumbnail.cache_info().currsize == 1
         serve.reload(server.api, args)
+        assert server.api.thumbnail.cache_info().currsize == 0
         assert len(server.search({'image': '0'})['results']) == 9
         (tmp_path / 'museum.pth').write_bytes(b'broken')
         serve.reload(server.api, args)
@@ -461,6 +464,11 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 def test_a_mistaken_command_line_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         serve.get_args(['--data_base', 'm.pth', *words])
+
+
+def test_flags_of_a_data_base_are_refused_with_qdrant():
+    with pytest.raises(UserError, match='--data_path /photos has no effect with --qdrant'):
+        serve.get_args(['--qdrant', 'folder', '--collection', 'museum', '--data_path', '/photos'])
 
 
 def test_the_token_is_read_from_a_file_or_the_environment(tmp_path, monkeypatch):
@@ -579,6 +587,18 @@ def test_words_keys_the_random_button_and_an_error_on_the_page(page, tmp_path):
     wait_for(page, lambda: 'the picture cannot be read' in find(page, '#error')[0].text)
     log = [entry['message'] for entry in page.get_log('browser')]  # a browser logs the refusal itself
     assert [line for line in log if '/search' not in line and '404' not in line] == []
+
+
+@pytest.mark.slow
+def test_an_error_of_the_words_and_of_the_random_button_is_shown(page, server):
+    page.execute_script("window.fetch = async () => new Response('{\"error\": \"busy\"}', {status: 503});")
+    for act in (lambda: find(page, '#random')[0].click(), lambda: find(page, '#words')[0].send_keys('ara')):
+        page.execute_script("document.querySelector('#error').textContent = ''")
+        act()
+        wait_for(page, lambda: find(page, '#error')[0].text == 'busy')
+    page.execute_script("window.fetch = async () => { throw new TypeError('offline'); };")
+    find(page, '#random')[0].click()
+    wait_for(page, lambda: find(page, '#error')[0].text == 'the server does not answer')
 
 
 @pytest.mark.slow

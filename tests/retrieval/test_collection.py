@@ -15,12 +15,21 @@ from museum import DIM, SETTINGS, make_items
 
 from common.errors import UserError
 from common.files import save
+from common.results import RunFiles
 from retrieval.collection import CollectionItem, FileCollection, SearchableImages, filter_items
-from retrieval.database import load_data_base
+from retrieval.database import DataBase, OpenDataBase, Subset, load_data_base
 from retrieval.metrics import similarity_of
 
 ORIGIN = {'args': SETTINGS, 'open_set': [{'rate': 0.05, 'threshold': 0.5, 'marked': 50.0}]}
 FINGERPRINT = 'f' * 64
+
+
+def test_images_of_a_run_have_the_sizes_of_its_data_base(tmp_path):
+    images = Subset(['0.jpg', '1.jpg'], torch.tensor([0, 0]), torch.eye(2))
+    for sizes, expected in (({'test': [30, 40]}, [30, 40]), ({}, [0, 0])):
+        opened = OpenDataBase(DataBase(['a'], images, sizes=sizes), RunFiles(tmp_path, 'run'), [tmp_path])
+        collection = SearchableImages.of_run(opened)
+        assert [collection.item(index).size for index in range(2)] == expected
 
 
 class Reopened:
