@@ -239,6 +239,7 @@ def open_stored(path: Path, side: int | None = None) -> StoredImage:
             pixels = load_pixels(image, path)
             is_large = shrink > 1 and not isinstance(image, JpegImagePlugin.JpegImageFile)
             rgb = to_rgb(pixels.reduce(shrink) if is_large else pixels)
+            rgb.info.pop('comment', None)  # a GIF's can be too long for a JPEG file
             return StoredImage(rgb, turn_of(pixels), pixels.mode == 'RGB', shrink)
     except Exception as error:  # damaged files raise a dozen kinds of errors, from OSError to struct.error
         raise BrokenImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from error
