@@ -238,9 +238,11 @@ def files_to_save(args, run: str) -> RunFiles:
 
 
 def save_measured(args, files: RunFiles, data_base: DataBase, model: EmbeddingNet) -> None:
-    """Save the data base and the model, and print the next command."""
+    """Save the data base and the model, and print the next command; not with --json, which is one line."""
     save(model_contents(model, data_base.origin), files.model)
     data_base.save(files.data_base)
+    if args.json:
+        return
     command = ['python', 'test.py', '--data_base', str(files.data_base), '--data_path', args.data_path or '/home/data',
                '--query_img_name', data_base.test.images[0]]
     print(f'saved; next:\n  {shlex.join(command)}')

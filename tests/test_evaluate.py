@@ -198,8 +198,9 @@ def test_a_pretrained_backbone_is_saved_and_measured_again(pretrained, tmp_path,
         again = call_script(evaluate, *words)
         assert again.splitlines()[1] in first.splitlines()
         assert 'not trained' in again
-    call_script(evaluate, '--model', model, '--data_path', raw_sets, '--num_workers', 0, '--save', '--results_dir',
-                tmp_path / 'again')
+    printed = call_script(evaluate, '--model', model, '--data_path', raw_sets, '--num_workers', 0, '--save',
+                          '--results_dir', tmp_path / 'again', '--json')
+    assert json.loads(printed)['measured_on']['data_name'] == 'cub'
     (saved,) = (tmp_path / 'again').glob('*_data_base.pth')
     assert load_data_base(saved).origin['args']['pretrained'] is True
     with pytest.raises(UserError, match='--save: .*pretrained_model.pth is there already; add --overwrite'):
