@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, call_main
 from faults import BACKBONE, TINY, differing_results
+from museum import SETTINGS
 from PIL import Image
 from raw_trees import make_car, make_own, write_image
 from tiny_runs import draw_nothing
@@ -32,6 +34,7 @@ from common.results import RunFiles
 from imagedata.raw_sets import find_root
 from model import EmbeddingNet, NetConfig, make_loss
 from retrieval.database import load_data_base
+from training.checkpoint import load_initial_weights
 from training.options import parse_options
 
 NAME = 'car_timm-test_resnet_balanced_proxy_16'
@@ -578,6 +581,14 @@ def test_a_run_starts_from_the_model_of_another_and_remembers_what_that_one_had_
     for flag, value in (('--feature_dim', 8), ('--pooling', 'avg')):
         with pytest.raises(UserError, match=rf'{flag} {value} \(there '):
             train_tiny(*words, '--init', run / f'{NAME}_model.pth', flag, value, '--remark', 'x')
+
+
+def test_a_transformer_does_not_start_from_one_of_another_image_size(tmp_path):
+    sizes = [EmbeddingNet(NetConfig('timm:test_vit', 8, image_size=side), 'none') for side in (160, 96)]
+    save({'config': asdict(sizes[0].config), 'state_dict': sizes[0].state_dict(), 'args': SETTINGS,
+          'seen_classes': []}, tmp_path / 'a_model.pth')
+    with pytest.raises(UserError, match='was trained with --image_size 160, and its weights fit no other'):
+        load_initial_weights(str(tmp_path / 'a_model.pth'), sizes[1], str(tmp_path))
 
 
 def test_the_pretrained_backbone_is_measured_before_the_training(raw_sets, tmp_path, train_tiny, call_script):

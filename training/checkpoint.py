@@ -102,7 +102,7 @@ def command_of(options: RunOptions) -> str:
 
 def save_checkpoint(file: Path, model, criterion, optimizer, schedule, rows: list[dict], split: dict, origin: dict
                     ) -> None:
-    """Save everything that --resume needs after an epoch; `origin` holds args, epoch and made_with."""
+    """Save everything that --resume needs after an epoch; `origin` holds args, epoch, made_with and seen_classes."""
     save({'model': model.state_dict(), 'criterion': criterion.state_dict(), 'optimizer': optimizer.state_dict(),
           'schedule': schedule.state_dict(), 'rng': torch.get_rng_state(), 'rows': rows,
           'split': split_fingerprint(split), 'version': CHECKPOINT_VERSION, **origin}, file)
@@ -180,5 +180,9 @@ def load_initial_weights(file: str, model: EmbeddingNet, results_dir: str) -> li
     try:
         model.load_state_dict(contents['state_dict'])
     except (RuntimeError, TypeError, AttributeError) as error:
+        side = contents['config'].get('image_size')
+        if side != model.config.image_size:
+            raise UserError(f'--init {file} was trained with --image_size {side}, and its weights fit no other; use it'
+                            ) from None
         raise UserError(f'--init {file} does not fit its own description ({reason_of(error)})') from None
     return seen_classes(contents)

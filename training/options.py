@@ -103,7 +103,8 @@ def get_parser(description: str | None = None) -> Parser:
     group.add_argument('--scale', '--alpha', type=float, help='alpha; papers: 32, proxy_nca 9, cos_face, arc_face 64')
     group.add_argument('--temperature', type=float, help='1 / scale, the Asymptotic Proxy spelling; paper: 0.03, '
                        '0.05 on sop and isc')
-    group.add_argument('--margin', '--mrg', type=float, help='delta; papers: 0.1, cos_face 0.35, arc_face 0.5 rad')
+    group.add_argument('--margin', '--mrg', type=float, help='delta, a difference of cosines; papers: 0.1, '
+                       'cos_face 0.35; of arc_face an angle in radians: 0.5')
     group.add_argument('--momentum', type=float, help='m of moving proxies (not of the optimizer), in (0, 1]; papers: '
                        '0.5. Asymptotic Proxy saw runs collapse at 0.05 to 0.1')
     group.add_argument('--proxy_init', choices=PROXY_INITS, help='initial values of the proxies: random (unit, '
@@ -185,8 +186,8 @@ class RunOptions:
     """Every setting of one run: flags merged with the recipe, and validated. Fields are named as their flags.
 
     The other fields: `run` is the run's name; `base_loss` the loss without its proxy update (`positive_proxy` ->
-    `normalized_softmax`), or `pml:NAME`; `explicit_flags` what the command line said; `momentum` and `proxy_lr` are
-    None where the proxy update does not use them.
+    `normalized_softmax`), or `pml:NAME`; `explicit_flags` the flags that have a value without the recipe; `momentum`
+    and `proxy_lr` are None where the proxy update does not use them.
     """
 
     run: str
@@ -437,6 +438,7 @@ def check_flags_have_effect(settings: dict, recipe: dict, explicit: set[str]) ->
         'lr_decay_step': schedule != 'step' and f'--lr_schedule {schedule} has no such step',
         'lr_milestones': schedule != 'multistep' and f'--lr_schedule {schedule} has no milestones',
         'lr_decay_gamma': schedule in ('cosine', 'constant') and f'--lr_schedule {schedule} does not use it',
+        'backbone_lr': settings['warm_up'] >= settings['num_epochs'] and 'the backbone is frozen in all epochs',
         'proxy_init': settings['proxy_update'] == 'momentum' and not starts_at_means
         and 'proxies that move by momentum start as unit random rows',
         'drop_last': settings['images_per_class'] > 0 and '--images_per_class makes full batches only',
@@ -461,7 +463,7 @@ def check_ranges(settings: dict) -> None:
         'seed': (0, None), 'batch_size': (1, None), 'images_per_class': (0, None),
         'lr': (SMALLEST, LARGEST), 'backbone_lr': (SMALLEST, LARGEST), 'proxy_lr': (SMALLEST, LARGEST),
         'lr_decay_gamma': (SMALLEST, LARGEST), 'scale': (SMALLEST, LARGEST), 'weight_decay': (0, LARGEST),
-        'clip_value': (0, LARGEST), 'margin': (0, LARGEST), 'momentum': (SMALLEST, 1), 'min_crop': (SMALLEST, 1),
+        'clip_value': (0, LARGEST), 'margin': (0, 2), 'momentum': (SMALLEST, 1), 'min_crop': (SMALLEST, 1),
         'flip': (0, 1), 'color_jitter': (0, 1), 'grayscale': (0, 1), 'val_ratio': (0, 0.999)})
     side = settings['resize_size'] or settings['image_size']
     if 0 < settings['cache_size'] < side:
