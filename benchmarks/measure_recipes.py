@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, str]]:
 
 # ---------------------------------------------------- tables -------------------------------------------------------
 def minutes_of(statistics: list[dict[str, str]], recipe: str) -> float:
-    """Return the minutes that a run of a recipe takes on an idle machine.
+    """Return the minutes that the training of a recipe takes on an idle machine, without measuring.
 
     Other programs only ever slow an epoch down. So an epoch counts with the seconds of the fastest one of its kind in
     all runs of the recipe: with the backbone frozen, or trained.

@@ -70,7 +70,7 @@ def decode_in_parallel(root: Path, images: list[str], size: int):
 
 
 def decode(file: Path, size: int) -> np.ndarray:
-    """Decode an image and reduce its short side to `size`, as the test transform does; never enlarge it.
+    """Decode an image and reduce its short side to `size`, bilinearly for every backbone; never enlarge it.
 
     Raises:
         UserError: naming the file, if it is missing or broken.
