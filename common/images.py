@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps, Jpe
 IMAGE_FORMATS = ['JPEG', 'PNG', 'WEBP', 'BMP', 'TIFF', 'GIF', 'PPM', 'JPEG2000']
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif', '.ppm', '.jp2',
                   '.j2k', '.jpf', '.jpx', '.j2c', '.mpo', '.apng', '.pgm', '.pbm', '.pnm'}
-if 'avif' in features.modules and features.check('avif'):  # since Pillow 11.3
+if features.check('avif'):  # a Pillow that is built from source may lack it
     IMAGE_FORMATS.append('AVIF')
     IMAGE_SUFFIXES.add('.avif')
 with contextlib.suppress(ImportError):  # the format of many phones, if pillow-heif is installed

@@ -233,9 +233,9 @@ def test_a_run_learns_and_continues_bit_for_bit(words, has_proxies, glyph, tmp_p
     has_weights = has_proxies or words[0] == 'pml:SoftTripleLoss'  # several centres per class
     words = ('--data_name', 'glyph', '--images_per_class', 4, '--batch_size', 16, '--warm_up', 0, '--lr_schedule',
              'constant', '--lr', 1e-3, '--loss_name', *words)
-    train_tiny(glyph, tmp_path / 'whole', *words, '--num_epochs', 3)
+    train_tiny(glyph, tmp_path / 'whole', *words, '--num_epochs', 5)
     train_tiny(glyph, tmp_path / 'cut', *words, '--num_epochs', 2)
-    train_tiny(glyph, tmp_path / 'cut', *words, '--num_epochs', 3, '--resume')
+    train_tiny(glyph, tmp_path / 'cut', *words, '--num_epochs', 5, '--resume')
     ends = [load(next((tmp_path / folder).glob('*_checkpoint.pth')), 'checkpoint') for folder in ('whole', 'cut')]
     for part in ('model', 'criterion'):
         for key, value in ends[0][part].items():
