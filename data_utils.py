@@ -188,7 +188,8 @@ def convert_image(root: Path, image: RawImage, stem: str, raw_root: Path) -> tup
     source = raw_root / image.source
     stored = open_stored(source)
     new_suffix = '.jpg' if max(stored.pixels.size) <= LONGEST_JPEG else '.png'
-    target = root / 'uncropped' / f'{stem}{source.suffix if stored.is_rgb else new_suffix}'
+    suffix = source.suffix if stored.is_rgb else new_suffix
+    target = root / 'uncropped' / f'{stem}{suffix}'
     target.unlink(missing_ok=True)  # it may be a hard link to an original, which must not be overwritten
     if stored.is_rgb:
         link_or_copy(source, target)

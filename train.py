@@ -332,8 +332,9 @@ def train(options: RunOptions, files: RunFiles, device: torch.device, resume: bo
             print(f'before the training: R@1 {baseline:.2f} of the backbone', flush=True)
         start_from_images(model, criterion, RetrievalDataset(data, 'train', plain), options, device, amp)
     proxies_move_by = '' if options.base_loss.startswith(PML_PREFIX) else f' with proxy update {options.proxy_update}'
+    precision = 'bfloat16' if amp else 'float32'
     print(f'{options.run}: recipe {options.recipe}, {options.base_loss}{proxies_move_by}; {len(labels):,} images of '
-          f'{num_classes:,} classes; {device}, {"bfloat16" if amp else "float32"}')
+          f'{num_classes:,} classes; {device}, {precision}')
     if options.warm_up >= options.num_epochs:
         print('the backbone stays frozen in all epochs: only the head and the proxies learn')
     tracker = Tracker(options.log_to, files, settings | made_with, resume)

@@ -39,20 +39,20 @@ class LimitedProcesses:
 
     def call(self, function, *args):
         """Call a function that a process can import; waits for a process that is free."""
-        worker, is_sound = self.idle.get(), False
+        worker, is_valid = self.idle.get(), False
         try:
             worker = worker or self.start(function)
             worker.pipe.send((function, args))
             if not worker.pipe.poll(self.seconds):
                 raise LimitExceeded(f'it takes more than {self.seconds} seconds')
             result = worker.pipe.recv()
-            is_sound = True
+            is_valid = True
         except (BrokenPipeError, ConnectionResetError, EOFError):
             raise LimitExceeded('its process has died, as when memory runs out') from None
         finally:
-            if not is_sound and worker is not None:
+            if not is_valid and worker is not None:
                 worker.process.kill()
-            self.idle.put(worker if is_sound else None)
+            self.idle.put(worker if is_valid else None)
         if isinstance(result, Exception):
             raise result
         return result

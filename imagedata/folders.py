@@ -231,15 +231,15 @@ def choose_class_split(root: Path, labels: list[str], earlier: dict, ratio: floa
     Raises:
         UserError: if ratio or seed differs from the earlier one, or the ratio is not between 0 and 1.
     """
-    def settle(flag: str, given, remembered, default):
-        if None not in (given, remembered) and given != remembered:
-            raise UserError(f'--{flag} {given}: the classes of {root} were split with --{flag} {remembered}; leave '
+    def resolve(flag: str, asked, remembered, default):
+        if None not in (asked, remembered) and asked != remembered:
+            raise UserError(f'--{flag} {asked}: the classes of {root} were split with --{flag} {remembered}; leave '
                             'the flag out, or split them again with --resplit (models trained so far will have seen '
                             'test classes)')
-        return next(value for value in (remembered, given, default) if value is not None)
+        return next(value for value in (remembered, asked, default) if value is not None)
 
-    ratio = settle('test_ratio', ratio, earlier.get('ratio'), DEFAULT_RATIO)
-    seed = settle('seed', seed, earlier.get('seed'), 0)
+    ratio = resolve('test_ratio', ratio, earlier.get('ratio'), DEFAULT_RATIO)
+    seed = resolve('seed', seed, earlier.get('seed'), 0)
     if not 0 < ratio < 1:
         raise UserError(f'--test_ratio {ratio} must lie between 0 and 1')
     return {'ratio': ratio, 'seed': seed, 'sides': split_classes(labels, earlier.get('sides', {}), ratio, seed)}
@@ -457,7 +457,8 @@ def scan_images(folder: Path, exclude: Sequence[str] = ()) -> tuple[dict[str, tu
             else:
                 images[path] = tuple(stamp_of(file) or (0, 0))  # it may vanish: reported when it is embedded
     for reason, paths in unusual.items():
-        left_out[f'{reason} ({printable(paths[0])}{", ..." if len(paths) > 1 else ""})'] = len(paths)
+        others = ', ...' if len(paths) > 1 else ''
+        left_out[f'{reason} ({printable(paths[0])}{others})'] = len(paths)
     return dict(sorted(images.items())), left_out + skipper.left_out  # without zeros
 
 

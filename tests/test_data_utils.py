@@ -582,7 +582,7 @@ def test_an_image_that_fills_the_memory_is_broken_like_others(run_own, tmp_path,
         run_own()
 
 
-def test_a_gif_whose_comment_is_too_long_for_jpeg_is_sound(run_own, tmp_path):
+def test_a_gif_whose_comment_is_too_long_for_jpeg_is_read(run_own, tmp_path):
     root = make_own(tmp_path)
     Image.new('P', (30, 30)).save(root / 'a/comment.gif', comment=bytes(70_000))
     run_own()
