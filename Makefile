@@ -53,7 +53,7 @@ test-slow: .venv/test
 
 lowest:
 	$(PYTHON) -m venv .venv-lowest
-	cat requirements.txt requirements-serve.txt | sed '/^-r/d; s/>=/==/' | .venv-lowest/bin/pip install -r /dev/stdin -r requirements-export.txt pytest pytest-xdist hypothesis pytorch-metric-learning tensorboard
+	cat requirements.txt requirements-serve.txt | sed '/^-r/d; s/>=/==/' | .venv-lowest/bin/pip install -r /dev/stdin -r requirements-export.txt pytest pytest-xdist hypothesis pytorch-metric-learning tensorboard pyarrow
 	.venv-lowest/bin/python -m pytest
 
 lint: .venv/test

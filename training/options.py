@@ -438,7 +438,6 @@ def check_flags_have_effect(settings: dict, recipe: dict, explicit: set[str]) ->
         'lr_decay_step': schedule != 'step' and f'--lr_schedule {schedule} has no such step',
         'lr_milestones': schedule != 'multistep' and f'--lr_schedule {schedule} has no milestones',
         'lr_decay_gamma': schedule in ('cosine', 'constant') and f'--lr_schedule {schedule} does not use it',
-        'backbone_lr': settings['warm_up'] >= settings['num_epochs'] and 'the backbone is frozen in all epochs',
         'proxy_init': settings['proxy_update'] == 'momentum' and not starts_at_means
         and 'proxies that move by momentum start as unit random rows',
         'drop_last': settings['images_per_class'] > 0 and '--images_per_class makes full batches only',

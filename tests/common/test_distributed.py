@@ -412,7 +412,8 @@ def test_evaluation_does_not_depend_on_the_number_of_processes(trained_run, raw_
              '--num_workers', 0, '--json')
     several = torchrun(count, 'evaluate.py', *words)
     assert several.returncode == 0, several.stderr
-    assert json.loads(several.stdout) == json.loads(call_script(evaluate, *words))
+    printed = several.stdout.splitlines()[-1]  # before it, Gloo of torch 2.10 says who is connected
+    assert json.loads(printed) == json.loads(call_script(evaluate, *words))
 
 
 @pytest.mark.slow
