@@ -343,11 +343,29 @@ def end_with_parent(_worker: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Loader(DataLoader):
+    """A DataLoader that also notices if a worker process dies while it hands over a batch.
+
+    PyTorch raises a RuntimeError once it sees that a worker has ended. If the connection to it breaks before that, the
+    error of the connection comes through instead.
+    """
+
+    def __iter__(self) -> Iterator:
+        return self._check(super().__iter__())  # which starts the workers at once
+
+    @staticmethod
+    def _check(batches: Iterator) -> Iterator:
+        try:
+            yield from batches
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError('DataLoader worker ended while it handed over a batch') from error
+
+
 def make_loader(dataset: RetrievalDataset, batches, num_workers: int, device: torch.device) -> DataLoader:
     """Build a loader from batches, each a sequence of indices; the one place that configures a DataLoader."""
     # With its own generator, the network's random numbers do not depend on the number of workers.
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == 'cuda',
-                      persistent_workers=num_workers > 0, worker_init_fn=end_with_parent, generator=torch.Generator())
+    return Loader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=device.type == 'cuda',
+                  persistent_workers=num_workers > 0, worker_init_fn=end_with_parent, generator=torch.Generator())
 
 
 def batches_in_order(count: int, batch_size: int) -> list[range]:

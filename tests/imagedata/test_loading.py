@@ -179,6 +179,20 @@ def test_workers_change_nothing_and_see_each_new_epoch(data_path):
             assert torch.equal(labels, other_labels)
 
 
+@pytest.mark.parametrize('error', [EOFError, ConnectionResetError])
+def test_a_connection_that_breaks_means_that_a_worker_has_died(data_path, monkeypatch, error):
+    loader = make_loader(*make_set(data_path, 1), 1, CPU)
+    batches = iter(loader)
+    next(batches)
+
+    def break_off(*_):
+        raise error
+
+    monkeypatch.setattr(loader._iterator, '_try_get_data', break_off)
+    with pytest.raises(RuntimeError, match='DataLoader worker'):
+        next(batches)
+
+
 def test_each_epoch_has_its_own_order_and_augmentation(data_path):
     order = {epoch: [index for batch in make_set(data_path, epoch)[1] for index in batch] for epoch in (1, 2)}
     assert order[1] != order[2]
