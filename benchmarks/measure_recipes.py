@@ -1,7 +1,7 @@
 """Measure the recipes on equal terms, and the backbone without training: the tables of docs/results.md.
 
-    python benchmarks/reproduce.py car cub grocery car20 --data_path /home/data --weights imagenet    # trains them
-    python benchmarks/measure_recipes.py --data_path /home/data --weights imagenet
+    python benchmarks/reproduce.py car cub grocery car20 car16 car16_192 --data_path /home/data    # trains them
+    python benchmarks/measure_recipes.py --data_path /home/data
 
 Each model in results/grid/TABLE is measured as it was trained, with flip augmentation, with larger images, and with
 both, by evaluate.py; so is the backbone without training, alone and whitened. Their R@1, MAP@R and R@1 of the binary
@@ -17,7 +17,7 @@ from reproduce import TABLES, list_runs
 from utils import Parser, run_script, user_path
 
 FILE = REPOSITORY / 'results/recipes.csv'
-MEASURED = ('car', 'cub', 'grocery', 'car20')
+MEASURED = ('car', 'cub', 'grocery', 'car20', 'car16_192')
 # At 192 px, cars are squeezed to the square as a whole, the others are cropped: chosen on training classes held out.
 LARGE = {'car': '--image_size 192 --resize_size 0', 'cub': '--image_size 192', 'grocery': '--image_size 192'}
 WAYS = ('as trained', 'flip', '192 px', '192 px, flip')
@@ -35,6 +35,11 @@ def flags_of(way: str, data_name: str) -> list[str]:
     return [*(LARGE[data_name].split() if '192 px' in way else ()), *(['--flip_tta', '1'] if 'flip' in way else ())]
 
 
+def ways_of(table: str) -> tuple[str, ...]:
+    """Return the ways in which a table's models are measured; what was trained at 192 px only at this size."""
+    return WAYS[2:] if TABLES[table].start_from else WAYS
+
+
 def list_measurements(args: argparse.Namespace) -> dict[tuple[str, str, str, str], list[str]]:
     """Return the flags of evaluate.py for each row of the CSV: (table, recipe, seed, way) -> flags.
 
@@ -48,7 +53,7 @@ def list_measurements(args: argparse.Namespace) -> dict[tuple[str, str, str, str
             for name, flags in UNTRAINED.items():
                 sources[name, ''] = f'{PRETRAINED} --data_name {table} {flags}'.split() + ['--weights', args.weights]
         for (recipe, seed), source in sources.items():
-            for way in WAYS:
+            for way in ways_of(table):
                 measurements[table, recipe, seed, way] = [*source, '--data_path', args.data_path,
                                                           *flags_of(way, TABLES[table].data_name)]
     return measurements
@@ -124,6 +129,33 @@ def format_table(rows: list[dict[str, str]], statistics: list[dict[str, str]], t
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def format_stages(rows: list[dict[str, str]], statistics: dict[str, list[dict[str, str]]]) -> str:
+    """Return the Markdown table of recipes in one and in two stages, at 192 px: best R@1 with flip first.
+
+    Args:
+        rows: of results/recipes.csv.
+        statistics: of results/grid/TABLE.csv for the tables car20, car16 and car16_192.
+    """
+    stages = {'car20': ('20 at 128 px', ('car20',)),
+              'car16_192': ('16 at 128 px, 4 at 192 px', ('car16', 'car16_192'))}
+    recipes = {row['recipe'] for row in rows if row['table'] == 'car16_192'}
+    lines = []
+    for table, (epochs, trained) in stages.items():
+        for recipe in recipes:
+            values = {way: [row for row in rows if (row['table'], row['recipe'], row['way']) == (table, recipe, way)]
+                      for way in WAYS[2:]}
+            flip = values['192 px, flip']
+            minutes = sum(minutes_of(statistics[name], recipe) for name in trained)
+            cells = [recipe, epochs, f'{minutes:.0f}']
+            cells += [' / '.join(format_mean([float(row[metric]) for row in values[way]])
+                                 for metric in ('R@1', 'MAP@R')) for way in values]
+            lines.append((mean(float(row['R@1']) for row in flip),
+                          [*cells, format_mean([float(row['binary_R@1']) for row in flip])]))
+    header = ['recipe', 'epochs', 'minutes', *WAYS[2:], 'R@1 of binary codes, 192 px, flip']
+    table = [header, ['---'] * len(header), *(cells for _, cells in sorted(lines, reverse=True))]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in table)
+
+
 def format_comparison(rows: list[dict[str, str]]) -> str:
     """Return the Markdown table of docs/search.md: R@1 / MAP@R without training, and of whitened_mirror.
 
@@ -158,10 +190,12 @@ def main() -> None:
                         'grid/TABLE [%(default)s]')
     args = parser.parse_args()
     rows = measure(args)
+    statistics = {table: read_csv(Path(args.results_dir) / f'grid/{table}.csv') for table in (*MEASURED, 'car16')}
     for table in MEASURED:
         if any(row['table'] == table for row in rows):
-            statistics = read_csv(Path(args.results_dir) / f'grid/{table}.csv')
-            print(f'\n{table}, {TABLES[table].epochs} epochs, R@1 / MAP@R:\n\n{format_table(rows, statistics, table)}')
+            text = format_stages(rows, statistics) if TABLES[table].start_from else \
+                format_table(rows, statistics[table], table)
+            print(f'\n{table}, {TABLES[table].epochs} epochs, R@1 / MAP@R:\n\n{text}')
     print(f'\n{format_comparison(rows)}')
 
 

@@ -84,6 +84,13 @@ def test_whitened_start_is_whitened_mirror_without_its_mirror_image():
     assert differing(runs['whitened_start'], runs['whitened_mirror']) == {'flip_tta'}
 
 
+def test_a_last_stage_starts_from_the_model_of_the_same_row_and_seed():
+    models = {(run.name, run.seed): str(run.files.model) for run in runs_of('car16')}
+    last = runs_of('car16_192')
+    assert {(run.name, run.seed): run.options.init for run in last} == models
+    assert {(run.options.weights, run.options.image_size, run.options.num_epochs) for run in last} == {('none', 192, 4)}
+
+
 def test_the_sweep_changes_the_momentum_alone():
     runs = [run for run in runs_of('sweep') if run.seed == 1]
     assert [run.options.momentum for run in runs] == list(reproduce.MOMENTA)
@@ -209,6 +216,16 @@ def test_a_finished_run_is_kept_and_one_that_was_interrupted_continues(work, tra
 def test_so_many_trainings_run_at_a_time(trainings, call_script, jobs):
     call_script(reproduce, '--jobs', jobs)
     assert trainings.most == jobs
+
+
+def test_a_last_stage_waits_for_its_first_one(trainings, call_script, monkeypatch):
+    rows = {'one': Row('--recipe positive_proxy', seeds=(1,))}
+    monkeypatch.setattr(reproduce, 'TABLES', {
+        'first': Table(rows, '--warm_up 0', epochs=2),
+        'last': Table(rows, '--warm_up 0', epochs=1, start_from='first')})
+    call_script(reproduce, '--jobs', '2')
+    assert [words for *_, words in trainings.started] == ['--overwrite', '--overwrite']
+    assert trainings.most == 1
 
 
 def test_a_failed_training_ends_the_others_and_says_which(work, trainings, call_script):
