@@ -1,6 +1,6 @@
 """Measure the recipes on equal terms, and the backbone without training: the tables of docs/results.md.
 
-    python benchmarks/reproduce.py car cub grocery car20 car16 car16_192 --data_path /home/data    # trains them
+    python benchmarks/reproduce.py car cub grocery car20 car20_192 --data_path /home/data    # trains them
     python benchmarks/measure_recipes.py --data_path /home/data
 
 Each model in results/grid/TABLE is measured as it was trained, with flip augmentation, with larger images, and with
@@ -17,7 +17,7 @@ from reproduce import TABLES, list_runs
 from utils import Parser, run_script, user_path
 
 FILE = REPOSITORY / 'results/recipes.csv'
-MEASURED = ('car', 'cub', 'grocery', 'car20', 'car16_192')
+MEASURED = ('car', 'cub', 'grocery', 'car20', 'car20_192')
 # At 192 px, cars are squeezed to the square as a whole, the others are cropped: chosen on training classes held out.
 LARGE = {'car': '--image_size 192 --resize_size 0', 'cub': '--image_size 192', 'grocery': '--image_size 192'}
 WAYS = ('as trained', 'flip', '192 px', '192 px, flip')
@@ -130,15 +130,15 @@ def format_table(rows: list[dict[str, str]], statistics: list[dict[str, str]], t
 
 
 def format_stages(rows: list[dict[str, str]], statistics: dict[str, list[dict[str, str]]]) -> str:
-    """Return the Markdown table of recipes in one and in two stages, at 192 px: best R@1 with flip first.
+    """Return the Markdown table of recipes with and without a last stage at 192 px: best R@1 with flip first.
 
     Args:
         rows: of results/recipes.csv.
-        statistics: of results/grid/TABLE.csv for the tables car20, car16 and car16_192.
+        statistics: of results/grid/TABLE.csv for the tables car20 and car20_192.
     """
     stages = {'car20': ('20 at 128 px', ('car20',)),
-              'car16_192': ('16 at 128 px, 4 at 192 px', ('car16', 'car16_192'))}
-    recipes = {row['recipe'] for row in rows if row['table'] == 'car16_192'}
+              'car20_192': ('20 at 128 px, 4 at 192 px', ('car20', 'car20_192'))}
+    recipes = {row['recipe'] for row in rows if row['table'] == 'car20_192'}
     lines = []
     for table, (epochs, trained) in stages.items():
         for recipe in recipes:
@@ -190,7 +190,7 @@ def main() -> None:
                         'grid/TABLE [%(default)s]')
     args = parser.parse_args()
     rows = measure(args)
-    statistics = {table: read_csv(Path(args.results_dir) / f'grid/{table}.csv') for table in (*MEASURED, 'car16')}
+    statistics = {table: read_csv(Path(args.results_dir) / f'grid/{table}.csv') for table in MEASURED}
     for table in MEASURED:
         if any(row['table'] == table for row in rows):
             text = format_stages(rows, statistics) if TABLES[table].start_from else \
