@@ -59,10 +59,11 @@ PHOTOGRAPHS = ('--backbone_type timm:tf_efficientnet_lite0 --image_size 128 --ca
 GLYPHS = ('--backbone_type timm:resnet10t --weights none --freeze_bn 0 --feature_dim 64 --image_size 32 '
           '--resize_size 32 --min_crop 0.8 --flip 0 --batch_size 25 --lr 1e-3 --lr_schedule cosine --recalls 1,2,4 '
           '--num_workers 0 --on_collapse warn')
-# Flags of train.py for every run on a data set, and of data_utils.py.
-PROTOCOLS = {'car': PHOTOGRAPHS, 'cub': PHOTOGRAPHS, 'grocery': PHOTOGRAPHS, 'glyph': GLYPHS}
+# Flags of train.py for every run on a data set, and of data_utils.py. Emoji reach to the edges of their images.
+PROTOCOLS = {'car': PHOTOGRAPHS, 'cub': PHOTOGRAPHS, 'grocery': PHOTOGRAPHS,
+             'emoji': f'{PHOTOGRAPHS} --resize_size 0 --cache_size 0', 'glyph': GLYPHS}
 PREPARATIONS = {'car': '--cache_size 146', 'cub': '--cache_size 146', 'grocery': '--test_ratio 0.5 --cache_size 146',
-                'glyph': '--glyph_classes 150'}
+                'emoji': '--test_ratio 0.5 --skip_duplicates', 'glyph': '--glyph_classes 150'}
 GLYPH_PATH = 'data/sweep'  # where the small data set of the sweep is drawn
 
 PUBLISHED = ('balanced_proxy', 'asymptotic_proxy', 'positive_proxy', 'momentum_proxy', 'proxy_anchor')
@@ -88,6 +89,7 @@ TABLES = {
     'car': Table(SIX_EPOCHS, f'{EQUAL_FLAGS} --eval_every 6'),
     'cub': Table(SIX_EPOCHS, f'{EQUAL_FLAGS} --eval_every 6', data_name='cub'),
     'grocery': Table(SIX_EPOCHS, f'{EQUAL_FLAGS} --eval_every 6', data_name='grocery'),
+    'emoji': Table(SIX_EPOCHS, f'{EQUAL_FLAGS} --eval_every 6', data_name='emoji'),
     'car20': Table(EQUAL_TERMS, f'{EQUAL_FLAGS} --eval_every 20', epochs=20),
     # Four more epochs on whole images of 192 px.
     'car20_192': Table({name: Row(f'--recipe {name} {LAST_STAGE}') for name in BEST_ON_CARS},
@@ -316,8 +318,8 @@ def get_args(argv: list[str] | None = None):
     parser.add_argument('--list', action='store_true', help='print what is finished and what is missing, and train '
                         'nothing')
     parser.add_argument('--seeds', type=int_list, metavar='1,2,3', help='seeds of every row [those of the table]')
-    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds car, cub and '
-                        f'grocery; sweep draws its data set in {GLYPH_PATH} [%(default)s]')
+    parser.add_argument('--data_path', type=user_path, default='/home/data', help='folder that holds car, cub, '
+                        f'grocery and emoji; sweep draws its data set in {GLYPH_PATH} [%(default)s]')
     parser.add_argument('--weights', type=user_path, default='imagenet', help='weights of EfficientNet-Lite0: '
                         'imagenet, or the path of a state dict; sweep starts from random weights [%(default)s]')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at a time [%(default)s]')

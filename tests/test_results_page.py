@@ -108,7 +108,7 @@ def test_a_model_that_is_not_there_is_not_measured_and_the_backbone_once_for_eac
     run.files.model.touch()
     measurements = script.list_measurements(args)
     assert {key[:3] for key in measurements} == {('car20', 'proxy_anchor', '2'), *(
-        (name, features, '') for name in ('car', 'cub', 'grocery') for features in script.UNTRAINED)}
+        (name, features, '') for name in ('car', 'cub', 'grocery', 'emoji') for features in script.UNTRAINED)}
     assert measurements['car20', 'proxy_anchor', '2', 'flip'] == [
         '--model', str(run.files.model), '--data_path', '/photos', '--flip_tta', '1']
     whitened = ' '.join(measurements['cub', 'whitened on the searched images', '', '192 px'])
@@ -132,7 +132,7 @@ def test_what_is_missing_is_measured_and_what_is_there_is_kept(tmp_path, monkeyp
     rows = script.measure(args)
     assert rows == script.read_csv(script.FILE)
     assert rows[0] == kept
-    assert len(rows) == len(asked) + 1 == 3 * len(script.UNTRAINED) * len(script.WAYS)
+    assert len(rows) == len(asked) + 1 == 4 * len(script.UNTRAINED) * len(script.WAYS)
     assert {(row['R@1'], row['MAP@R'], row['binary_R@1']) for row in rows[1:]} == {('50.12', '20.00', '30.00')}
     assert script.measure(args) == rows
     assert len(asked) == len(rows) - 1
