@@ -40,7 +40,7 @@ def test_a_committed_table_holds_the_runs_that_would_be_trained_today(table):
 def expected(options, name: str):
     """Return an option as a file of the run stores it."""
     value = getattr(options, name)
-    return Path(value).name if name == 'weights' else value
+    return Path(value).name if name in ('weights', 'init') and value else value
 
 
 def as_text(value) -> str:
