@@ -266,6 +266,23 @@ def test_the_pages_say_which_recipe_is_better_on_many_classes():
     assert f'{gains["R@1"]:.1f} points above it' in readme
 
 
+def test_the_pages_say_what_a_last_stage_brings():
+    script = measure_recipes()
+    frame = pd.DataFrame(script.read_csv(script.FILE)).astype({'R@1': float, 'MAP@R': float})
+    means = frame[frame['way'] == '192 px, flip'].groupby(['table', 'recipe'])[['R@1', 'MAP@R']].mean()
+    gains = means.loc['car20_192'] - means.loc['car20']
+    anchor, own = gains.loc['proxy_anchor'], gains.loc['whitened_mirror']
+    results, readme = (' '.join((REPOSITORY / name).read_text(encoding='utf-8').split())
+                       for name in ('docs/results.md', 'README.md'))
+    assert f'brings {anchor["R@1"]:.1f} points of R@1 and {anchor["MAP@R"]:.1f} of MAP@R to `proxy_anchor`' in results
+    assert f'and {own["R@1"]:.1f} and {own["MAP@R"]:.1f} to `whitened_mirror`' in results
+    assert f'[gain another {own["R@1"]:.1f} to {anchor["R@1"]:.1f} points]' in readme
+    for recipe in gains.dropna().index:
+        last, before = (script.minutes_of(script.read_csv(REPOSITORY / f'results/grid/{table}.csv'), recipe)
+                        for table in ('car20_192', 'car20'))
+        assert last / before == pytest.approx(0.5, abs=0.06)  # half as much again
+
+
 def test_the_page_says_what_an_epoch_without_a_measurement_saves():
     rows = pd.read_csv(REPOSITORY / 'results/grid/car.csv')
     seconds = list(rows[rows['args.recipe'].eq('proxy_anchor') & rows['args.seed'].eq(1)]['seconds'])
