@@ -284,7 +284,10 @@ class EmbeddingNet(nn.Module):
             parameter.grad = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the embeddings (N, D), float32 or wider, unit rows, of uint8 RGB images (N, 3, H, W)."""
+        """Return the embeddings (N, D), float32 or wider, unit rows, of uint8 RGB images (N, 3, H, W).
+
+        The row of an image without any features, as a blank one can be, is zero: it is similar to nothing.
+        """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.shape[0]:
             raise UserError(f'images are {tuple(images.shape)} of {images.dtype}; expected are (N, 3, H, W) of '
                             'torch.uint8, RGB from 0 to 255, N at least 1')
@@ -296,7 +299,7 @@ class EmbeddingNet(nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Return the embeddings (N, D) of images without test-time augmentation."""
         embeddings = self.head(self.compute_features(images))
-        return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
+        return unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
 
     def compute_features(self, images: torch.Tensor) -> torch.Tensor:
         """Return the input of the head (N, num_features): pooled and, where configured, layer-normalised."""
@@ -368,6 +371,15 @@ class EmbeddingNet(nn.Module):
         self.head.bias.copy_(-rows @ mean)
         self.config = replace(self.config, feature_dim=feature_dim, head_bias=True)
         self.feature_dim = feature_dim
+
+
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Divide rows (N, D) by their norms; a row of zeros is kept, and gets no gradient.
+
+    F.normalize would multiply the gradient of such a row by 1e12, which a bias of the head receives.
+    """
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / norms.where(norms > 0, math.inf)
 
 
 def whitening(features: torch.Tensor, shrinkage: float) -> torch.Tensor:
@@ -481,6 +493,7 @@ class ProxyLoss(nn.Module):
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the loss () of unit embeddings (N, D) of any float type with labels (N,) int64 in [0, C).
 
+        Rows may also be zero, see EmbeddingNet.forward.
         With several processes they are one process's part of the batch, and the loss is that of the whole batch.
         """
         with torch.autocast(embeddings.device.type, enabled=False):  # similarities, exponentials, sums in float32
@@ -533,7 +546,8 @@ def check_batch(embeddings: torch.Tensor, labels: torch.Tensor, dim: int, num_cl
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise UserError(f'labels lie between {int(labels.min())} and {int(labels.max())}; expected are 0 to '
                         f'{num_classes - 1}, one for each of the {num_classes} classes')
-    deviation = (torch.linalg.vector_norm(embeddings.detach().float(), dim=1) - 1).abs()
+    norms = torch.linalg.vector_norm(embeddings.detach().float(), dim=1)
+    deviation = (norms - 1).abs().where(norms > 0, 0.0)
     if (deviation > 0.05).any():  # the norm of a unit row in bfloat16 deviates by up to 0.004
         raise UserError(f'embeddings are not unit rows: a norm deviates from 1 by {float(deviation.max()):.3g}; '
                         'normalise them, as EmbeddingNet does')

@@ -109,7 +109,7 @@ def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit
     """Refuse features (n, D) and labels (n,) of which no metric can be computed.
 
     Args:
-        unit: rows must have norm 1 (to 1 %), so that their products are cosines.
+        unit: rows must have norm 1 (to 1 %), so that their products are cosines, or be zero, as blank images can be.
 
     Raises:
         UserError: with what was expected.
@@ -124,7 +124,7 @@ def check_features(name: str, features: torch.Tensor, labels: torch.Tensor, unit
     if broken:
         raise UserError(f'{broken} of {len(features)} {name} features are not finite; the model that made them is '
                         'broken')
-    if unit and ((lengths - 1).abs() > 0.01).any():
+    if unit and (((lengths - 1).abs() > 0.01) & (lengths > 0)).any():
         raise UserError(f'the {name} features are not unit rows, so their products are not cosines; normalise them')
 
 

@@ -117,6 +117,16 @@ def test_value_and_gradients_equal_the_loops(name):
 
 
 @pytest.mark.parametrize('name', LOSSES)
+def test_the_row_of_a_blank_image_is_similar_to_no_proxy(name):
+    embeddings, proxies = make_batch(0)
+    with torch.no_grad():
+        embeddings[2] = 0
+    loss = build(name, proxies)(embeddings, LABELS)
+    theirs = LOOPS[name](loop_similarity(embeddings, proxies), LABELS.tolist())
+    assert_same((loss, *torch.autograd.grad(loss, embeddings)), (theirs, *torch.autograd.grad(theirs, embeddings)))
+
+
+@pytest.mark.parametrize('name', LOSSES)
 def test_a_batch_of_one_class_equals_the_loops(name):
     embeddings, proxies = make_batch(5)  # every other class has negatives only, and this one positives only
     criterion = build(name, proxies)
@@ -336,7 +346,8 @@ def test_unit_proxies_are_the_proxies_as_unit_rows_without_gradient():
     (torch.eye(4), torch.arange(3), r'expected are \(4,\) of torch.int64'),
     (torch.eye(4), torch.arange(4).int(), r'expected are \(4,\) of torch.int64'),
     (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), 'the batch is empty'),
-    (1.2 * torch.eye(4), torch.arange(4), 'a norm deviates from 1 by 0.2')])
+    (1.2 * torch.eye(4), torch.arange(4), 'a norm deviates from 1 by 0.2'),
+    (0.5 * torch.eye(4), torch.arange(4), 'a norm deviates from 1 by 0.5')])
 def test_a_batch_whose_loss_would_be_meaningless_is_refused(embeddings, labels, message):
     with pytest.raises(UserError, match=message):
         make_loss('proxy_nca', num_classes=C, feature_dim=D)(embeddings, labels)

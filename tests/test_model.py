@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import model
 from common.errors import UserError
 from common.weights import load_weights
-from model import EmbeddingNet, NetConfig
+from model import EmbeddingNet, NetConfig, make_loss
 from recipes import BACKBONE_NAMES
 
 SMALL = 'timm:test_resnet'  # half a million parameters
@@ -218,6 +218,26 @@ def test_without_a_head_an_embedding_is_the_normalised_features():
 def test_what_is_no_batch_of_uint8_images_is_refused(images):
     with pytest.raises(UserError, match='expected are'):
         build_net()(images)
+
+
+@pytest.mark.parametrize('head_bias', [False, True])
+def test_an_image_without_features_has_a_row_of_zeros_and_adds_nothing_to_the_gradient(head_bias):
+    model = EmbeddingNet(NetConfig('resnet18', 8, image_size=32, head_bias=head_bias), weights='none').train()
+    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    criterion = make_loss('proxy_anchor', num_classes=2, feature_dim=8)
+    keep = torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    handle = model.backbone.register_forward_hook(lambda module, inputs, output: output * keep)
+    embeddings = model(images)
+    criterion(embeddings, torch.tensor([0, 1, 0])).backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    handle.remove()
+    model.zero_grad()
+    others = model(images[[0, 2]])
+    criterion(torch.stack([others[0], torch.zeros(8), others[1]]), torch.tensor([0, 1, 0])).backward()
+    assert torch.equal(embeddings[1], torch.zeros(8))
+    torch.testing.assert_close(embeddings[[0, 2]], others)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize('frozen', [True, False])

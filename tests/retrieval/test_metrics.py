@@ -189,6 +189,14 @@ def test_metrics_equal_pytorch_metric_learning():
     assert ours['R-precision'] == pytest.approx(100 * theirs['r_precision'], abs=1e-4)
 
 
+def test_the_rows_of_blank_images_are_similar_to_nothing():
+    features, labels = random_features(30, 4, 3, 8)
+    features[::7] = 0
+    expected = brute_force(features, labels, features, labels, True, (1, 2))
+    metrics = retrieval_metrics(features, labels, recalls=(1, 2))
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
 # ---------------------------------------------------- bad input ---------------------------------------------------
 def test_broken_features_are_counted():
     features, labels = random_features(9, 4, 2, 7)
@@ -201,6 +209,7 @@ def test_broken_features_are_counted():
 @pytest.mark.parametrize(('features', 'labels', 'recalls', 'message'), [
     (torch.eye(4), [0, 0, 1, 1], (1, 4), 'R@4 asks for more than the 3'),
     (torch.eye(4), [0, 1, 2, 3], (1,), 'no query'), (2 * torch.eye(4), [0, 0, 1, 1], (1,), 'not unit rows'),
+    (torch.eye(4) / 2, [0, 0, 1, 1], (1,), 'not unit rows'),
     (torch.eye(4)[0], [0], (1,), r'expected are \(n, D\) floats'),
     (torch.eye(4), [0, 1, 1], (1,), r'expected are \(4,\) of torch.int64')])
 def test_what_cannot_be_measured_is_an_error(features, labels, recalls, message):
