@@ -6,7 +6,7 @@
 
 Runs that differ in their seed alone are one row. The numbers are those of the last epoch, so no epoch is chosen on the
 test classes. Rows are compared within a section only, whose runs have the same split file: the same classes, images and
-subsets. A row replaces an earlier one of the same command and split.
+subsets. A row replaces an earlier one of the same command and split. A --remark is shown behind the recipe.
 """
 from pathlib import Path
 
@@ -67,7 +67,10 @@ def row_of(tables: list) -> dict:
     hardware = ends['made.device'].where(ends['made.device'] != 'cpu', ends['made.processor'])
     changed = ends['made.changed_since'].map({'no': ''}).fillna('+')  # code that is not that of the commit
     commits = ends['made.commit'].str[:12] + changed
-    values = (first['args.data_name'], first['made.split'][:12], first['made.images'], first['args.recipe'],
+    recipe, remark = first['args.recipe'], first.get('args.remark')
+    if isinstance(remark, str) and remark != recipe:  # NaN if there is none
+        recipe = f'{recipe} ({remark})'
+    values = (first['args.data_name'], first['made.split'][:12], first['made.images'], recipe,
               first['args.backbone_type'], first['args.image_size'], first['args.num_epochs'],
               'yes' if first['args.flip_tta'] else 'no', ' '.join(map(str, sorted(ends['args.seed']))), f'{mean:.2f}',
               '' if len(tables) == 1 else f'{half:.2f}', f'{ends["dense_MAP@R"].mean():.2f}', f'{hours:.2f}',

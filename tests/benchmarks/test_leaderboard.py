@@ -65,6 +65,13 @@ def test_the_hardware_and_the_commits_of_all_seeds_are_named(leaderboard, tmp_pa
     assert row['commit'] == f'{"c" * 12}, {"d" * 12}+'
 
 
+def test_a_remark_stands_behind_the_recipe_unless_it_is_its_name(leaderboard, tmp_path, monkeypatch):
+    for index, remark in enumerate(('frozen', 'proxy_anchor', '')):
+        rows = call(leaderboard, monkeypatch, write_made_run(
+            tmp_path, 1, [50.0 - index], {'made.command': f'python train.py --lr {index}'}, remark=remark))
+    assert [row['recipe'] for row in rows] == ['proxy_anchor (frozen)', 'proxy_anchor', 'proxy_anchor']
+
+
 def test_a_row_replaces_that_of_the_same_command_and_split_alone(leaderboard, tmp_path, monkeypatch):
     call(leaderboard, monkeypatch, write_made_run(tmp_path, 1, [50.0]))
     call(leaderboard, monkeypatch, write_made_run(tmp_path, 2, [70.0], {'made.command': 'python train.py --lr 1'}))
